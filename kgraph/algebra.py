@@ -1,0 +1,258 @@
+"""Arithmetic of parts: scale, function, sum and product. Exact, or integrated, or said to be neither.
+
+Two parts that share no random parameter are independent: covariances add, products multiply. Two parts that are
+functions of one and the same part are integrated as one function (x * sigmoid(x), x + relu(x), u + u). Functions
+of several Gaussians are integrated by joint draws. Independence is never assumed silently.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kgraph.draws import evaluate, leaves_of
+from kgraph.how import EXACT, QUADRATURE, How, assumed, sampled
+from kgraph.kernel import SAME, Apply, Gaussian, Pairs, Part, Product, Root, Samples, Sum
+from kgraph.maps import Pointwise, closed_form
+
+IDENTITY = Pointwise(lambda u: u, closed_form("identity"))
+
+
+def scale(part: Part, factor: float) -> Part:
+    """``factor * v``: second moments times factor squared; exact."""
+    if factor == 1.0:
+        return part
+    square = factor * factor
+    scaled = replace(
+        part, cov=part.cov * square, slope=part.slope * square, ntk=part.ntk * square, mean=part.mean * factor
+    )
+    if isinstance(part.expr, Apply):
+        return replace(scaled, expr=Apply(_rescaled(part.expr.fn, factor), part.expr.arg))
+    return replace(scaled, expr=Sum(((factor, part),)))
+
+
+def shift(part: Part, constant: float) -> Part:
+    """``v + constant``: K' = K + 2 m constant + constant^2; exact."""
+    if constant == 0.0:
+        return part
+    moved = replace(
+        part, cov=part.cov + 2 * part.mean * constant + constant**2, mean=part.mean + constant, expr=Gaussian()
+    )
+    fn, base = _as_function(part)
+    return replace(moved, expr=Apply(_plus(fn, constant), base))
+
+
+def apply(fn: Pointwise, part: Part) -> Part:
+    """``fn(v)`` entry by entry: K' = E[fn fn], slope' = E[fn' fn'] slope (Price's theorem).
+
+    Closed form or quadrature when ``v`` is Gaussian or a function of one Gaussian part, else joint draws.
+    """
+    inner, base = _as_function(part)
+    composed = fn if inner is IDENTITY else _compose(fn, inner)
+    if base.gaussian:
+        return _apply_gaussian(composed, base, part)
+    target = replace(part, expr=Apply(composed, base))
+    return _from_draws(target, part.how)
+
+
+def _apply_gaussian(fn: Pointwise, base: Part, part: Part) -> Part:
+    centred = fn if base.mean == 0 else fn.affine(input_shift=base.mean)
+    variance = (base.q - base.mean**2).clamp_min(0)
+    value, slope = centred.dual(variance, variance, base.cov - base.mean**2)
+    own = EXACT if centred.how == "exact" else QUADRATURE
+    return Part(
+        size=part.size,
+        cov=value,
+        slope=slope * base.slope,
+        ntk=slope * base.ntk,
+        mean=float(centred.mean(variance)),
+        roots=part.roots,
+        expr=Apply(fn, base),
+        how=part.how | own,
+    )
+
+
+def _from_draws(part: Part, how: How) -> Part:
+    """Fill in the kernel of ``part`` by draws of its expression."""
+    values = evaluate(part)
+    return replace(
+        part,
+        cov=(values.first * values.second).mean(-1),
+        slope=values.slope.expand(*part.cov.shape, -1).mean(-1),
+        ntk=values.ntk.expand(*part.cov.shape, -1).mean(-1),
+        mean=float(values.first.mean()),
+        how=how | sampled(values.standard_error()),
+    )
+
+
+def add(left: Part, right: Part, left_weight: float = 1.0, right_weight: float = 1.0) -> Part:
+    """``left_weight * left + right_weight * right``."""
+    common = _common_function(left, right, lambda u, v: left_weight * u + right_weight * v)
+    if common is not None:
+        return common
+    left, right = scale(left, left_weight), scale(right, right_weight)
+    cross = 2 * left.mean * right.mean
+    total = Part(
+        size=max(left.size, right.size),
+        cov=left.cov + right.cov + cross,
+        slope=left.slope + right.slope,
+        ntk=left.ntk + right.ntk,
+        mean=left.mean + right.mean,
+        roots=left.roots | right.roots,
+        expr=Sum(_terms(left) + _terms(right)),
+        how=left.how | right.how,
+    )
+    return _settle(total, left, right)
+
+
+def multiply(left: Part, right: Part) -> Part:
+    """``left * right`` entry by entry: K' = K_left K_right when independent."""
+    common = _common_function(left, right, lambda u, v: u * v)
+    if common is not None:
+        return common
+    product = Part(
+        size=max(left.size, right.size),
+        cov=left.cov * right.cov,
+        slope=left.slope * right.cov + left.cov * right.slope,
+        ntk=left.ntk * right.cov + left.cov * right.ntk,
+        mean=left.mean * right.mean,
+        roots=left.roots | right.roots,
+        expr=Product(left, right),
+        how=left.how | right.how,
+    )
+    return _settle(product, left, right)
+
+
+def _settle(result: Part, left: Part, right: Part) -> Part:
+    """Keep the independent formula, or measure the joint law, or say that independence is assumed."""
+    if left.independent(right):
+        return result
+    if not entangled(left, right):
+        return _from_draws(result, result.how)
+    return replace(result, how=result.how | assumed("terms that share random weights are taken as independent"))
+
+
+def entangled(left: Part, right: Part) -> bool:
+    """Whether the two share random weights in a way their expressions do not show.
+
+    They do not when every Gaussian part of ``left`` that shares a root with one of ``right`` *is* that part.
+    """
+    if left.independent(right):
+        return False
+    return not all(a is b or a.independent(b) for a in leaves_of(left) for b in leaves_of(right))
+
+
+def _terms(part: Part) -> tuple[tuple[float, Part], ...]:
+    return part.expr.terms if isinstance(part.expr, Sum) else ((1.0, part),)
+
+
+def _as_function(part: Part) -> tuple[Pointwise, Part]:
+    return (part.expr.fn, part.expr.arg) if isinstance(part.expr, Apply) else (IDENTITY, part)
+
+
+def _common_function(left: Part, right: Part, combine: Callable[[Tensor, Tensor], Tensor]) -> Part | None:
+    """``combine(left, right)`` as one function, when both are functions of one and the same part."""
+    f, f_base = _as_function(left)
+    g, g_base = _as_function(right)
+    if left is right:
+        f, f_base, g, g_base = IDENTITY, left, IDENTITY, left
+    if f_base is not g_base:
+        return None
+    return apply(Pointwise(lambda u: combine(f(u), g(u))), f_base)
+
+
+def _compose(outer: Pointwise, inner: Pointwise) -> Pointwise:
+    return Pointwise(lambda u: outer(inner(u)))
+
+
+def _rescaled(fn: Pointwise, factor: float) -> Pointwise:
+    return fn.affine(output_scale=factor)
+
+
+def _plus(fn: Pointwise, constant: float) -> Pointwise:
+    return fn.affine(output_shift=constant)
+
+
+def empirical(like: Part, first: Tensor, second: Tensor, slope: Tensor, ntk: Tensor, roots: frozenset) -> Part:
+    """A part known by draws: ``first[S]`` at input a and ``second[P, 2, S]`` at input b."""
+    product = first * second
+    square = first.square()
+    error = float(square.std() / (len(square) ** 0.5 * square.mean().clamp_min(1e-300)))
+    return Part(
+        size=like.size,
+        cov=product.mean(-1),
+        slope=slope,
+        ntk=ntk,
+        mean=float(first.mean()),
+        roots=roots,
+        expr=Samples(first, second),
+        how=like.how | sampled(error),
+    )
+
+
+_spread: weakref.WeakKeyDictionary[Part, Part] = weakref.WeakKeyDictionary()
+
+
+def expand_positions(part: Part) -> Part:
+    """The same value at every position (a gate of one position, broadcast): K_diff = K_same."""
+
+    def same(field: Tensor) -> Tensor:
+        return field[:, SAME : SAME + 1].expand(-1, 2)
+
+    if part not in _spread:
+        fields = {"cov": same(part.cov), "slope": same(part.slope), "ntk": same(part.ntk)}
+        _spread[part] = replace(part, **fields, expr=_spread_expression(part))
+    return _spread[part]
+
+
+def _spread_expression(part: Part) -> object:
+    match part.expr:
+        case Apply(fn, arg):
+            return Apply(fn, expand_positions(arg))
+        case Sum(terms):
+            return Sum(tuple((weight, expand_positions(term)) for weight, term in terms))
+        case Product(left, right):
+            return Product(expand_positions(left), expand_positions(right))
+        case Samples(first, second):
+            return Samples(first, second[:, SAME : SAME + 1].expand(-1, 2, -1))
+        case _:
+            return part.expr
+
+
+_slices: weakref.WeakKeyDictionary[Part, dict[tuple[int, int, str], Part]] = weakref.WeakKeyDictionary()
+
+
+def slice_part(part: Part, low: int, high: int, label: str) -> Part:
+    """Channels ``low:high``: the same law, of other random numbers than a disjoint range's.
+
+    The same slice of the same part is the same object, so that later sums recognize it.
+    """
+    known = _slices.setdefault(part, {})
+    if (low, high, label) not in known:
+        known[low, high, label] = _slice(part, low, high, label)
+    return known[low, high, label]
+
+
+def _slice(part: Part, low: int, high: int, label: str) -> Part:
+    roots = frozenset(Root(r.name, (*r.cuts, (label, low, high))) for r in part.roots)
+    expr = part.expr
+    if isinstance(expr, Apply):
+        expr = Apply(expr.fn, slice_part(expr.arg, low, high, label))
+    elif isinstance(expr, Sum):
+        expr = Sum(tuple((w, slice_part(t, low, high, label)) for w, t in expr.terms))
+    elif isinstance(expr, Product):
+        expr = Product(slice_part(expr.left, low, high, label), slice_part(expr.right, low, high, label))
+    return replace(part, size=high - low, roots=roots, expr=expr)
+
+
+def drop(part: Part, probability: float) -> Part:
+    """Dropout at train time: E[v_a(i)^2] grows by 1/(1-p); every other pair has independent masks."""
+    keep = 1.0 - probability
+    cov, ntk = part.cov.clone(), part.ntk.clone()
+    cov[Pairs.SELF, SAME] /= keep
+    ntk[Pairs.SELF, SAME] /= keep
+    return replace(part, cov=cov, ntk=ntk, expr=Gaussian(), how=part.how | assumed("Gaussian after dropout"))

@@ -1,0 +1,174 @@
+"""One vocabulary: rewrite an exported graph into functional ATen overloads without export's own noise.
+
+Dropped: metadata assertions, guards, aliases and casts that change nothing. Inlined: grad-mode regions.
+Made functional: in-place operations (a later reader of the overwritten value reads the new one).
+Recognized: hand-written RMS norms, which become ``aten.rms_norm``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+aten = torch.ops.aten
+
+_NOISE = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
+_COPIES = {aten.alias.default, aten.lift_fresh_copy.default, aten.detach.default, aten.detach_.default}
+_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default}
+_VIEWS = {"view", "reshape", "select", "slice", "transpose", "permute", "expand", "unsqueeze", "squeeze", "unbind"}
+
+
+def canonicalize(module: fx.GraphModule) -> None:
+    """Rewrite ``module.graph`` in place into the canonical vocabulary."""
+    _inline_grad_mode(module)
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and node.target == "_guards_fn" or node.target in _NOISE:
+            module.graph.erase_node(node)
+    _drop_no_op_copies(module.graph)
+    _functionalize(module.graph)
+    _fuse_rms_norms(module.graph)
+    _contiguous_views(module.graph)
+
+
+def _inline_grad_mode(module: fx.GraphModule) -> None:
+    """Replace ``wrap_with_set_grad_enabled(flag, submodule, *args)`` by the submodule's own nodes."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if getattr(node.target, "__name__", "") != "wrap_with_set_grad_enabled":
+            continue
+        body = module.get_submodule(str(node.args[1].target))
+        assert isinstance(body, fx.GraphModule)
+        inputs = iter(node.args[2:])
+        copies: dict[fx.Node, Any] = {n: next(inputs) for n in body.graph.nodes if n.op == "placeholder"}
+        with graph.inserting_before(node):
+            results = graph.graph_copy(body.graph, copies)
+        stack = node.meta.get("nn_module_stack")
+        for copy in copies.values():
+            if isinstance(copy, fx.Node) and stack is not None:
+                copy.meta.setdefault("nn_module_stack", stack)
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        submodule = node.args[1]
+        graph.erase_node(node)
+        if not submodule.users:
+            graph.erase_node(submodule)
+
+
+def _same_tensor_type(node: fx.Node, source: fx.Node) -> bool:
+    new, old = node.meta.get("val"), source.meta.get("val")
+    return isinstance(new, Tensor) and isinstance(old, Tensor) and new.dtype == old.dtype
+
+
+def _drop_no_op_copies(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.target not in _COPIES and node.target not in _CASTS:
+            continue
+        source = node.args[0]
+        if node.target in _COPIES or _same_tensor_type(node, source):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _functional_overload(target: OpOverload) -> OpOverload | None:
+    name = target._schema.name.split("::")[-1]
+    packet = getattr(aten, name[:-1], None) if name.endswith("_") and not name.endswith("__") else None
+    return getattr(packet, target._overloadname, None) if packet is not None else None
+
+
+def _functionalize(graph: fx.Graph) -> None:
+    """Replace ``x.op_(y)`` by ``op(x, y)``; whoever read ``x`` afterwards reads the result.
+
+    Left alone: counters and other buffers (a write to a ``get_attr`` is meant), and writes through a view,
+    which stay exact because such nodes are executed in order where they are constants.
+    """
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        target = node.target
+        if not isinstance(target, OpOverload) or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        functional, source = _functional_overload(target), node.args[0]
+        if functional is None or source.op == "get_attr" or _is_view(source):
+            continue
+        node.target = functional
+        for user in list(source.users):
+            if user is not node and order.get(user, 0) > order[node]:
+                user.replace_input_with(source, node)
+
+
+def _is_view(node: fx.Node) -> bool:
+    name = operation_name(node)
+    base = node.args[0] if node.args else None
+    # a view whose base nobody else reads is as good as a fresh tensor
+    return name in _VIEWS and isinstance(base, fx.Node) and len(base.users) > 1
+
+
+def operation_name(node: fx.Node) -> str:
+    """Plain name of what a node does: ``conv2d``, ``relu``, ``getitem``, or the module's path."""
+    if isinstance(node.target, OpOverload):
+        return node.target._schema.name.split("::")[-1]
+    if isinstance(node.target, Callable):  # type: ignore[arg-type]
+        return getattr(node.target, "__name__", str(node.target))
+    return str(node.target)
+
+
+def _fuse_rms_norms(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        match = _match_rms_norm(node)
+        if match is None:
+            continue
+        last, source, axes, weight, eps = match
+        with graph.inserting_after(last):
+            fused = graph.call_function(aten.rms_norm.default, (source, axes, weight, eps))
+        fused.meta = dict(last.meta)
+        last.replace_all_uses_with(fused)
+    graph.eliminate_dead_code(is_impure_node=is_effect)
+
+
+def is_effect(node: fx.Node) -> bool:
+    """Whether a node without readers must stay: inputs, outputs, and writes to buffers."""
+    if node.op in ("placeholder", "output"):
+        return True
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def _args(node: object, target: object) -> tuple[Any, ...] | None:
+    return node.args if isinstance(node, fx.Node) and node.target is target else None
+
+
+def _match_rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, list[Any], fx.Node | None, float] | None:
+    """Match ``x * rsqrt(mean(x**2, -1) + eps)``, optionally times a weight."""
+    if node.target is not aten.mul.Tensor:
+        return None
+    for source, scale in (node.args, node.args[::-1]):
+        root = _args(scale, aten.rsqrt.default)
+        shifted = _args(root[0], aten.add.Tensor) if root else None
+        mean = _args(shifted[0], aten.mean.dim) if shifted else None
+        power = _args(mean[0], aten.pow.Tensor_Scalar) if mean else None
+        if not (power and shifted and mean and power[0] is source and power[1] == 2 and list(mean[1]) == [-1]):
+            continue
+        last, weight = _absorb_weight(node)
+        return last, source, [source.meta["val"].shape[-1]], weight, float(shifted[1])
+    return None
+
+
+def _absorb_weight(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    user = next(iter(node.users)) if len(node.users) == 1 else None
+    if user is not None and user.target is aten.mul.Tensor:
+        for argument in user.args:
+            if isinstance(argument, fx.Node) and argument.op == "get_attr":
+                return user, argument
+    return node, None
+
+
+def _contiguous_views(graph: fx.Graph) -> None:
+    """``view`` needs contiguous memory, which rewriting does not preserve: use ``reshape``."""
+    for node in graph.nodes:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default

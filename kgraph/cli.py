@@ -1,0 +1,279 @@
+"""The command line: `kgraph analyze | transform | export | demo`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from kgraph.errors import KGraphError
+from kgraph.report.table import PLAIN_WIDTH
+
+SPINNER_AFTER = 1.0  # seconds
+
+
+class _Group(TyperGroup):
+    """Wrong usage exits with 1 (click's own choice is 2), what kgraph refuses with 2 and one red line."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _exit_codes():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _exit_codes():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    usage_error: Any = typer.BadParameter.__bases__[0]
+    try:
+        yield
+    except KGraphError as error:
+        _errors().print(Text(f"error: {error}", style="bold red"), soft_wrap=True)
+        raise typer.Exit(2) from error
+    except usage_error as error:
+        error.exit_code = 1
+        raise
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="A compiler for the initialization-time kernel of neural networks.\n\nMODEL is `timm:NAME`, "
+    "`package.module:FACTORY` or `path/to/file.py:FACTORY`, where FACTORY is a model class or a function "
+    "that returns a model.",
+    epilog="Example: `kgraph analyze timm:resnet50 --html report.html`",
+)
+
+Model = Annotated[str, typer.Argument(help="timm:NAME, package.module:FACTORY or path/to/file.py:FACTORY.")]
+Kwargs = Annotated[str, typer.Option(help="Arguments of the factory, as JSON: '{\"width\": 3}'.")]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input", help="Shape of an input: 1,3,64,64 or 1,128:long. Repeat for more. Default: inferred."
+    ),
+]
+MethodOption = Annotated[Literal["dks", "tat"], typer.Option(help="How to shape the kernel.")]
+Shortcut = Annotated[float | None, typer.Option(help="Weight of the shortcut in residual sums, in [0, 1].")]
+Seed = Annotated[int, typer.Option(help="Seed of the model's and the method's random weights.")]
+ModeOption = Annotated[
+    Literal["train", "eval"] | None, typer.Option(help="Mode to analyse. Default: the model's own.")
+]
+HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write the report as one HTML file.")]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Write the report as JSON ('-': standard output).")
+]
+OnnxOption = Annotated[Path | None, typer.Option("--onnx", help="Export the result to ONNX.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            typer.echo(f"kgraph {importlib.metadata.version('kgraph')}")
+        except importlib.metadata.PackageNotFoundError:
+            typer.echo("kgraph (not installed)")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+
+
+@app.command(epilog="Example: `kgraph analyze timm:resnet50 --mode train --html report.html`")
+def analyze(
+    model: Model,
+    kwargs: Kwargs = "{}",
+    inputs: Inputs = None,
+    mode: ModeOption = None,
+    seed: Seed = 0,
+    html: HtmlOption = None,
+    json: JsonOption = None,
+    all_nodes: Annotated[
+        bool, typer.Option("--all-nodes", help="Also list nodes that only re-index.")
+    ] = False,
+) -> None:
+    """Print what happens to q values and c values at every node of MODEL."""
+    import kgraph
+
+    module, examples = _load(model, kwargs, inputs, seed)
+    with spinner(f"analyzing {model}"):
+        report = kgraph.analyze(module, examples, mode=mode)
+    if not _is_stdout(json):
+        out = _console()
+        out.print(report if not all_nodes else Text(report.text(all_nodes=True, width=out.width)))
+    _write(report, html, json)
+
+
+@app.command(
+    epilog="Example: `kgraph transform timm:resnet50 --method tat --shortcut-weight 0.8 --out model.pt`"
+)
+def transform(
+    model: Model,
+    method: MethodOption = "tat",
+    kwargs: Kwargs = "{}",
+    inputs: Inputs = None,
+    shortcut_weight: Shortcut = None,
+    seed: Seed = 0,
+    html: HtmlOption = None,
+    json: JsonOption = None,
+    out: Annotated[Path | None, typer.Option(help="Save the model (torch.save of the whole module).")] = None,
+    onnx: OnnxOption = None,
+) -> None:
+    """Rewrite MODEL until its kernel has the shape that the method wants; print what changed."""
+    import kgraph
+
+    module, examples = _load(model, kwargs, inputs, seed)
+    with spinner(f"transforming {model}"):
+        result = kgraph.transform(module, method, examples, shortcut_weight=shortcut_weight, seed=seed)
+    if not _is_stdout(json):
+        _console().print(result.kgraph.comparison)
+    _write(result.kgraph.comparison, html, json)
+    if out is not None:
+        import torch
+
+        with _files(out):
+            torch.save(result, out)
+        _wrote(out)
+    if onnx is not None:
+        _export(result, onnx, examples)
+
+
+@app.command(epilog="Example: `kgraph export timm:resnet18 --onnx resnet18.onnx --input 1,3,224,224`")
+def export(
+    model: Model,
+    onnx: Annotated[Path, typer.Option(help="File to write.")] = Path("model.onnx"),
+    kwargs: Kwargs = "{}",
+    inputs: Inputs = None,
+    seed: Seed = 0,
+    opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 23.")] = 20,
+) -> None:
+    """Export MODEL to ONNX and check the file against it."""
+    module, examples = _load(model, kwargs, inputs, seed)
+    _export(module, onnx, examples, opset)
+
+
+@app.command(epilog="Example: `kgraph demo --out kgraph-demo`")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for report.html and model.onnx.")] = Path(),
+    method: MethodOption = "tat",
+    seed: Seed = 0,
+) -> None:
+    """Compile a bundled 50-layer residual network: leaves report.html and model.onnx."""
+    import kgraph
+    from kgraph.demo import model_and_input
+
+    with _files(out):
+        out.mkdir(parents=True, exist_ok=True)
+    model, examples = model_and_input(seed)
+    with spinner(f"transforming {type(model).__name__}"):
+        result = kgraph.transform(model, method, examples, seed=seed)
+    info, console = result.kgraph, _console()
+    for label, report in (("before", info.before), ("after", info.after)):
+        console.print(Text(label, style="bold"))
+        for line in report.summary:
+            console.print(Text(f"  {line}"))
+    done = ", ".join(f"{number} x {what}" for what, number in info.ledger.counts().items())
+    console.print(Text(f"changes: {done or 'none'}"))
+    for line in info.ledger.unmet:
+        console.print(Text(f"not met: {line}", style="red"))
+    _write(info.comparison, out / "report.html", None)
+    _export(result, out / "model.onnx", examples)
+
+
+@contextmanager
+def spinner(text: str) -> Iterator[None]:
+    """Show on a terminal that work goes on, once it has lasted a second."""
+    console = _errors()
+    if not console.is_terminal:
+        yield
+        return
+    status = console.status(Text(text))
+    timer = threading.Timer(SPINNER_AFTER, status.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # it may be starting the status this very moment
+        status.stop()
+
+
+def _load(model: str, kwargs: str, inputs: list[str] | None, seed: int) -> tuple[Any, tuple[Any, ...] | None]:
+    from kgraph.naming import NamingError, load_model, read_input
+
+    try:
+        examples = tuple(read_input(text) for text in inputs) if inputs else None
+        with spinner(f"building {model}"):
+            return load_model(model, kwargs, seed), examples
+    except NamingError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _export(model: Any, path: Path, examples: tuple[Any, ...] | None, opset: int = 20) -> None:
+    import kgraph
+
+    with spinner(f"exporting {path}"), _files(path):
+        result = kgraph.export_onnx(model, path, examples, opset=opset)
+    _wrote(path, f"differs from the model by at most {result.max_abs_error:.1e}")
+
+
+def _write(report: Any, html: Path | None, json: Path | None) -> None:
+    if html is not None:
+        with _files(html):
+            report.to_html(html)
+        _wrote(html)
+    if _is_stdout(json):
+        print(report.to_json())
+    elif json is not None:
+        with _files(json):
+            report.to_json(json)
+        _wrote(json)
+
+
+@contextmanager
+def _files(path: Path) -> Iterator[None]:
+    """Files that cannot be written are wrong usage, in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _wrote(path: Path, remark: str = "") -> None:
+    _errors().print(Text(f"wrote {path}{f' ({remark})' if remark else ''}", style="green"), soft_wrap=True)
+
+
+def _is_stdout(path: Path | None) -> bool:
+    return path == Path("-")
+
+
+def _console() -> Console:
+    console = Console(file=sys.stdout, highlight=False)
+    return console if console.is_terminal else Console(file=sys.stdout, width=PLAIN_WIDTH, highlight=False)
+
+
+def _errors() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+if __name__ == "__main__":
+    app()

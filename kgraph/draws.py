@@ -1,0 +1,200 @@
+"""Joint draws of parts that are functions of several Gaussians, for which no quadrature exists.
+
+Every Gaussian part gets its own quasi-random dimensions, so that expressions sharing a part share its draws.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kgraph.kernel import SAME, Apply, Gaussian, Pairs, Part, Product, Samples, Sum
+
+COUNT = 4096
+"""Draws of an expression; a power of two (Sobol points)."""
+
+_DIMENSIONS = 512
+_BLOCKS = 8
+_values: weakref.WeakKeyDictionary[Part, Values] = weakref.WeakKeyDictionary()
+_leaves: weakref.WeakKeyDictionary[Part, int] = weakref.WeakKeyDictionary()
+_counter = [0]
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """Draws of a part at input a (``first``, [S]) and at input b of every pair (``second``, [P, 2, S]).
+
+    ``slope`` and ``ntk`` are, draw by draw, ``sum over Gaussian parts g of (dv_a/dg) (dv_b/dg)`` times the part's
+    own slope or NTK, [P, 2, S] (Price's theorem). They add up only while no Gaussian part is met twice
+    (``leaves`` are those met so far); an expression that meets one twice is differentiated afresh.
+    """
+
+    first: Tensor
+    second: Tensor
+    slope: Tensor
+    ntk: Tensor
+    leaves: frozenset[Part]
+
+    def standard_error(self) -> float:
+        """Relative standard error of the q value, from blocks of the point set (each block is itself balanced)."""
+        blocks = self.first.square().reshape(_BLOCKS, -1).mean(1)
+        return float(blocks.std() / (_BLOCKS**0.5 * blocks.mean().clamp_min(1e-300)))
+
+
+@lru_cache(maxsize=1)
+def _normals() -> Tensor:
+    """Sobol points mapped to normals, whitened dimension by dimension, shape [dimensions, S]."""
+    engine = torch.quasirandom.SobolEngine(_DIMENSIONS, scramble=True, seed=7)
+    uniform = engine.draw(COUNT, dtype=torch.float64).T
+    z = torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12))
+    z = (z - z.mean(1, keepdim=True)) / z.std(1, keepdim=True, unbiased=False)
+    first, second = z[0::2], z[1::2]  # the two dimensions of one part: exactly uncorrelated
+    second = second - (first * second).mean(1, keepdim=True) * first
+    z[1::2] = second / second.std(1, keepdim=True, unbiased=False)
+    return z
+
+
+def _dimension(part: Part) -> int:
+    if part not in _leaves:
+        _leaves[part] = _counter[0]
+        _counter[0] = (_counter[0] + 2) % _DIMENSIONS
+    return _leaves[part]
+
+
+def restart() -> None:
+    """Begin a new analysis: the same model gets the same draws, hence the same numbers."""
+    _counter[0] = 0
+    _values.clear()
+    _leaves.clear()
+
+
+def evaluate(part: Part) -> Values:
+    """Draws of ``part``; kept, so that long chains cost one step each."""
+    if part not in _values:
+        _values[part] = _draw(part)
+    return _values[part]
+
+
+def _draw(part: Part) -> Values:
+    match part.expr:
+        case Gaussian():
+            return _as_leaf(part, *_draw_gaussian(part))
+        case Samples(first, second):
+            return _as_leaf(part, first, second)
+        case Apply(fn, arg):
+            return _draw_apply(fn, evaluate(arg))
+        case Sum(terms):
+            return _draw_sum(part, [(weight, evaluate(term)) for weight, term in terms])
+        case Product(left, right):
+            return _draw_product(part, evaluate(left), evaluate(right))
+
+
+def _as_leaf(part: Part, first: Tensor, second: Tensor) -> Values:
+    return Values(first, second, part.slope[..., None], part.ntk[..., None], frozenset({part}))
+
+
+def _draw_gaussian(part: Part) -> tuple[Tensor, Tensor]:
+    dimension = _dimension(part)
+    z1, z2 = _normals()[dimension], _normals()[(dimension + 1) % _DIMENSIONS]
+    variance = (part.cov[Pairs.SELF, SAME] - part.mean**2).clamp_min(0)
+    cov = part.cov - part.mean**2
+    root = variance.sqrt()
+    share = torch.where(root > 0, cov / root.clamp_min(1e-300), torch.zeros_like(cov))
+    rest = (variance - share.square()).clamp_min(0).sqrt()
+    return part.mean + root * z1, part.mean + share[..., None] * z1 + rest[..., None] * z2
+
+
+def value_and_derivative(fn: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """``fn(x)`` and ``fn'(x)``, entry by entry."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        value = fn(leaf)
+        if not value.requires_grad:
+            return value, torch.zeros_like(x)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), gradient
+
+
+def _draw_apply(fn: Callable[[Tensor], Tensor], arg: Values) -> Values:
+    first, slope1 = value_and_derivative(fn, arg.first)
+    second, slope2 = value_and_derivative(fn, arg.second)
+    both = slope1 * slope2
+    return Values(first, second, both * arg.slope, both * arg.ntk, arg.leaves)
+
+
+def _meets_twice(values: list[Values]) -> bool:
+    return sum(len(v.leaves) for v in values) > len(frozenset().union(*(v.leaves for v in values)))
+
+
+def _draw_sum(part: Part, terms: list[tuple[float, Values]]) -> Values:
+    if _meets_twice([values for _, values in terms]):
+        return _differentiate(part)
+
+    def total(name: str, power: int) -> Tensor:
+        first, *rest = (weight**power * getattr(values, name) for weight, values in terms)
+        return sum(rest, first)
+
+    leaves = frozenset().union(*(values.leaves for _, values in terms))
+    return Values(total("first", 1), total("second", 1), total("slope", 2), total("ntk", 2), leaves)
+
+
+def _draw_product(part: Part, left: Values, right: Values) -> Values:
+    if _meets_twice([left, right]):
+        return _differentiate(part)
+    left_both, right_both = left.first * left.second, right.first * right.second
+    return Values(
+        left.first * right.first,
+        left.second * right.second,
+        left.slope * right_both + right.slope * left_both,
+        left.ntk * right_both + right.ntk * left_both,
+        left.leaves | right.leaves,
+    )
+
+
+def _differentiate(part: Part) -> Values:
+    """Values of an expression that meets a Gaussian part several times: derivatives by autodiff, part by part."""
+    leaves = sorted(leaves_of(part), key=_dimension)
+    known = {leaf: evaluate(leaf) for leaf in leaves}
+    with torch.enable_grad():
+        first_in = {leaf: known[leaf].first.detach().clone().requires_grad_() for leaf in leaves}
+        second_in = {leaf: known[leaf].second.detach().clone().requires_grad_() for leaf in leaves}
+        first, second = _substitute(part, first_in), _substitute(part, second_in)
+        d_first = torch.autograd.grad(first.sum(), list(first_in.values()), materialize_grads=True)
+        d_second = torch.autograd.grad(second.sum(), list(second_in.values()), materialize_grads=True)
+    slope = torch.zeros_like(second)
+    ntk = torch.zeros_like(second)
+    for leaf, one, two in zip(leaves, d_first, d_second, strict=True):
+        slope = slope + one * two * leaf.slope[..., None]
+        ntk = ntk + one * two * leaf.ntk[..., None]
+    return Values(first.detach(), second.detach(), slope.detach(), ntk.detach(), frozenset(leaves))
+
+
+def leaves_of(part: Part) -> set[Part]:
+    """The Gaussian or drawn parts that ``part`` is a function of."""
+    match part.expr:
+        case Apply(_, arg):
+            return leaves_of(arg)
+        case Sum(terms):
+            return set().union(*(leaves_of(term) for _, term in terms))
+        case Product(left, right):
+            return leaves_of(left) | leaves_of(right)
+        case _:
+            return {part}
+
+
+def _substitute(part: Part, leaves: dict[Part, Tensor]) -> Tensor:
+    match part.expr:
+        case Apply(fn, arg):
+            return fn(_substitute(arg, leaves))
+        case Sum(terms):
+            first, *rest = (weight * _substitute(term, leaves) for weight, term in terms)
+            return sum(rest, first)
+        case Product(left, right):
+            return _substitute(left, leaves) * _substitute(right, leaves)
+        case _:
+            return leaves[part]

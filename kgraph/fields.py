@@ -1,0 +1,160 @@
+"""Random fields with a given kernel: whole tensors for input a and for input b of every pair.
+
+Positions are exchangeable: every entry is a share common to all positions plus one of its own. Channels and batch
+members are independent. Parts that are expressions of the same Gaussian part get the same draws.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kgraph.draws import value_and_derivative
+from kgraph.kernel import DIFF, SAME, Apply, Pairs, Part, Product, Sum
+
+Shape = tuple[int, ...]
+Gradients = dict[Part, tuple[Tensor, Tensor]]
+"""For each Gaussian part: derivatives of a field by it, at a and at b of every pair."""
+
+
+class FieldDraws:
+    """Draws of parts as fields; one object is one joint draw.
+
+    Args:
+        seed: of the generator; the global one is not touched.
+        elsewhere: append rows P..2P in which input b is seen at other positions than a (with the same random
+            numbers, so that rows of equal covariance get equal draws).
+    """
+
+    def __init__(self, seed: int = 0, *, elsewhere: bool = False) -> None:
+        self.elsewhere = elsewhere
+        self.generator = torch.Generator().manual_seed(seed)
+        self._values: dict[tuple[Part, Shape], tuple[Tensor, Tensor]] = {}
+        self._tangents: dict[tuple[Part, Shape, str], tuple[Tensor, Tensor]] = {}
+        self._gradients: dict[tuple[Part, Shape], Gradients] = {}
+
+    def values(self, part: Part, shape: Shape, positions: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+        """Fields at input a, ``shape``, and at input b of every pair, ``[P, *shape]``."""
+        key = (part, shape)
+        if key not in self._values:
+            self._values[key] = self._draw(part, shape, positions)
+        return self._values[key]
+
+    def tangents(self, part: Part, shape: Shape, positions: tuple[bool, ...], name: str) -> tuple[Tensor, Tensor]:
+        """Directions J g at a and at b, ``[P, *shape]`` each, with E[g g] = the Gaussian part's ``name`` kernel.
+
+        Price's theorem: d E[F(a) F(b)] / dK . K_slope = E[(J_F(a) g) (J_F(b) g)] for any F.
+        """
+        key = (part, shape, name)
+        if key not in self._tangents:
+            self._tangents[key] = self._push(part, shape, positions, name)
+        return self._tangents[key]
+
+    def _normal(self, shape: Shape, positions: tuple[bool, ...], *, common: bool) -> Tensor:
+        size = tuple(1 if common and place else s for s, place in zip(shape, positions, strict=True))
+        return torch.randn(size, generator=self.generator, dtype=torch.float64)
+
+    def _draw(self, part: Part, shape: Shape, positions: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+        match part.expr:
+            case Apply(fn, arg):
+                first, second = self.values(arg, shape, positions)
+                return fn(first).detach(), fn(second).detach()
+            case Sum(terms):
+                drawn = [(weight, self.values(term, shape, positions)) for weight, term in terms]
+                return sum(w * v[0] for w, v in drawn), sum(w * v[1] for w, v in drawn)  # type: ignore[return-value]
+            case Product(left, right):
+                one, two = self.values(left, shape, positions), self.values(right, shape, positions)
+                return one[0] * two[0], one[1] * two[1]
+            case _:
+                return self._draw_leaf(part, shape, positions)
+
+    def _draw_leaf(self, part: Part, shape: Shape, positions: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+        centre = part.mean**2
+        shared_q = (part.cov[Pairs.SELF, DIFF] - centre).clamp_min(0)
+        own_q = (part.cov[Pairs.SELF, SAME] - centre - shared_q).clamp_min(0)
+        shared_cov = part.cov[:, DIFF] - centre
+        own_cov = part.cov[:, SAME] - centre - shared_cov
+        if self.elsewhere:
+            shared_cov, own_cov = torch.cat([shared_cov, shared_cov]), torch.cat([own_cov, torch.zeros_like(own_cov)])
+        if not any(positions):
+            own_q, own_cov = own_q + shared_q, own_cov + shared_cov
+            shared_q, shared_cov = torch.zeros_like(shared_q), torch.zeros_like(shared_cov)
+        shared = self._two(shared_q, shared_cov, shape, positions, common=True)
+        own = self._two(own_q, own_cov, shape, positions, common=False)
+        return part.mean + shared[0] + own[0], part.mean + shared[1] + own[1]
+
+    def _two(
+        self, q: Tensor, cov: Tensor, shape: Shape, positions: tuple[bool, ...], *, common: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Correlated pair of normals: variance q each, covariance cov[p] with pair p."""
+        z1 = self._normal(shape, positions, common=common)
+        z2 = self._normal(shape, positions, common=common)
+        root = q.sqrt()
+        share = torch.where(q > 0, (cov / root.clamp_min(1e-300)).clamp(-root, root), torch.zeros_like(cov))
+        rest = (q - share.square()).clamp_min(0).sqrt()
+        wide = (-1, *(1 for _ in shape))
+        return root * z1, share.reshape(wide) * z1 + rest.reshape(wide) * z2
+
+    def _push(self, part: Part, shape: Shape, positions: tuple[bool, ...], name: str) -> tuple[Tensor, Tensor]:
+        match part.expr:
+            case Apply(fn, arg):
+                first, second = self.values(arg, shape, positions)
+                one, two = self.tangents(arg, shape, positions, name)
+                return value_and_derivative(fn, first)[1] * one, value_and_derivative(fn, second)[1] * two
+            case Sum(terms):
+                pushed = [(weight, self.tangents(term, shape, positions, name)) for weight, term in terms]
+                return sum(w * t[0] for w, t in pushed), sum(w * t[1] for w, t in pushed)  # type: ignore[return-value]
+            case Product(left, right):
+                return self._push_product(left, right, shape, positions, name)
+            case _:
+                return self._direction(part, shape, positions, name)
+
+    def _push_product(
+        self, left: Part, right: Part, shape: Shape, positions: tuple[bool, ...], name: str
+    ) -> tuple[Tensor, Tensor]:
+        u, v = self.values(left, shape, positions), self.values(right, shape, positions)
+        du, dv = self.tangents(left, shape, positions, name), self.tangents(right, shape, positions, name)
+        return du[0] * v[0] + u[0] * dv[0], du[1] * v[1] + u[1] * dv[1]
+
+    def _direction(self, part: Part, shape: Shape, positions: tuple[bool, ...], name: str) -> tuple[Tensor, Tensor]:
+        kernel = getattr(part, name)
+        shared = kernel[:, DIFF] if any(positions) else torch.zeros_like(kernel[:, DIFF])
+        own = kernel[:, SAME] - shared
+        wide = (-1, *(1 for _ in shape))
+        direction = shared.clamp_min(0).sqrt().reshape(wide) * self._normal(shape, positions, common=True)
+        direction = direction + own.clamp_min(0).sqrt().reshape(wide) * self._normal(shape, positions, common=False)
+        return direction, direction
+
+    def gradients(self, part: Part, shape: Shape, positions: tuple[bool, ...]) -> Gradients:
+        """Derivatives of the part's fields by each Gaussian part it is made of, entry by entry."""
+        key = (part, shape)
+        if key not in self._gradients:
+            self._gradients[key] = self._differentiate(part, shape, positions)
+        return self._gradients[key]
+
+    def _differentiate(self, part: Part, shape: Shape, positions: tuple[bool, ...]) -> Gradients:
+        match part.expr:
+            case Apply(fn, arg):
+                first, second = self.values(arg, shape, positions)
+                slopes = value_and_derivative(fn, first)[1], value_and_derivative(fn, second)[1]
+                inner = self.gradients(arg, shape, positions)
+                return {leaf: (slopes[0] * d[0], slopes[1] * d[1]) for leaf, d in inner.items()}
+            case Sum(terms):
+                one = torch.ones((), dtype=torch.float64)
+                return _added([((w * one, w * one), self.gradients(t, shape, positions)) for w, t in terms])
+            case Product(left, right):
+                u, v = self.values(left, shape, positions), self.values(right, shape, positions)
+                inner_u, inner_v = self.gradients(left, shape, positions), self.gradients(right, shape, positions)
+                return _added([(v, inner_u), (u, inner_v)])
+            case _:
+                first, second = self.values(part, shape, positions)
+                return {part: (torch.ones_like(first), torch.ones_like(second))}
+
+
+def _added(terms: list[tuple[tuple[Tensor, Tensor], Gradients]]) -> Gradients:
+    total: Gradients = {}
+    for (first, second), inner in terms:
+        for leaf, d in inner.items():
+            before = total.get(leaf, (torch.zeros(()), torch.zeros(())))
+            total[leaf] = (before[0] + first * d[0], before[1] + second * d[1])
+    return total

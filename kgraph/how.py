@@ -1,0 +1,37 @@
+"""How a number was obtained: every row of a report says it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LEVELS = ("exact", "quadrature", "sampled", "assumed")
+
+
+@dataclass(frozen=True)
+class How:
+    """``exact`` < ``quadrature`` < ``sampled`` (with its standard error) < ``assumed`` (with the reason)."""
+
+    level: int = 0
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return LEVELS[self.level]
+
+    def __or__(self, other: How) -> How:
+        """The less certain of the two."""
+        return other if other.level > self.level else self
+
+
+EXACT = How(0)
+QUADRATURE = How(1)
+
+
+def sampled(standard_error: float) -> How:
+    """Measured on draws; relative standard error of the q value."""
+    return How(2, f"+-{standard_error:.1e}")
+
+
+def assumed(reason: str) -> How:
+    """Right only if ``reason`` holds."""
+    return How(3, reason)

@@ -1,0 +1,224 @@
+"""The value that flows through the graph: a kernel per group of channels.
+
+Every tensor has, over pairs of inputs (a, b) and pairs of positions (i, j), averaged over channels and over
+the random parameters, a second moment ``cov = E[v_a(i) v_b(j)]``. Under the *exchangeable* position model two
+numbers stand for all position pairs: the same position (index SAME) and two different ones (index DIFF).
+
+Pairs of inputs are rows. `Pairs` names the special ones: the pair (a, a), whose second moment is the q value,
+and the background pair, two unrelated members of a batch (what BatchNorm subtracts).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kgraph.how import EXACT, How
+from kgraph.maps import Pointwise
+
+SAME, DIFF = 0, 1
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Probe pairs: inputs with q = 1 and a set cosine.
+
+    Rows: one per cosine in ``cosines``, then c = 1, then (a, a), then the background pair.
+    """
+
+    cosines: tuple[float, ...] = (0.0, 0.5, 0.9)
+    data_cosine: float = 0.0
+
+    UNIT, SELF, BACKGROUND = -3, -2, -1
+
+    @property
+    def inputs(self) -> Tensor:
+        """Input cosine of every row, shape [P]."""
+        return torch.tensor([*self.cosines, 1.0, 1.0, self.data_cosine], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Root:
+    """A random parameter, perhaps cut to a range of its output channels: (axis label, from, to)."""
+
+    name: str
+    cuts: tuple[tuple[str, int, int], ...] = ()
+
+    def disjoint(self, other: Root) -> bool:
+        """Whether the two name different random numbers."""
+        if self.name != other.name:
+            return True
+        mine = dict((label, (low, high)) for label, low, high in self.cuts)
+        for label, low, high in other.cuts:
+            if label in mine and (mine[label][1] <= low or high <= mine[label][0]):
+                return True
+        return False
+
+
+@dataclass(frozen=True)
+class Apply:
+    """The part is ``fn`` of another part, entry by entry."""
+
+    fn: Pointwise
+    arg: Part
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The part is ``sum_i weight_i * term_i``."""
+
+    terms: tuple[tuple[float, Part], ...]
+
+
+@dataclass(frozen=True)
+class Product:
+    """The part is the entrywise product of two parts."""
+
+    left: Part
+    right: Part
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """The part's law is known by draws only: ``first[S]`` at input a, ``second[P, 2, S]`` at input b."""
+
+    first: Tensor
+    second: Tensor
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """The part is Gaussian with its own mean and covariance (the output of an affine layer)."""
+
+
+Expr = Gaussian | Apply | Sum | Product | Samples
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Kernel of one group of channels.
+
+    Attributes:
+        size: number of channels it stands for.
+        cov: E[v_a(i) v_b(j)], shape [P, 2] (input pairs x same / different position).
+        slope: d cov / d (input cosine), same shape.
+        ntk: NTK block, same shape.
+        mean: E[v], a number (all probe inputs are alike).
+        roots: random parameters whose output this is a pointwise function of.
+        expr: how the entries are made from Gaussian ones.
+        how: how the numbers were obtained.
+    """
+
+    size: int
+    cov: Tensor
+    slope: Tensor
+    ntk: Tensor
+    mean: float = 0.0
+    roots: frozenset[Root] = frozenset()
+    expr: Expr = field(default_factory=Gaussian)
+    how: How = EXACT
+
+    @property
+    def q(self) -> Tensor:
+        """E[v_a(i)^2], a 0-d tensor."""
+        return self.cov[Pairs.SELF, SAME]
+
+    @cached_property
+    def gaussian(self) -> bool:
+        """Whether the entries are jointly Gaussian."""
+        if isinstance(self.expr, Sum):
+            return all(term.gaussian for _, term in self.expr.terms)
+        return isinstance(self.expr, Gaussian)
+
+    def independent(self, other: Part) -> bool:
+        """Whether the two share no random parameter."""
+        return all(mine.disjoint(theirs) for mine in self.roots for theirs in other.roots)
+
+    def position_mean(self, positions: int) -> Tensor:
+        """Kernel averaged over all pairs of ``positions`` positions, shape [P]."""
+        return self.cov[:, SAME] / positions + self.cov[:, DIFF] * (1 - 1 / positions)
+
+
+Factor = tuple[str, int]
+"""A factor of a tensor dimension: its role ("b" batch, "c" channel, "p" position) and size."""
+
+Axes = tuple[tuple[Factor, ...], ...]
+"""For every dimension of the tensor, the factors it is made of, outermost first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """Kernel of a tensor: its channel groups, and what its dimensions mean.
+
+    Attributes:
+        parts: channel groups in order along ``split``.
+        axes: factors of every dimension.
+        split: index of the dimension along which the parts lie (None when there is one part).
+    """
+
+    parts: tuple[Part, ...]
+    axes: Axes
+    split: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(_product(size for _, size in axis) for axis in self.axes)
+
+    @property
+    def channels(self) -> int:
+        return sum(part.size for part in self.parts)
+
+    @property
+    def positions(self) -> int:
+        return _product(size for axis in self.axes for role, size in axis if role == "p")
+
+    @cached_property
+    def merged(self) -> Part:
+        """All channel groups averaged into one (a mixture; its law is that of the parts)."""
+        if len(self.parts) == 1:
+            return self.parts[0]
+        return merge(self.parts)
+
+    @property
+    def how(self) -> How:
+        return max((part.how for part in self.parts), key=lambda how: how.level)
+
+    def with_parts(self, *parts: Part) -> Kernel:
+        return replace(self, parts=parts, split=self.split if len(parts) > 1 else None)
+
+    def one(self) -> Kernel:
+        """The same kernel with its channel groups averaged."""
+        return replace(self, parts=(self.merged,), split=None)
+
+
+def merge(parts: tuple[Part, ...]) -> Part:
+    """Channel-weighted average of several groups.
+
+    The law of a mixture is not that of any one group; the result is described as Gaussian, which is exact for
+    whatever only reads second moments (affine layers, norms) and marked as assumed where it is not.
+    """
+    total = sum(part.size for part in parts)
+    shares = [part.size / total for part in parts]
+
+    def average(name: str) -> Tensor:
+        return torch.stack([share * getattr(part, name) for share, part in zip(shares, parts, strict=True)]).sum(0)
+
+    return Part(
+        size=total,
+        cov=average("cov"),
+        slope=average("slope"),
+        ntk=average("ntk"),
+        mean=sum(share * part.mean for share, part in zip(shares, parts, strict=True)),
+        roots=frozenset().union(*(part.roots for part in parts)),
+        how=max((part.how for part in parts), key=lambda how: how.level),
+    )
+
+
+def _product(sizes: object) -> int:
+    result = 1
+    for size in sizes:  # type: ignore[attr-defined]
+        result *= size
+    return result

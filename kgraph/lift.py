@@ -1,0 +1,222 @@
+"""Emission: turn the flat graph back into a module built from the user's own submodules.
+
+A group of nodes that came from one call of a leaf module, still untouched, with one tensor in and one out,
+becomes a call of that module. What stays functional and depended on ``training`` is driven by a small flag
+module, so that ``train()`` and ``eval()`` work. State-dict keys of surviving parameters do not change.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from kgraph.canonical import aten, is_effect
+from kgraph.site import site_of
+from kgraph.switches import DeviceAnchor, TrainingSwitch
+
+SWITCH, ANCHOR = "_kgraph_switch", "_kgraph_anchor"
+
+
+class EmittedModule(fx.GraphModule):
+    """The standard module kgraph emits: a GraphModule over the user's submodules.
+
+    ``module.kgraph`` is what the transform recorded (None for a plain emission).
+    """
+
+    @property
+    def kgraph(self) -> Any:
+        return self.meta.get("kgraph")
+
+    def __reduce__(self) -> Any:
+        rebuild, arguments = super().__reduce__()
+        return _revive, (rebuild, arguments, self.meta.get("kgraph"))
+
+
+def _revive(rebuild: Any, arguments: tuple[Any, ...], record: Any) -> EmittedModule:
+    plain = rebuild(*arguments)
+    module = EmittedModule(plain, plain.graph, type(plain).__name__)
+    _keep_persistence(plain, module)
+    module.training = plain.training
+    module.meta["kgraph"] = record
+    return module
+
+
+def emit(flat: fx.GraphModule, root: nn.Module, *, name: str | None = None, lift: bool = True) -> EmittedModule:
+    """Emit ``flat`` (whose parameters are ``root``'s) as a standard module.
+
+    Args:
+        flat: a captured, perhaps rewritten graph.
+        root: the module that owns the parameters and submodules the graph names.
+        name: class name of the result; that of ``root`` by default.
+        lift: put the user's leaf modules back; False leaves every operation functional.
+    """
+    graph = _bare_copy(flat.graph)
+    if lift:
+        for nodes in _groups(graph).values():
+            _lift_group(graph, nodes, root)
+    helpers: dict[str, nn.Module] = {}
+    _drive_training_flags(graph, helpers)
+    _follow_device(graph, helpers)
+    graph.eliminate_dead_code(is_impure_node=is_effect)
+    _drop_orphan_counters(graph)
+    graph.lint()
+    for node in graph.nodes:
+        node.meta = {}
+    module = EmittedModule(_attributes(graph, flat, root, helpers), graph, name or type(root).__name__)
+    _keep_persistence(root, module)
+    _keep_tied_names(root, module)
+    module.training = root.training
+    return module
+
+
+def _attributes(graph: fx.Graph, flat: nn.Module, root: nn.Module, helpers: dict[str, nn.Module]) -> dict[str, Any]:
+    """The object behind every name in the graph: a helper, the user's own, or a constant of the graph."""
+    targets = {str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")}
+    return {target: helpers.get(target) or _find(root, target, flat) for target in targets}
+
+
+def _find(root: nn.Module, target: str, flat: nn.Module) -> Any:
+    for owner in (root, flat):
+        value: Any = owner
+        for part in target.split("."):
+            value = getattr(value, part, None)
+        if value is not None:
+            return value
+    raise AttributeError(target)
+
+
+def _add_helper(helpers: dict[str, nn.Module], prefix: str, module: nn.Module) -> str:
+    name = f"{prefix}_{len(helpers)}"
+    helpers[name] = module
+    return name
+
+
+def _bare_copy(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph()  # without export's tracer class, which does not unpickle
+    copies: dict[fx.Node, fx.Node] = {}
+    output = copy.graph_copy(graph, copies)
+    for old, new in copies.items():
+        new.meta = dict(old.meta)
+    copy.output(output)
+    copy._codegen = graph._codegen
+    return copy
+
+
+def _groups(graph: fx.Graph) -> dict[tuple[str, int], list[fx.Node]]:
+    """Nodes of each leaf-module call: nobody else's site lies inside that module call."""
+    groups: dict[tuple[str, int], list[fx.Node]] = defaultdict(list)
+    containers: set[str] = set()
+    for node in graph.nodes:
+        if node.op == "call_function" and "site" in node.meta:
+            site = site_of(node)
+            groups[site.key].append(node)
+            containers.update(site.ancestors)
+    return {key: nodes for key, nodes in groups.items() if key[0] and key[0] not in containers}
+
+
+def _lift_group(graph: fx.Graph, nodes: list[fx.Node], root: nn.Module) -> None:
+    site = site_of(nodes[0])
+    module = root.get_submodule(site.path)
+    inside = set(nodes)
+    if not _calls_with_one_tensor(module) or any(n.meta.get("group_size") != len(nodes) for n in nodes):
+        return
+    outputs = [n for n in nodes if any(user not in inside for user in n.users)]
+    own = {f"{site.path}.{name}" for name, _ in module.named_parameters(recurse=False)}
+    own |= {f"{site.path}.{name}" for name, _ in module.named_buffers(recurse=False)}
+    inputs = {arg for n in nodes for arg in n.all_input_nodes if arg not in inside}
+    foreign = [n for n in inputs if not (n.op == "get_attr" and n.target in own) and not _is_size(n)]
+    if len(outputs) != 1 or len(foreign) != 1 or foreign[0].op == "get_attr":
+        return
+    with graph.inserting_before(outputs[0]):
+        call = graph.call_module(site.path, (foreign[0],))
+    call.meta = dict(outputs[0].meta)
+    outputs[0].replace_all_uses_with(call)
+    for node in reversed(nodes):
+        graph.erase_node(node)
+
+
+def _is_size(node: fx.Node) -> bool:
+    return not isinstance(node.meta.get("val"), Tensor) and node.op == "call_function"
+
+
+def _calls_with_one_tensor(module: nn.Module) -> bool:
+    if next(module.children(), None) is not None:
+        return False
+    parameters = inspect.signature(module.forward).parameters.values()
+    required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(required) == 1
+
+
+def _drive_training_flags(graph: fx.Graph, helpers: dict[str, nn.Module]) -> None:
+    """Functional dropout, batch norm and attention dropout follow ``module.training``."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.meta.get("weight_only"):
+            continue
+        if node.target in (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default):
+            _switch(graph, node, 2, node.args[2], False, helpers)
+        elif node.target is aten.batch_norm.default and node.args[5] and node.args[3] is not None:
+            _switch(graph, node, 5, True, False, helpers)
+        elif node.target is aten.scaled_dot_product_attention.default and len(node.args) > 4 and node.args[4]:
+            _switch(graph, node, 4, node.args[4], 0.0, helpers)
+
+
+def _switch(graph: fx.Graph, node: fx.Node, index: int, train: Any, evaluate: Any, helpers: dict[str, nn.Module]) -> None:
+    if train == evaluate:
+        return
+    name = _add_helper(helpers, SWITCH, TrainingSwitch(train, evaluate))
+    with graph.inserting_before(node):
+        flag = graph.call_module(name)
+    node.update_arg(index, flag)
+
+
+def _follow_device(graph: fx.Graph, helpers: dict[str, nn.Module]) -> None:
+    """A baked ``device=`` constant would keep part of the model behind when it moves."""
+    baked = [n for n in graph.nodes if isinstance(n.kwargs.get("device"), torch.device)]
+    if not baked:
+        return
+    name = _add_helper(helpers, ANCHOR, DeviceAnchor(baked[0].kwargs["device"]))
+    first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+    with graph.inserting_before(first):
+        device = graph.call_module(name)
+    for node in baked:
+        node.kwargs = {**node.kwargs, "device": device}
+
+
+def _drop_orphan_counters(graph: fx.Graph) -> None:
+    """A batch norm's step counter means nothing once its batch norm is gone."""
+    live = {site_of(n).key for n in graph.nodes if n.target is aten.batch_norm.default}
+    for node in list(graph.nodes):
+        target = node.args[0] if node.target is aten.add_.Tensor else None
+        counter = isinstance(target, fx.Node) and str(target.target).endswith("num_batches_tracked")
+        if counter and site_of(node).key not in live:
+            graph.erase_node(node)
+    graph.eliminate_dead_code(is_impure_node=is_effect)
+
+
+def _keep_persistence(root: nn.Module, module: nn.Module) -> None:
+    """GraphModule copies every buffer as persistent; restore the user's choice."""
+    persistent = set(root.state_dict(keep_vars=True))
+    for name, _ in list(module.named_buffers(remove_duplicate=False)):
+        if name not in persistent:
+            owner, _, field = name.rpartition(".")
+            module.get_submodule(owner)._non_persistent_buffers_set.add(field)
+
+
+def _keep_tied_names(root: nn.Module, module: nn.Module) -> None:
+    """A tied parameter keeps every name it had, so that the original's state dict loads strictly."""
+    kept = {id(p): name for name, p in module.named_parameters()}
+    present = dict(module.named_parameters(remove_duplicate=False))
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        if name in present or id(parameter) not in kept:
+            continue
+        owner = module
+        path, _, field = name.rpartition(".")
+        for part in filter(None, path.split(".")):
+            if part not in dict(owner.named_children()):
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        owner.register_parameter(field, parameter)

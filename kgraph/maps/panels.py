@@ -1,0 +1,170 @@
+"""Find where a pointwise function has to be cut: its kinks, and the places where it is sharp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kgraph.errors import InputError
+from kgraph.maps.quadrature import Function, Plan, gaussian_rule, jets, value_and_slope
+
+_CELLS = 4001
+_SMALLEST_JUMP = 1e-11
+"""A jump below this share of the function's largest value is rounding, or does not matter."""
+_TOLERANCE = 1e-11
+_PANEL = 4.25
+_SPANS = (8.5, 12.75, 17.0, 25.5, 38.25)
+"""Half ranges tried, in standard deviations: 8.5 unless the function grows exponentially."""
+
+
+def find_kinks(fn: Function, reach: float) -> Tensor:
+    """Points in [-reach, reach] where phi, phi' or phi'' jumps, sorted.
+
+    Every cell of a fine grid is halved, keeping the half over which the quantity changes more. Over a smooth
+    place the change halves with the cell; over a jump it stays. What stays down to the last bit is a kink.
+    A narrower feature than a cell (reach / 2000) that hides two kinks is left to the adaptive panels.
+    """
+    # Off-centre ends: no grid point falls on 0, 1, 3 or 6, where activations have their kinks.
+    grid = torch.linspace(-reach * 1.0037, reach * 1.0071, _CELLS, dtype=torch.float64)
+    values = _finite_jets(fn, grid)
+    floor = _SMALLEST_JUMP * values.abs().amax(dim=1)
+    order = torch.arange(3).repeat_interleave(_CELLS - 1)
+    low, high = grid[:-1].repeat(3), grid[1:].repeat(3)
+    at_low, at_high = values[:, :-1].reshape(-1), values[:, 1:].reshape(-1)
+    start = (at_high - at_low).abs()
+    for steps in (6, 12, 34):
+        low, high, at_low, at_high = _bisect(fn, order, low, high, at_low, at_high, steps)
+        change = (at_high - at_low).abs()
+        keep = (change > start * 2.0 ** (2 - steps)) & (change > floor[order])
+        order, low, high, start = order[keep], low[keep], high[keep], change[keep]
+        at_low, at_high = at_low[keep], at_high[keep]
+    points = (low + high) / 2
+    return _distinct(torch.where(points.abs() < 1e-15 * reach, 0.0, points), 1e-12 * reach)
+
+
+def _finite_jets(fn: Function, z: Tensor) -> Tensor:
+    # An infinite derivative at a single point (sqrt|u| at 0) is no jump; panels shrink towards it instead.
+    return torch.nan_to_num(jets(fn, z), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _bisect(
+    fn: Function, order: Tensor, low: Tensor, high: Tensor, at_low: Tensor, at_high: Tensor, steps: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = torch.arange(len(order))
+    for _ in range(steps if len(order) else 0):
+        middle = (low + high) / 2
+        at_middle = _finite_jets(fn, middle)[order, rows]
+        left = (at_middle - at_low).abs() > (at_high - at_middle).abs()
+        low, at_low = torch.where(left, low, middle), torch.where(left, at_low, at_middle)
+        high, at_high = torch.where(left, middle, high), torch.where(left, at_middle, at_high)
+    return low, high, at_low, at_high
+
+
+def _distinct(points: Tensor, gap: float) -> Tensor:
+    points = points.sort().values
+    keep = torch.ones(len(points), dtype=torch.bool)
+    keep[1:] = points.diff() > gap
+    return points[keep]
+
+
+def make_plan(fn: Function, kinks: Callable[[float], Tensor], scale: float) -> Plan:
+    """Panels that integrate phi^2 and phi'^2 under N(0, scale^2) to about 1e-11 relative.
+
+    Args:
+        kinks: ``reach -> kinks in [-reach, reach]``.
+        scale: standard deviation of the widest Gaussian the plan must serve.
+
+    Raises:
+        InputError: phi is not finite, or has no finite Gaussian second moment.
+    """
+    span = _span(fn, scale)
+    inside = kinks(span * scale)
+    inside = inside[inside.abs() < span * scale]
+    fewest = round(2 * span / _PANEL)
+    for panels in (fewest - 1, fewest, *((6, 8, 12) if len(inside) == 0 else ())):
+        base = torch.linspace(-span, span, panels + 1, dtype=torch.float64)
+        if not any(_unresolved(fn, grid, inside / scale, scale) for grid in _shifts(base)):
+            return Plan(base, inside, torch.zeros(0, dtype=torch.float64))
+    base = torch.linspace(-span, span, fewest + 1, dtype=torch.float64)
+    cuts = inside / scale
+    for grid in _shifts(base):
+        cuts = torch.cat([cuts, _refine(fn, grid, cuts, scale)])
+    return Plan(base, inside, cuts[len(inside) :].sort().values * scale)
+
+
+def _shifts(base: Tensor) -> tuple[Tensor, Tensor]:
+    """The panels, and the panels moved by half their width: inner panels lie anywhere along phi."""
+    return base, torch.cat([base[:1], (base[:-1] + base[1:]) / 2, base[-1:]])
+
+
+def _span(fn: Function, scale: float) -> float:
+    for span in _SPANS:
+        x, weight = gaussian_rule(torch.linspace(-span, span, 4 * int(span), dtype=torch.float64))
+        mass = weight * torch.stack(value_and_slope(fn, scale * x)) ** 2
+        if not torch.isfinite(mass).all():
+            break
+        ends = x.abs() > 0.9 * span
+        if (mass[:, ends].sum(1) <= 1e-11 * mass.sum(1)).all():
+            return span
+    raise InputError(
+        f"A function or its derivative is not finite, or not square integrable, for q = {scale**2:g}",
+        hint="Check its domain, or let this operation be sampled",
+    )
+
+
+def _panels(grid: Tensor, cuts: Tensor) -> Tensor:
+    """``[panels, 2]``: ends of the panels between grid points and cuts, empty ones left out."""
+    edges = torch.cat([grid, cuts]).unique()
+    return torch.stack([edges[:-1], edges[1:]], dim=-1)
+
+
+def _bad(fn: Function, panels: Tensor, scale: float, allowed: Tensor) -> Tensor:
+    """Panels over which one rule and the rule on both halves disagree."""
+    halves = torch.stack([panels[:, 0], panels.mean(1), panels[:, 1]], dim=-1)
+    x, weight = gaussian_rule(halves)
+    split = _mass(fn, x, weight, scale)
+    x, weight = gaussian_rule(panels)
+    return ((_mass(fn, x, weight, scale) - split).abs() > allowed).any(0)
+
+
+def _unresolved(fn: Function, grid: Tensor, cuts: Tensor, scale: float) -> bool:
+    panels = _panels(grid, cuts)
+    return bool(_bad(fn, panels, scale, _allowed(fn, panels, scale)).any())
+
+
+def _allowed(fn: Function, panels: Tensor, scale: float) -> Tensor:
+    """``[6, 1]``: the error allowed on a panel, as a share of E[phi^2] and E[phi'^2] and of their roots."""
+    total = _mass(fn, *gaussian_rule(panels), scale)[:2].sum(1, keepdim=True)
+    return _TOLERANCE * torch.cat([total, total, total.sqrt()])
+
+
+def _mass(fn: Function, x: Tensor, weight: Tensor, scale: float) -> Tensor:
+    """``[6, panels]``: integrals of f^2, x f^2 and f, for f = phi and phi'.
+
+    f^2 sets the scale; the other two see what squaring (|u|^3) or symmetry (a sine) hides.
+    """
+    f = torch.stack(value_and_slope(fn, scale * x))
+    return torch.cat([weight * f * f, weight * x * f * f, weight * f]).sum(-1)
+
+
+def _refine(fn: Function, grid: Tensor, cuts: Tensor, scale: float) -> Tensor:
+    """Halve unresolved panels until none is left: their ends and middles, without cuts already made."""
+    panels = _panels(grid, cuts)
+    allowed = _allowed(fn, panels, scale)
+    found = []
+    for _ in range(44):
+        panels = panels[_bad(fn, panels, scale, allowed)]
+        if len(panels) == 0:
+            points = torch.cat(found).unique() if found else grid[:0]
+            return points[~torch.isin(points, torch.cat([cuts, grid[[0, -1]]]))]
+        middles = panels.mean(1)
+        found.append(torch.cat([panels.flatten(), middles]))
+        panels = torch.cat(
+            [torch.stack([panels[:, 0], middles], -1), torch.stack([middles, panels[:, 1]], -1)]
+        )
+    raise InputError(
+        "The Gaussian integral of a pointwise function or of its squared derivative does not converge",
+        hint="Its derivative may be infinite somewhere; let this operation be sampled",
+    )

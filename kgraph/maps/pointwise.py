@@ -1,0 +1,164 @@
+"""`Pointwise`: an elementwise function with its Gaussian integrals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kgraph.errors import InputError
+from kgraph.maps import quadrature
+from kgraph.maps.closed import ClosedForm, correlation
+from kgraph.maps.panels import find_kinks, make_plan
+from kgraph.maps.quadrature import Function, Plan
+
+_SMALLEST_REACH = 16.0
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """The pointwise function this one is an affine transform of: kinks are found once, for the origin."""
+
+    base: Pointwise
+    input_scale: float
+    input_shift: float
+
+
+@dataclass(frozen=True, eq=False)
+class Pointwise:
+    """An elementwise map ``phi`` and the integrals that make up its local Q and C maps.
+
+    Args:
+        fn: Tensor -> Tensor of the same shape, elementwise, differentiable by autodiff almost everywhere,
+            able to take float64.
+        closed: its closed form, if one is known; else the function itself is integrated, to 1e-9
+            relative or better.
+
+    Not safe for concurrent first use: kinks and panels are computed when first needed, and kept.
+    """
+
+    fn: Function
+    closed: ClosedForm | None = None
+    _origin: _Origin | None = field(default=None, repr=False)
+    _kinks: dict[float, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _plans: dict[int, Plan] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def how(self) -> Literal["exact", "quadrature"]:
+        """How the integrals are obtained."""
+        return "quadrature" if self.closed is None else "exact"
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.fn(z)
+
+    def dual(self, q1: Tensor, q2: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+        """``(E[phi(z1) phi(z2)], E[phi'(z1) phi'(z2)])`` for ``(z1, z2) ~ N(0, [[q1, cov], [cov, q2]])``.
+
+        Arguments broadcast; |cov| is clipped to sqrt(q1 q2). Where a q is 0, z is the constant 0 and
+        phi'(0) is autodiff's. Derivatives are taken almost everywhere: a jump of phi adds
+        nothing to ``E[phi' phi']``.
+        """
+        q1, q2, cov = torch.broadcast_tensors(
+            *(torch.as_tensor(t, dtype=torch.float64) for t in (q1, q2, cov))
+        )
+        _check_q(q1)
+        _check_q(q2)
+        if self.closed is None:
+            return self._integrate(q1, q2, cov)
+        value, slope = self.closed.dual(q1, q2, cov)
+        at_zero = (q1 == 0) | (q2 == 0)
+        if at_zero.any():
+            value, slope = value.clone(), slope.clone()
+            value[at_zero], slope[at_zero] = self._integrate(q1[at_zero], q2[at_zero], cov[at_zero])
+        return value, slope
+
+    def mean(self, q: Tensor) -> Tensor:
+        """``E[phi(z)]`` for z ~ N(0, q)."""
+        q = torch.as_tensor(q, dtype=torch.float64)
+        _check_q(q)
+        return self._moment(q, 1) if self.closed is None else self.closed.mean(q)
+
+    def second(self, q: Tensor) -> Tensor:
+        """``E[phi(z)^2]`` for z ~ N(0, q): the local Q map."""
+        q = torch.as_tensor(q, dtype=torch.float64)
+        _check_q(q)
+        return self._moment(q, 2) if self.closed is None else self.closed.dual(q, q, q)[0]
+
+    def affine(
+        self,
+        input_scale: float = 1.0,
+        input_shift: float = 0.0,
+        output_shift: float = 0.0,
+        output_scale: float = 1.0,
+    ) -> Pointwise:
+        """``u -> output_scale * (phi(input_scale * u + input_shift) + output_shift)``.
+
+        The closed form is kept when input_shift is 0.
+        """
+        fn = self.fn
+
+        def shaped(u: Tensor) -> Tensor:
+            return output_scale * (fn(input_scale * u + input_shift) + output_shift)
+
+        closed = None
+        if self.closed is not None and input_shift == 0:
+            closed = self.closed.affine(input_scale, output_shift, output_scale)
+        return Pointwise(shaped, closed, _Origin(self, input_scale, input_shift))
+
+    def kinks(self, reach: float = _SMALLEST_REACH) -> Tensor:
+        """Points within at least [-reach, reach] where phi, phi' or phi'' jumps, sorted."""
+        if self._origin is not None:
+            scale, shift = self._origin.input_scale, self._origin.input_shift
+            if scale == 0:
+                return torch.zeros(0, dtype=torch.float64)
+            found = self._origin.base.kinks(abs(scale) * reach + abs(shift))
+            return ((found - shift) / scale).sort().values
+        reach = max(_SMALLEST_REACH, 2.0 ** math.ceil(math.log2(reach)))
+        if reach not in self._kinks:
+            self._kinks[reach] = find_kinks(self.fn, reach)
+        return self._kinks[reach]
+
+    def plan(self, q: float) -> Plan:
+        """Panels good for every variance up to q, found once for each power of two."""
+        return self._plan(_level(torch.tensor(q, dtype=torch.float64)))
+
+    def _plan(self, level: Tensor) -> Plan:
+        key = int(level)
+        if key not in self._plans:
+            self._plans[key] = make_plan(self.fn, self.kinks, 2.0 ** (key / 2))
+        return self._plans[key]
+
+    def _moment(self, q: Tensor, power: int) -> Tensor:
+        flat = q.reshape(-1)
+        out = torch.empty_like(flat)
+        levels = _level(flat)
+        for level in levels.unique():
+            rows = levels == level
+            out[rows] = quadrature.moment(self.fn, self._plan(level), flat[rows], power)
+        return out.reshape(q.shape)
+
+    def _integrate(self, q1: Tensor, q2: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+        _, c, s = correlation(q1, q2, cov)
+        c, s = c.reshape(-1), s.reshape(-1)
+        roots = torch.stack([q1.reshape(-1), q2.reshape(-1)]).sqrt()
+        out = torch.empty(2, len(c), dtype=torch.float64)
+        levels = _level(torch.maximum(q1, q2).reshape(-1))
+        for level in levels.unique():
+            rows = levels == level
+            out[0, rows], out[1, rows] = quadrature.dual(
+                self.fn, self._plan(level), roots[:, rows], c[rows], s[rows]
+            )
+        return out[0].reshape(cov.shape), out[1].reshape(cov.shape)
+
+
+def _level(q: Tensor) -> Tensor:
+    """Smallest whole n with q <= 2^n; q below 2^-40 counts as that (nothing is sharper there)."""
+    return torch.ceil(torch.log2(q.clamp_min(2.0**-40)))
+
+
+def _check_q(q: Tensor) -> None:
+    if not bool((q >= 0).all()) or not bool(torch.isfinite(q).all()):
+        raise InputError("A q value is negative or not finite", hint="q is a second moment: pass q >= 0")

@@ -1,0 +1,266 @@
+"""The walk: every node of a captured graph gets its kernel, in order, from the rules."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from kgraph import draws
+from kgraph.analysis import Analysis, NodeKernel
+from kgraph.canonical import aten, operation_name
+from kgraph.capture import Graph
+from kgraph.errors import InputError
+from kgraph.kernel import DIFF, SAME, Kernel, Pairs, Part
+from kgraph.rules import Context, Sampler, find_rule
+from kgraph.rules.pointwise import is_pointwise, unary
+from kgraph.site import shape_of, site_of
+
+_TOKEN_VIEWS = {
+    aten.reshape.default,
+    aten.view.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.slice.Tensor,
+    aten.expand.default,
+    aten.flatten.using_ints,
+    aten.to.dtype,
+}
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """Values of all nodes after a walk: kernels where random, plain values where known.
+
+    Attributes:
+        values: value of every node.
+        pairs: the input pairs.
+        seconds: time the walk took.
+    """
+
+    values: dict[fx.Node, Any]
+    pairs: Pairs
+    mode: str
+    seconds: float
+
+    def kernels(self) -> dict[fx.Node, Kernel]:
+        """Nodes whose value is one kernel."""
+        return {node: value for node, value in self.values.items() if isinstance(value, Kernel)}
+
+
+def propagate(
+    graph: Graph,
+    *,
+    mode: str = "train",
+    pairs: Pairs | None = None,
+    positions: str = "exchangeable",
+    parametrization: str = "standard",
+) -> Propagation:
+    """Propagate probe pairs through ``graph``.
+
+    Args:
+        graph: a captured model.
+        mode: "train" (batch statistics, dropout) or "eval".
+        pairs: input cosines and the batch's background cosine.
+        positions: position model; "exchangeable".
+        parametrization: of the NTK, "standard" or "ntk".
+
+    Raises:
+        InputError: unknown mode, position model or parametrization.
+    """
+    _check_choice("mode", mode, ("train", "eval"))
+    _check_choice("positions", positions, ("exchangeable",))
+    _check_choice("parametrization", parametrization, ("standard", "ntk"))
+    start = time.perf_counter()
+    draws.restart()
+    walk = _Walk(graph, pairs or Pairs(), mode, parametrization)
+    with torch.no_grad():
+        values = walk.run()
+    return Propagation(values, walk.pairs, mode, time.perf_counter() - start)
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"{name} is {value!r}", hint=f"Choose one of {', '.join(known)}")
+
+
+class _Walk:
+    def __init__(self, graph: Graph, pairs: Pairs, mode: str, parametrization: str) -> None:
+        self.graph, self.pairs, self.mode, self.parametrization = graph, pairs, mode, parametrization
+        self.values: dict[fx.Node, Any] = {}
+        self.tokens: set[fx.Node] = set()
+        self.sampler = Sampler(self.values, graph.module, pairs, mode)
+        leaves, _ = pytree.tree_flatten(graph.inputs)
+        self.inputs = iter(leaves)
+
+    def run(self) -> dict[fx.Node, Any]:
+        for node in self.graph.module.graph.nodes:
+            if node.op == "output":
+                continue
+            self.values[node] = getattr(self, f"_{node.op}")(node)
+        return self.values
+
+    def _placeholder(self, node: fx.Node) -> Any:
+        value = next(self.inputs)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return input_kernel(node, tuple(value.shape), self.pairs)
+        if isinstance(value, Tensor):
+            self.tokens.add(node)
+        return value
+
+    def _get_attr(self, node: fx.Node) -> Any:
+        value: Any = self.graph.module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value.detach() if isinstance(value, Tensor) else value
+
+    def _call_module(self, node: fx.Node) -> Any:
+        module = self.graph.module.get_submodule(str(node.target))
+        args, kwargs = self._arguments(node)
+        if not _random(args, kwargs):
+            return module(*args, **kwargs)
+        context = self._context(node)
+        rule = find_rule(type(module))
+        return rule(context, module, *args, **kwargs) if rule else context.sample()
+
+    def _call_function(self, node: fx.Node) -> Any:
+        args, kwargs = self._arguments(node)
+        target: Any = node.target
+        if target is aten.sym_size.int and isinstance(args[0], Kernel):
+            return args[0].shape[args[1]]
+        if target is aten.embedding.default and self._reads_tokens(node):
+            return find_rule(target)(self._context(node), *args, **kwargs)  # type: ignore[misc]
+        if not _random(args, kwargs):
+            return self._known(node, target, args, kwargs)
+        context = self._context(node)
+        rule = find_rule(target)
+        if rule is not None:
+            return rule(context, *args, **kwargs)
+        if is_pointwise(target) and _one_random(args, kwargs):
+            return unary(context, target, args, kwargs)
+        return context.sample()
+
+    def _known(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:
+        """Nothing random comes in: compute the value itself (but never advance the user's buffers)."""
+        if any(n in self.tokens for n in node.all_input_nodes) and target in _TOKEN_VIEWS:
+            self.tokens.add(node)
+        schema = getattr(target, "_schema", None)
+        if schema is not None and schema.is_mutable and node.args[0].op == "get_attr":
+            return args[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return target(*args, **kwargs)
+
+    def _reads_tokens(self, node: fx.Node) -> bool:
+        return any(n in self.tokens for n in node.all_input_nodes)
+
+    def _arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n])  # type: ignore[return-value]
+
+    def _context(self, node: fx.Node) -> Context:
+        return Context(node, self.mode, self.pairs, self.parametrization, lambda: self.sampler.sample(node))
+
+
+def _random(args: Any, kwargs: Any) -> bool:
+    return any(isinstance(leaf, Kernel) for leaf in pytree.tree_leaves((args, kwargs)))
+
+
+def _one_random(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, (Kernel, Tensor))]
+    return len(tensors) == 1 and any(isinstance(value, Kernel) for value in args)
+
+
+def input_kernel(node: fx.Node, shape: tuple[int, ...], pairs: Pairs) -> Kernel:
+    """Inputs of q = 1 with the set cosines; positions uncorrelated."""
+    c = pairs.inputs
+    cov = torch.stack([c, torch.zeros_like(c)], 1)
+    slope = torch.zeros_like(cov)
+    slope[:, SAME] = 1.0
+    channel = _channel_dim(node, len(shape))
+    axes = tuple(
+        ((("b" if i == 0 else "c" if i == channel else "p"), size),) if size > 1 else () for i, size in enumerate(shape)
+    )
+    return Kernel((Part(shape[channel], cov, slope, torch.zeros_like(cov)),), axes)
+
+
+def _channel_dim(node: fx.Node, dims: int) -> int:
+    """Dimension that the first layer sums over: 1 before a convolution, the last before a linear layer."""
+    seen, queue = {node}, [node]
+    while queue:
+        current = queue.pop(0)
+        name = operation_name(current)
+        if name.startswith(("conv", "batch_norm", "group_norm", "instance_norm")) and dims > 2:
+            return 1
+        if name in ("linear", "addmm", "matmul", "layer_norm", "rms_norm") or dims == 1:
+            return dims - 1
+        queue += [user for user in current.users if user not in seen]
+        seen.update(current.users)
+    return 1 if dims > 1 else 0
+
+
+def summarize(graph: Graph, result: Propagation) -> Analysis:
+    """The rows of a report: one for every node whose value is random."""
+    kernels = result.kernels()
+    depth = _depths(graph.module.graph, kernels)
+    rows = tuple(_row(node, kernel, result.pairs, depth[node], kernels) for node, kernel in kernels.items())
+    output = next(n for n in graph.module.graph.nodes if n.op == "output")
+    final = next((n for n in output.all_input_nodes if n in kernels), None)
+    return Analysis(
+        model=graph.name,
+        mode=result.mode,
+        cosines=result.pairs.cosines,
+        positions="exchangeable",
+        nodes=rows,
+        output=final.name if final is not None else rows[-1].name,
+        seconds=result.seconds,
+        max_slope=None,
+        max_slope_at="",
+        notes=tuple(graph.notes),
+    )
+
+
+def is_nonlinear(node: fx.Node) -> bool:
+    """Whether a node is a nonlinear layer for the purpose of counting depth."""
+    from kgraph.nonlinear import is_activation
+
+    return is_activation(node)
+
+
+def _depths(graph: fx.Graph, kernels: dict[fx.Node, Kernel]) -> dict[fx.Node, int]:
+    depth: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        before = max((depth[n] for n in node.all_input_nodes if n in depth), default=0)
+        depth[node] = before + (node in kernels and is_nonlinear(node))
+    return depth
+
+
+def _row(
+    node: fx.Node, kernel: Kernel, pairs: Pairs, depth: int, kernels: dict[fx.Node, Kernel]
+) -> NodeKernel:
+    part = kernel.merged
+    q = float(part.q)
+    nan = math.nan
+    cosines = tuple(float(part.cov[i, SAME]) / q if q > 0 else nan for i in range(len(pairs.cosines)))
+    places = float(part.cov[Pairs.SELF, DIFF]) / q if q > 0 and kernel.positions > 1 else nan
+    site = site_of(node)
+    return NodeKernel(
+        name=node.name,
+        module=site.path if node.op != "call_module" else str(node.target),
+        op=operation_name(node) if node.op != "placeholder" else "input",
+        shape=shape_of(node) or kernel.shape,
+        source=site.source,
+        depth=depth,
+        q=q,
+        c=cosines,
+        c_positions=places,
+        slope=float(part.slope[Pairs.UNIT, SAME]) / q if q > 0 else nan,
+        mean=part.mean,
+        how=kernel.how.name,
+        note=kernel.how.note,
+        inputs=tuple(n.name for n in node.all_input_nodes if n in kernels),
+    )

@@ -1,0 +1,22 @@
+"""Kernel rules, one file a family of operations. Importing this package fills the table."""
+
+from kgraph.rules import attention, conv, embedding, linear, merge, norm, pointwise, pool, reindex
+from kgraph.rules.sampled import Sampler
+from kgraph.rules.table import Context, find_rule, known_targets, rule
+
+__all__ = [
+    "Context",
+    "Sampler",
+    "attention",
+    "conv",
+    "embedding",
+    "find_rule",
+    "known_targets",
+    "linear",
+    "merge",
+    "norm",
+    "pointwise",
+    "pool",
+    "reindex",
+    "rule",
+]

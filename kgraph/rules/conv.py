@@ -1,0 +1,147 @@
+"""Convolutions: K'(i, j) = sb2 + sum over taps of (fan_in E[W_o^2]) K(s i + d o - p, s j + d o - p).
+
+Under exchangeable positions every tap sees the same two numbers; what the taps' positions add is how often a tap
+falls on padding, which is counted exactly, tap by tap. A transposed convolution is the same with the transposed
+tap relation: a tap reaches one output position in ``stride``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kgraph.canonical import aten
+from kgraph.kernel import DIFF, SAME, Kernel, Part
+from kgraph.rules.linear import Affine, affine_part, bias_moments, without_shared_channels
+from kgraph.rules.table import Context, rule
+
+
+def tap_counts(
+    size_in: int, size_out: int, taps: int, stride: int, padding: int, dilation: int, transposed: bool
+) -> Tensor:
+    """Share of output positions (one axis) at which each tap meets an input position, shape [taps]."""
+    tap = torch.arange(taps) * dilation - padding
+    if transposed:
+        target = torch.arange(size_in)[None] * stride + tap[:, None]
+        hits = (target >= 0) & (target < size_out)
+    else:
+        source = torch.arange(size_out)[None] * stride + tap[:, None]
+        hits = (source >= 0) & (source < size_in)
+    return hits.double().sum(1) / max(size_out, 1)
+
+
+def _outer(factors: Sequence[Tensor]) -> Tensor:
+    result = torch.ones((), dtype=torch.float64)
+    for factor in factors:
+        result = result[..., None] * factor
+    return result
+
+
+def _each(value: object, dims: int) -> list[int]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return [int(v) for v in (values * dims if len(values) == 1 else values)]
+
+
+def _tap_variances(weight: Tensor, transposed: bool, groups: int) -> Tensor:
+    """fan_in-weighted second moment of every tap: (channels per group) * E[W_o^2], shape [k...]."""
+    moments = weight.detach().double().square().mean((0, 1))
+    channels = weight.shape[0] // groups if transposed else weight.shape[1]
+    return channels * moments
+
+
+def _convolve(
+    context: Context,
+    x: Kernel,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: object,
+    padding: object,
+    dilation: object,
+    groups: int,
+    *,
+    transposed: bool = False,
+) -> Kernel:
+    if not isinstance(x, Kernel) or not isinstance(weight, Tensor):
+        return context.sample()
+    dims = weight.ndim - 2
+    strides, dilations = _each(stride, dims), _each(dilation, dims)
+    paddings = _paddings(padding, weight.shape[2:], dilations)
+    sizes_in, sizes_out = x.shape[-dims:], context.shape[-dims:]
+    counts = [
+        tap_counts(sizes_in[i], sizes_out[i], weight.shape[2 + i], strides[i], paddings[i], dilations[i], transposed)
+        for i in range(dims)
+    ]
+    taps, met = _tap_variances(weight, transposed, groups), _outer(counts)
+    same, different = float((taps * met).sum()), float((taps * met.square()).sum())
+    out_channels = context.shape[-dims - 1]
+    sb2, mean = bias_moments(bias)
+    channels = weight.shape[0] // groups if transposed else weight.shape[1]
+    fan_in = max(1, round(channels * float(met.sum())))
+    layer = Affine(1.0, sb2, mean, fan_in, bias is not None, context.argument_name(1))
+    part = x.merged
+    if any(role == "c" for axis in x.axes[-dims:] for role, _ in axis):
+        part = without_shared_channels(part)
+    part = _summed_taps(context, part, layer, same, different, out_channels)
+    batch = x.axes[: -dims - 1]
+    spatial = tuple((("p", size),) if size > 1 else () for size in sizes_out)
+    return Kernel((part,), (*batch, (("c", out_channels),), *spatial))
+
+
+def _summed_taps(context: Context, part: Part, layer: Affine, same: float, different: float, size: int) -> Part:
+    gains = torch.empty(2, dtype=torch.float64)
+    gains[SAME], gains[DIFF] = same, different
+    arriving = replace(part, cov=part.cov * gains, slope=part.slope * gains, ntk=part.ntk * gains)
+    result = affine_part(context, arriving, layer, size)
+    if context.parametrization == "ntk":
+        return result
+    # the gradient by a weight sums inputs, not inputs times weights: fan_in K instead of fan_in (sw2 K)
+    own = layer.fan_in * part.cov + float(layer.has_bias)
+    return replace(result, ntk=own + arriving.ntk)
+
+
+def _paddings(padding: object, taps: Sequence[int], dilations: Sequence[int]) -> list[int]:
+    if padding == "valid":
+        return [0] * len(taps)
+    if padding == "same":  # PyTorch pads the odd one at the end, so the front gets the floor
+        return [dilation * (size - 1) // 2 for size, dilation in zip(taps, dilations, strict=True)]
+    return _each(padding, len(taps))
+
+
+@rule(
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+)
+def conv(
+    context: Context,
+    x: Kernel,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: object = 1,
+    padding: object = 0,
+    dilation: object = 1,
+    groups: int = 1,
+) -> Kernel:
+    return _convolve(context, x, weight, bias, stride, padding, dilation, groups)
+
+
+@rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+def conv_transpose(
+    context: Context,
+    x: Kernel,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: object = 1,
+    padding: object = 0,
+    output_padding: object = 0,
+    groups: int = 1,
+    dilation: object = 1,
+) -> Kernel:
+    del output_padding  # it shows in the result's size, from which taps are counted
+    return _convolve(context, x, weight, bias, stride, padding, dilation, groups, transposed=True)

@@ -1,0 +1,118 @@
+"""Linear layers: K' = sw2 K + sb2, with the weight variances measured on the tensors themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kgraph.canonical import aten
+from kgraph.kernel import DIFF, Axes, Kernel, Part, Root
+from kgraph.rules.table import Context, rule
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Second moments of an affine layer's parameters.
+
+    Attributes:
+        weight: sw2 = fan_in E[W^2], the factor on K.
+        bias: sb2 = E[b^2].
+        bias_mean: E[b].
+        fan_in: inputs of one output unit.
+        root: name of the weight.
+    """
+
+    weight: float
+    bias: float
+    bias_mean: float
+    fan_in: int
+    has_bias: bool
+    root: str
+
+    def ntk_gains(self, parametrization: str) -> tuple[float, float]:
+        """Factors of K and 1 in the NTK's own term: (fan_in, 1) as PyTorch trains, (sw2, sb2) in NTK form."""
+        if parametrization == "ntk":
+            return self.weight, self.bias
+        return float(self.fan_in), float(self.has_bias)
+
+
+def mean_square(tensor: Tensor) -> float:
+    """E[x^2] over all entries, accumulated in float64; a meta tensor has no values and counts as variance 1/fan."""
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)) ** 2 / max(tensor.numel(), 1)
+
+
+def bias_moments(bias: Tensor | None) -> tuple[float, float]:
+    """(E[b^2], E[b])."""
+    if bias is None:
+        return 0.0, 0.0
+    return mean_square(bias), float(bias.detach().double().mean())
+
+
+def affine_part(context: Context, part: Part, layer: Affine, size: int) -> Part:
+    """K' = sw2 K + sb2; T' = g_w K + g_b + sw2 T; a fresh Gaussian, exact at infinite width."""
+    own_weight, own_bias = layer.ntk_gains(context.parametrization)
+    return Part(
+        size=size,
+        cov=layer.weight * part.cov + layer.bias,
+        slope=layer.weight * part.slope,
+        ntk=own_weight * part.cov + own_bias + layer.weight * part.ntk,
+        mean=layer.bias_mean,
+        roots=frozenset({Root(layer.root)}),
+        how=part.how,
+    )
+
+
+def without_shared_channels(part: Part) -> Part:
+    """Channels that stay while positions are summed become positions of their own: K_diff = m^2.
+
+    This is a token-mixing layer: it contracts positions, so what was a channel is now a place.
+    """
+    cov, slope, ntk = part.cov.clone(), part.slope.clone(), part.ntk.clone()
+    cov[:, DIFF], slope[:, DIFF], ntk[:, DIFF] = part.mean**2, 0.0, 0.0
+    return replace(part, cov=cov, slope=slope, ntk=ntk)
+
+
+def contract(context: Context, x: Kernel, dims: tuple[int, ...], layer: Affine, axes: Axes) -> Kernel:
+    """Apply an affine layer that sums over ``dims`` of ``x``; ``axes`` are those of the result."""
+    part = x.merged
+    kept = [factor for i, axis in enumerate(x.axes) if i not in dims for factor in axis]
+    if any(role == "c" for role, _ in kept):
+        part = without_shared_channels(part)
+    size = next((s for axis in axes for role, s in axis if role == "c"), 1)
+    return Kernel((affine_part(context, part, layer, size),), axes)
+
+
+def to_positions(axis: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
+    """Dimensions that a layer does not sum over index positions from here on."""
+    return tuple(("p" if role == "c" else role, size) for role, size in axis)
+
+
+def _last_dim(context: Context, x: Kernel, weight: Tensor, bias: Tensor | None, out: int, index: int) -> Kernel:
+    fan_in = weight.numel() // max(out, 1)
+    sb2, mean = bias_moments(bias)
+    layer = Affine(fan_in * mean_square(weight), sb2, mean, fan_in, bias is not None, context.argument_name(index))
+    axes = (*(to_positions(axis) for axis in x.axes[:-1]), (("c", out),))
+    return contract(context, x, (len(x.axes) - 1,), layer, axes)
+
+
+@rule(aten.linear.default)
+def linear(context: Context, x: Kernel, weight: Tensor, bias: Tensor | None = None) -> Kernel:
+    if not isinstance(x, Kernel) or not isinstance(weight, Tensor):
+        return context.sample()
+    return _last_dim(context, x, weight, bias, weight.shape[0], 1)
+
+
+@rule(aten.addmm.default)
+def addmm(context: Context, bias: Tensor, x: Kernel, weight: Tensor, **scales: float) -> Kernel:
+    if scales or not isinstance(x, Kernel) or not isinstance(weight, Tensor):
+        return context.sample()
+    return _last_dim(context, x, weight, bias, weight.shape[1], 2)
+
+
+@rule(aten.mm.default, aten.matmul.default)
+def matmul(context: Context, x: Kernel | Tensor, weight: Kernel | Tensor) -> Kernel:
+    if isinstance(x, Kernel) and isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
+        return _last_dim(context, x, weight, None, weight.shape[1], 1)
+    return context.sample()

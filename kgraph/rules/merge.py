@@ -1,0 +1,177 @@
+"""Where tensors meet: sums, weighted sums, products, concatenations; and constants met on the way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kgraph import algebra
+from kgraph.alignment import aligned
+from kgraph.canonical import aten
+from kgraph.constants import add_constant, known_part, moments, multiply_constant
+from kgraph.kernel import DIFF, SAME, Axes, Kernel, Part, merge
+from kgraph.modules import WeightedSum
+from kgraph.rules.pointwise import unary
+from kgraph.rules.table import Context, rule
+
+Operand = Kernel | Tensor | float | int
+
+
+@rule(aten.add.Tensor, aten.add.Scalar)
+def add(context: Context, x: Operand, y: Operand, alpha: float = 1.0) -> Kernel:
+    return _sum(context, x, y, 1.0, float(alpha))
+
+
+@rule(aten.sub.Tensor, aten.sub.Scalar)
+def sub(context: Context, x: Operand, y: Operand, alpha: float = 1.0) -> Kernel:
+    return _sum(context, x, y, 1.0, -float(alpha))
+
+
+@rule(aten.rsub.Scalar, aten.rsub.Tensor)
+def rsub(context: Context, x: Operand, y: Operand, alpha: float = 1.0) -> Kernel:
+    return _sum(context, x, y, -float(alpha), 1.0)
+
+
+@rule(aten.neg.default)
+def neg(context: Context, x: Kernel) -> Kernel:
+    return x.with_parts(*(algebra.scale(part, -1.0) for part in x.parts))
+
+
+@rule(WeightedSum)
+def weighted_sum(context: Context, module: WeightedSum, *terms: Kernel) -> Kernel:
+    total, weight = terms[0], module.weights[0]
+    for term, term_weight in zip(terms[1:], module.weights[1:], strict=True):
+        total, weight = _sum(context, total, term, weight, term_weight), 1.0
+    return total
+
+
+def _sum(context: Context, x: Operand, y: Operand, wx: float, wy: float) -> Kernel:
+    if isinstance(x, Kernel) and isinstance(y, Kernel):
+        return _pairwise(context, x, y, lambda u, v: algebra.add(u, v, wx, wy))
+    if isinstance(x, Kernel):
+        return add_constant(_scaled(x, wx), y, wy, _name(context, 1))
+    assert isinstance(y, Kernel)
+    return add_constant(_scaled(y, wy), x, wx, _name(context, 0))
+
+
+def _scaled(x: Kernel, factor: float) -> Kernel:
+    return x.with_parts(*(algebra.scale(part, factor) for part in x.parts))
+
+
+def _name(context: Context, index: int) -> str:
+    return context.argument_name(index)
+
+
+def _pairwise(context: Context, x: Kernel, y: Kernel, combine: Any) -> Kernel:
+    pairs, axes, split = aligned(x, y)
+    if any(algebra.entangled(left, right) for left, right in pairs):
+        return context.sample()
+    parts = tuple(combine(left, right) for left, right in pairs)
+    return Kernel(parts, axes, split if len(parts) > 1 else None)
+
+
+@rule(aten.mul.Tensor, aten.mul.Scalar)
+def mul(context: Context, x: Operand, y: Operand) -> Kernel:
+    if isinstance(x, Kernel) and isinstance(y, Kernel):
+        return _pairwise(context, x, y, algebra.multiply)
+    if isinstance(x, Kernel):
+        return multiply_constant(x, y)
+    assert isinstance(y, Kernel)
+    return multiply_constant(y, x)
+
+
+@rule(aten.div.Tensor, aten.div.Scalar)
+def div(context: Context, x: Operand, y: Operand) -> Kernel:
+    if isinstance(x, Kernel) and not isinstance(y, Kernel):
+        return multiply_constant(x, 1.0 / y)
+    if isinstance(y, Kernel) and isinstance(x, (int, float)):
+        return unary(context, aten.div.Tensor, (torch.tensor(float(x), dtype=torch.float64), y), {})
+    return context.sample()
+
+
+@rule(aten.cat.default, aten.concat.default)
+def cat(context: Context, tensors: list[Kernel | Tensor], dim: int = 0) -> Kernel:
+    dim %= len(context.shape)
+    like = next(t for t in tensors if isinstance(t, Kernel))
+    kernels = [
+        t if isinstance(t, Kernel) else _known(t, like, f"{context.node.name}.{i}") for i, t in enumerate(tensors)
+    ]
+    roles = {role for kernel in kernels for role, _ in kernel.axes[dim]}
+    if roles <= {"c"} or (not roles and _channel_dim(kernels[0]) in (dim, None)):
+        return _cat_channels(kernels, dim)
+    return _cat_positions(kernels, dim)
+
+
+def _known(tensor: Tensor, like: Kernel, name: str) -> Kernel:
+    """A known tensor (a class token) as a kernel of its own, laid out like its neighbour."""
+    axes = tuple(
+        ((axis[0][0] if axis else "p", size),) if size > 1 else ()
+        for axis, size in zip(like.axes, tensor.shape, strict=True)
+    )
+    return Kernel((known_part(like.merged, moments(tensor, axes), name),), axes)
+
+
+def _channel_dim(kernel: Kernel) -> int | None:
+    return next((i for i, axis in enumerate(kernel.axes) for role, _ in axis if role == "c"), None)
+
+
+def _cat_channels(kernels: list[Kernel], dim: int) -> Kernel:
+    parts: list[Part] = []
+    for kernel in kernels:
+        own = kernel.parts if kernel.split in (dim, None) else (kernel.merged,)
+        size = kernel.shape[dim]
+        parts += [replace(own[0], size=size)] if len(own) == 1 else list(own)
+    total = sum(kernel.shape[dim] for kernel in kernels)
+    axes = tuple((("c", total),) if i == dim else axis for i, axis in enumerate(kernels[0].axes))
+    return Kernel(tuple(parts), axes, dim if len(parts) > 1 else None)
+
+
+def _cat_positions(kernels: list[Kernel], dim: int) -> Kernel:
+    """Positions of several tensors side by side: the average over positions, and over pairs of them."""
+    sizes = [kernel.shape[dim] for kernel in kernels]
+    total = sum(sizes)
+    axes = tuple((("p", total),) if i == dim else axis for i, axis in enumerate(kernels[0].axes))
+    parts = [replace(kernel.merged, size=size) for kernel, size in zip(kernels, sizes, strict=True)]
+    mixed = merge(tuple(parts))
+    if _one_law(parts):
+        return Kernel((parts[0],), axes)
+    fields = {name: _across(parts, sizes, name) for name in ("cov", "slope", "ntk")}
+    return Kernel((replace(mixed, size=parts[0].size, **fields),), axes)
+
+
+def _one_law(parts: list[Part]) -> bool:
+    return all(part is parts[0] for part in parts)
+
+
+def _across(parts: list[Part], sizes: list[int], name: str) -> Tensor:
+    total = sum(sizes)
+    field = torch.zeros_like(getattr(parts[0], name))
+    pairs = max(total * (total - 1), 1)
+    for part, size in zip(parts, sizes, strict=True):
+        own = getattr(part, name)
+        field[:, SAME] += own[:, SAME] * size / total
+        field[:, DIFF] += own[:, DIFF] * size * (size - 1) / pairs
+    if name == "cov":  # different tensors are independent; their means are not zero
+        mean = sum(part.mean * size for part, size in zip(parts, sizes, strict=True))
+        squares = sum((part.mean * size) ** 2 for part, size in zip(parts, sizes, strict=True))
+        field[:, DIFF] += (mean**2 - squares) / pairs
+    return field
+
+
+@rule(aten.stack.default)
+def stack(context: Context, tensors: list[Kernel | Tensor], dim: int = 0) -> Kernel:
+    kernels = [t for t in tensors if isinstance(t, Kernel)]
+    if len(kernels) != len(tensors):
+        return context.sample()
+    dim %= len(context.shape)
+    widened: list[Kernel] = []
+    for kernel in kernels:
+        axes: Axes = (*kernel.axes[:dim], (), *kernel.axes[dim:])
+        split = kernel.split if kernel.split is None or kernel.split < dim else kernel.split + 1
+        widened.append(Kernel(kernel.parts, axes, split))
+    return _cat_positions(widened, dim)
+
+

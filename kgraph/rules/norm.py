@@ -1,0 +1,215 @@
+"""Normalization layers: subtract a mean, divide by a standard deviation, then gain and bias.
+
+    K' = gain^2 (K - M) / (q - M_self + eps) + bias^2
+
+with M the second moment of what is subtracted: of the mean over channels (LayerNorm), over a group of channels and
+all positions (GroupNorm, InstanceNorm), over the batch (BatchNorm in train mode), nothing (RMSNorm).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kgraph import algebra
+from kgraph.canonical import aten
+from kgraph.constants import Moments, known_part, moments
+from kgraph.kernel import Kernel, Pairs, Part, merge
+from kgraph.modules import PerLocationNorm
+from kgraph.rules.linear import mean_square
+from kgraph.rules.table import Context, rule
+
+
+def normalized(part: Part, subtracted: Tensor, variance: float, mean: float) -> Part:
+    """(K - M) / variance for every pair; an affine function of the entries where M = mean^2.
+
+    Where the subtracted mean varies from channel to channel (BatchNorm with correlated inputs, InstanceNorm),
+    a Gaussian stays Gaussian; another law is described by its second moments.
+    """
+    inverse = 1.0 / max(variance, 1e-300)
+    plain = algebra.scale(algebra.shift(part, -mean), inverse**0.5)
+    cov = (part.cov - subtracted[:, None]) * inverse
+    fields = {"cov": cov, "slope": part.slope * inverse, "ntk": part.ntk * inverse}
+    if torch.allclose(plain.cov, cov, rtol=1e-12, atol=1e-14):
+        return replace(plain, **fields)
+    return Part(part.size, **fields, mean=0.0, roots=part.roots, how=part.how)
+
+
+def gain_and_bias(context: Context, x: Kernel, weight: Tensor | None, bias: Tensor | None) -> Kernel:
+    """Entrywise gain and bias, measured; both are trained, so the NTK gains K_normalized and 1."""
+    per_part = [_slices(t, x) for t in (weight, bias)]
+    parts = []
+    for index, part in enumerate(x.parts):
+        own_weight, own_bias = (pieces[index] if pieces else None for pieces in per_part)
+        parts.append(_affine(context, part, own_weight, own_bias))
+    return x.with_parts(*parts)
+
+
+def _slices(tensor: Tensor | None, x: Kernel) -> list[Tensor] | None:
+    if tensor is None:
+        return None
+    flat = tensor.detach()
+    sizes = [part.size for part in x.parts]
+    return list(flat.split(sizes)) if len(sizes) > 1 and sum(sizes) == len(flat) else [flat] * len(sizes)
+
+
+def _affine(context: Context, part: Part, weight: Tensor | None, bias: Tensor | None) -> Part:
+    own = torch.zeros_like(part.cov)
+    if weight is not None:
+        own = own + part.cov
+        root_mean_square, mean = mean_square(weight) ** 0.5, float(weight.double().mean())
+        constant = abs(abs(mean) - root_mean_square) <= 1e-9 * root_mean_square
+        scaled = algebra.scale(part, mean if constant else root_mean_square)
+        part = replace(scaled, mean=part.mean * mean)
+    if bias is not None:
+        own = own + 1.0
+        second, mean = mean_square(bias), float(bias.double().mean())
+        if second > 0:
+            term = known_part(part, Moments(mean, second, second, True), f"{context.node.name}.bias")
+            part = algebra.add(part, term)
+    return replace(part, ntk=part.ntk + own)
+
+
+@rule(aten.layer_norm.default)
+def layer_norm(
+    context: Context,
+    x: Kernel,
+    shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: object,
+) -> Kernel:
+    if not isinstance(x, Kernel):
+        return context.sample()
+    roles = {role for axis in x.axes[len(x.axes) - len(shape) :] for role, _ in axis}
+    if "c" not in roles:
+        return context.sample()
+    everything = x.merged
+    others = [axis for axis in x.axes[: len(x.axes) - len(shape)] if any(role == "c" for role, _ in axis)]
+    if others:
+        return context.sample()
+    return _channel_norm(context, x, everything.mean, weight, bias, eps)
+
+
+def _channel_norm(
+    context: Context, x: Kernel, mean: float, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Kernel:
+    """Statistics over so many entries that they are numbers: one mean and one variance for all channel groups."""
+    variance = float(x.merged.q) - mean**2 + eps
+    # what is subtracted is one number for all channels: each group keeps its own mean relative to it
+    parts = [algebra.scale(algebra.shift(part, -mean), max(variance, 1e-300) ** -0.5) for part in x.parts]
+    return gain_and_bias(context, x.with_parts(*parts), weight, bias)
+
+
+@rule(aten.rms_norm.default)
+def rms_norm(
+    context: Context, x: Kernel, shape: list[int], weight: Tensor | None = None, eps: float | None = None
+) -> Kernel:
+    if not isinstance(x, Kernel):
+        return context.sample()
+    q = float(x.merged.q) + (eps or 0.0)
+    parts = [algebra.scale(part, max(q, 1e-300) ** -0.5) for part in x.parts]
+    return gain_and_bias(context, x.with_parts(*parts), weight, None)
+
+
+@rule(PerLocationNorm)
+def per_location_norm(context: Context, module: PerLocationNorm, x: Kernel) -> Kernel:
+    return context.sample() if module.append_constant else rms_norm(context, x, [])
+
+
+@rule(aten.group_norm.default)
+def group_norm(
+    context: Context,
+    x: Kernel,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: object,
+) -> Kernel:
+    if not isinstance(x, Kernel):
+        return context.sample()
+    return gain_and_bias(context, _grouped(x, groups, eps), weight, bias)
+
+
+def _grouped(x: Kernel, groups: int, eps: float) -> Kernel:
+    """Statistics over ``channels / groups`` channels and all positions of one input.
+
+    The mean over g channels and n positions has second moment m^2 + (K_positions - m^2) / g: zero fluctuation for
+    many channels (LayerNorm), the channel's own position mean for one (InstanceNorm).
+    """
+    part = merge(x.parts) if len(x.parts) > 1 else x.parts[0]
+    channels = next((size for axis in x.axes for role, size in axis if role == "c"), 1)
+    per_group = max(channels // groups, 1)
+    averaged = part.position_mean(max(x.positions, 1))
+    subtracted = part.mean**2 + (averaged - part.mean**2) / per_group
+    variance = float(part.q - subtracted[Pairs.SELF]) + eps
+    return x.with_parts(normalized(part, subtracted, variance, part.mean))
+
+
+@rule(aten.instance_norm.default)
+def instance_norm(
+    context: Context,
+    x: Kernel,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *_: object,
+) -> Kernel:
+    if not isinstance(x, Kernel):
+        return context.sample()
+    if running_mean is not None and running_var is not None and context.mode == "eval":
+        return gain_and_bias(context, _by_running_statistics(x, running_mean, running_var, eps), weight, bias)
+    channels = next((size for axis in x.axes for role, size in axis if role == "c"), 1)
+    return gain_and_bias(context, _grouped(x, channels, eps), weight, bias)
+
+
+@rule(aten.batch_norm.default)
+def batch_norm(
+    context: Context,
+    x: Kernel,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *_: object,
+) -> Kernel:
+    if not isinstance(x, Kernel):
+        return context.sample()
+    if running_mean is not None and running_var is not None and (context.mode == "eval" or not training):
+        return gain_and_bias(context, _by_running_statistics(x, running_mean, running_var, eps), weight, bias)
+    return gain_and_bias(context, _by_batch_statistics(x, eps), weight, bias)
+
+
+def _by_running_statistics(x: Kernel, mean: Tensor, variance: Tensor, eps: float) -> Kernel:
+    """The affine map of the stored statistics, (x - mean) / sqrt(variance + eps)."""
+    gain = (variance.double() + eps).rsqrt()
+    gains, shifts = _slices(gain, x) or [], _slices(-mean.double() * gain, x) or []
+    parts = []
+    for part, own_gain, own_shift in zip(x.parts, gains, shifts, strict=True):
+        part = algebra.scale(part, mean_square(own_gain) ** 0.5)
+        offset = moments(own_shift, ((("c", len(own_shift)),),))
+        parts.append(algebra.add(part, known_part(part, offset, "running_mean")) if offset.same else part)
+    return x.with_parts(*parts)
+
+
+def _by_batch_statistics(x: Kernel, eps: float) -> Kernel:
+    """Each channel minus its mean over an infinite batch and all positions: kbar of the background pair."""
+    parts = []
+    for part in x.parts:
+        background = part.position_mean(max(x.positions, 1))[Pairs.BACKGROUND]
+        subtracted = background.expand(part.cov.shape[0])
+        variance = float(part.q - background) + eps
+        parts.append(normalized(part, subtracted, variance, part.mean))
+    return x.with_parts(*parts)
+

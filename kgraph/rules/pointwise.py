@@ -1,0 +1,114 @@
+"""Pointwise functions of one random tensor: any operation PyTorch tags as pointwise, and shaped activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+
+from kgraph import algebra
+from kgraph.canonical import aten
+from kgraph.kernel import Kernel
+from kgraph.maps import Pointwise, closed_form
+from kgraph.modules import FunctionModule, Scale, ShapedActivation
+from kgraph.rules.table import Context, rule
+
+_known: dict[Any, Pointwise] = {}
+
+
+def is_pointwise(target: object) -> bool:
+    """Whether PyTorch itself says that an operation acts entry by entry."""
+    return isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def apply_all(fn: Pointwise, x: Kernel) -> Kernel:
+    """``fn`` on every channel group."""
+    return x.with_parts(*(algebra.apply(fn, part) for part in x.parts))
+
+
+def function_of(target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> Pointwise:
+    """The map u -> target(..., u, ...) with ``u`` in place of argument ``index``; made once per function."""
+    key = (target, args[:index], args[index + 1 :], tuple(sorted(kwargs.items())))
+    if key not in _known:
+
+        def fn(u: Tensor) -> Tensor:
+            return target(*args[:index], u, *args[index + 1 :], **kwargs)
+
+        _known[key] = Pointwise(fn, _closed(target, args[1:], kwargs) if index == 0 else None)
+    return _known[key]
+
+
+def _closed(target: object, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if target is aten.leaky_relu.default:
+        return closed_form("leaky_relu", *(rest or (0.01,)))
+    if target is aten.gelu.default:
+        return closed_form("gelu_exact") if kwargs.get("approximate", "none") == "none" else None
+    if target is aten.pow.Tensor_Scalar and rest and rest[0] in (2, 3):
+        return closed_form("monomial", int(rest[0]))
+    names = {aten.relu.default: "relu", aten.abs.default: "abs", aten.erf.default: "erf"}
+    names |= {aten.sin.default: "sin", aten.cos.default: "cos", aten.square.default: "square"}
+    return closed_form(names[target]) if target in names else None
+
+
+def unary(context: Context, target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kernel:
+    """Any pointwise operation with one random argument and numbers otherwise."""
+    index = next(i for i, value in enumerate(args) if isinstance(value, Kernel))
+    x: Kernel = args[index]
+    return apply_all(function_of(target, args, kwargs, index), x)
+
+
+def pointwise_of_module(module: nn.Module) -> Pointwise:
+    """A parameter-free activation module as a pointwise map, with its closed form where one is known."""
+    key = (type(module), repr(module))
+    if key not in _known or next(module.parameters(), None) is not None:
+        _known[key] = Pointwise(_callable(module), _closed_of_module(module))
+    return _known[key]
+
+
+def _callable(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda u: module(u)
+
+
+def _closed_of_module(module: nn.Module) -> Any:
+    if isinstance(module, FunctionModule) and isinstance(module.function, OpOverload):
+        return _closed(module.function, module.args, module.kwargs)
+    if isinstance(module, nn.LeakyReLU):
+        return closed_form("leaky_relu", module.negative_slope)
+    if isinstance(module, nn.GELU) and module.approximate == "none":
+        return closed_form("gelu_exact")
+    return closed_form("relu") if isinstance(module, nn.ReLU) else None
+
+
+@rule(ShapedActivation)
+def shaped_activation(context: Context, module: ShapedActivation, x: Kernel) -> Kernel:
+    return apply_all(shaped_map(module), x)
+
+
+def shaped_map(module: ShapedActivation) -> Pointwise:
+    """phi_hat of a shaped activation."""
+    constants = (module.input_scale, module.input_shift, module.output_shift, module.output_scale)
+    key = (pointwise_of_module(module.activation), constants)
+    if key not in _known:
+        _known[key] = key[0].affine(*constants)
+    return _known[key]
+
+
+@rule(Scale)
+def scale(context: Context, module: Scale, x: Kernel) -> Kernel:
+    return x.with_parts(*(algebra.scale(part, module.factor) for part in x.parts))
+
+
+@rule(nn.Identity)
+def identity_module(context: Context, module: nn.Identity, x: Kernel) -> Kernel:
+    return x
+
+
+@rule(aten.dropout.default, aten.feature_dropout.default)
+def dropout(context: Context, x: Kernel, p: float, train: bool) -> Kernel:
+    """eval: nothing; train: entries survive with probability 1-p and are divided by it: only (a, a) grows."""
+    if not train or context.mode == "eval" or p == 0:
+        return x
+    return x.with_parts(*(algebra.drop(part, p) for part in x.parts))

@@ -1,0 +1,277 @@
+"""Operations that only move entries: the kernel stays, its dimensions change meaning.
+
+Each dimension is a list of factors (role, size), so that heads, windows and patches survive reshapes. Positions
+that are flattened into channels are averaged over from then on: only the same-position covariance remains.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from kgraph.algebra import slice_part
+from kgraph.canonical import aten
+from kgraph.kernel import Axes, Factor, Kernel, Part
+from kgraph.rules.table import Context, rule
+
+aten_view = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.reshape_as.default)
+
+
+def factors_of(axes: Axes) -> list[Factor]:
+    return [factor for axis in axes for factor in axis if factor[1] > 1]
+
+
+def regroup(axes: Axes, shape: tuple[int, ...]) -> Axes | None:
+    """Factors of every dimension after a reshape; factors are split where the new sizes ask for it."""
+    pending = factors_of(axes)[::-1]
+    result: list[tuple[Factor, ...]] = []
+    for size in shape:
+        taken: list[Factor] = []
+        while size > 1:
+            if not pending:
+                return None
+            role, available = pending.pop()
+            if size % available == 0:
+                taken.append((role, available))
+                size //= available
+            elif available % size == 0:
+                taken.append((role, size))
+                pending.append((role, available // size))
+                size = 1
+            else:
+                return None
+        result.append(tuple(taken))
+    return tuple(result) if not pending else None
+
+
+def mixed_to_channels(axes: Axes) -> Axes:
+    """A dimension made of positions and channels is a dimension of channels: what reads it sums over both."""
+    return tuple(
+        tuple(("c" if role == "p" else role, size) for role, size in axis)
+        if {"p", "c"} <= {role for role, _ in axis}
+        else axis
+        for axis in axes
+    )
+
+
+def _moved(x: Kernel, axes: Axes) -> Kernel:
+    """Same parts under other axes, if the dimension they lie along is still whole; else their average."""
+    if x.split is None:
+        return replace(x, axes=axes)
+    whole = x.axes[x.split]
+    new = [i for i, axis in enumerate(axes) if axis == whole]
+    if len(new) == 1 and sum(axis == whole for axis in x.axes) == 1:
+        return replace(x, axes=axes, split=new[0])
+    return replace(x.one(), axes=axes)
+
+
+@rule(*aten_view, aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.dim, aten.squeeze.default)
+@rule(aten.squeeze.dims, aten.unsqueeze.default, aten.ravel.default, aten.view_as.default)
+def reshape(context: Context, x: Kernel, *_: object) -> Kernel:
+    axes = regroup(x.axes, context.shape)
+    if axes is None:
+        return context.sample()
+    return _moved(x, mixed_to_channels(axes))
+
+
+@rule(aten.permute.default)
+def permute(context: Context, x: Kernel, dims: Sequence[int]) -> Kernel:
+    order = [d % len(x.axes) for d in dims]
+    split = order.index(x.split) if x.split is not None else None
+    return replace(x, axes=tuple(x.axes[d] for d in order), split=split)
+
+
+@rule(aten.transpose.int, aten.swapaxes.default)
+def transpose(context: Context, x: Kernel, first: int, second: int) -> Kernel:
+    order = list(range(len(x.axes)))
+    first, second = first % len(order), second % len(order)
+    order[first], order[second] = order[second], order[first]
+    return permute(context, x, order)
+
+
+@rule(aten.t.default, aten.numpy_T.default, aten.mT.default)
+def t(context: Context, x: Kernel) -> Kernel:
+    return transpose(context, x, -1, -2)
+
+
+@rule(
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten._to_copy.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.channel_shuffle.default,
+    aten.roll.default,
+    aten.flip.default,
+)
+def unchanged(context: Context, x: Kernel, *_: object, **__: object) -> Kernel:
+    """Copies, casts and permutations of positions or channels: the same second moments."""
+    return x
+
+
+@rule(aten.expand.default, aten.expand_as.default, aten.repeat.default, aten.tile.default)
+def expand(context: Context, x: Kernel, *_: object) -> Kernel:
+    """Copies along new places: the same value at each (K_diff = K_same), as long as there was one position."""
+    from kgraph.algebra import expand_positions
+
+    lead = len(context.shape) - len(x.axes)
+    old: Axes = (*((),) * lead, *x.axes)
+    axes: list[tuple[Factor, ...]] = []
+    grown = False
+    for index, (axis, size) in enumerate(zip(old, context.shape, strict=True)):
+        before = 1
+        for _, factor in axis:
+            before *= factor
+        if size == before:
+            axes.append(axis)
+        else:
+            grown = grown or index > 0
+            axes.append((("b" if index == 0 else "p", size),) if before == 1 else ((axis[0][0], size),))
+    if grown and x.positions == 1:
+        x = x.with_parts(*(expand_positions(part) for part in x.parts))
+    split = x.split + lead if x.split is not None else None
+    return replace(x, axes=tuple(axes), split=split)
+
+
+def _narrow(x: Kernel, dim: int, start: int, stop: int) -> Kernel:
+    """Entries ``start:stop`` along ``dim``: of channels, other random numbers; of positions, fewer of the same."""
+    size = x.shape[dim]
+    roles = {role for role, _ in x.axes[dim]}
+    axes = list(x.axes)
+    kept = stop - start
+    if kept == size:
+        return x
+    axes[dim] = ((next(iter(roles), "p") if len(roles) == 1 else "c", kept),) if kept > 1 else ()
+    if "c" not in roles:
+        return replace(x, axes=tuple(axes))
+    parts = _channel_range(x, dim, start, stop)
+    return Kernel(parts, tuple(axes), dim if len(parts) > 1 else None)
+
+
+def _channel_range(x: Kernel, dim: int, start: int, stop: int) -> tuple[Part, ...]:
+    if x.split != dim:
+        return (slice_part(x.merged, start, stop, f"of {x.shape[dim]}"),)
+    parts, at = [], 0
+    for part in x.parts:
+        low, high = max(start, at), min(stop, at + part.size)
+        if low < high:
+            whole = (low, high) == (at, at + part.size)
+            parts.append(part if whole else slice_part(part, low - at, high - at, f"of {part.size}"))
+        at += part.size
+    return tuple(parts)
+
+
+def _squeezed(x: Kernel, dim: int) -> Kernel:
+    split = x.split
+    if split is not None:
+        split = None if split == dim else split - (split > dim)
+    return replace(x, axes=(*x.axes[:dim], *x.axes[dim + 1 :]), split=split)
+
+
+@rule(aten.select.int)
+def select(context: Context, x: Kernel, dim: int, index: int) -> Kernel:
+    dim %= len(x.axes)
+    index %= max(x.shape[dim], 1)
+    narrowed = _narrow(x, dim, index, index + 1)
+    return _squeezed(narrowed, dim)
+
+
+@rule(aten.slice.Tensor)
+def slice_(
+    context: Context, x: Kernel, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Kernel:
+    dim %= len(x.axes)
+    size = x.shape[dim]
+    low, high, _ = slice(start, end, step).indices(size)
+    if step == 1:
+        return _narrow(x, dim, low, high)
+    if any(role == "c" for role, _ in x.axes[dim]):
+        return context.sample()
+    axes = tuple((("p", context.shape[dim]),) if i == dim else axis for i, axis in enumerate(x.axes))
+    return replace(x, axes=axes)
+
+
+def _pieces(x: Kernel, dim: int, sizes: Sequence[int]) -> list[Kernel]:
+    at, pieces = 0, []
+    for size in sizes:
+        pieces.append(_narrow(x, dim, at, at + size))
+        at += size
+    return pieces
+
+
+@rule(aten.chunk.default)
+def chunk(context: Context, x: Kernel, chunks: int, dim: int = 0) -> list[Kernel]:
+    dim %= len(x.axes)
+    size = -(-x.shape[dim] // chunks)
+    return _split(x, dim, size)
+
+
+@rule(aten.split.Tensor)
+def split(context: Context, x: Kernel, size: int, dim: int = 0) -> list[Kernel]:
+    return _split(x, dim % len(x.axes), size)
+
+
+def _split(x: Kernel, dim: int, size: int) -> list[Kernel]:
+    total = x.shape[dim]
+    return _pieces(x, dim, [min(size, total - at) for at in range(0, total, size)])
+
+
+@rule(aten.split_with_sizes.default, aten.split.sizes)
+def split_with_sizes(context: Context, x: Kernel, sizes: Sequence[int], dim: int = 0) -> list[Kernel]:
+    return _pieces(x, dim % len(x.axes), sizes)
+
+
+@rule(aten.unbind.int)
+def unbind(context: Context, x: Kernel, dim: int = 0) -> list[Kernel]:
+    dim %= len(x.axes)
+    return [_squeezed(_narrow(x, dim, i, i + 1), dim) for i in range(x.shape[dim])]
+
+
+@rule(operator.getitem)
+def getitem(context: Context, x: Any, index: int) -> Any:
+    return x[index]
+
+
+@rule(aten.pad.default, aten.constant_pad_nd.default)
+def pad(context: Context, x: Kernel, amounts: Sequence[int], mode: str = "constant", value: float | None = None) -> Kernel:
+    """Padding positions: copies keep the kernel, zeros lower its average over positions."""
+    if mode == "constant" and value:
+        return context.sample()
+    grown = [i for i, (old, new) in enumerate(zip(x.shape, context.shape, strict=True)) if old != new]
+    if any(role == "c" for i in grown for role, _ in x.axes[i]):
+        return context.sample()
+    axes = tuple((("p", context.shape[i]),) if i in grown else axis for i, axis in enumerate(x.axes))
+    if mode != "constant":
+        return replace(x, axes=axes)
+    share = 1.0
+    for i in grown:
+        share *= x.shape[i] / context.shape[i]
+    return replace(x.with_parts(*(_diluted(part, share) for part in x.parts)), axes=axes)
+
+
+def _diluted(part: Part, share: float) -> Part:
+    import torch
+
+    gains = torch.tensor([share, share**2], dtype=torch.float64)
+    fields = {name: getattr(part, name) * gains for name in ("cov", "slope", "ntk")}
+    return replace(part, **fields, mean=part.mean * share)
+
+
+@rule(aten.pixel_shuffle.default, aten.pixel_unshuffle.default)
+def pixel_shuffle(context: Context, x: Kernel, *_: object) -> Kernel:
+    """Channels become positions or back: entries keep their second moments, one channel group remains."""
+    part = x.merged
+    spatial = tuple(((("p", size),) if size > 1 else ()) for size in context.shape[-2:])
+    return Kernel((part,), (*x.axes[:-3], (("c", context.shape[-3]),), *spatial))
+
+
+@rule(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec)
+def upsample_nearest(context: Context, x: Kernel, *_: object) -> Kernel:
+    dims = len(context.shape) - 2
+    spatial = tuple(((("p", size),) if size > 1 else ()) for size in context.shape[-dims:])
+    return replace(x, axes=(*x.axes[:-dims], *spatial))

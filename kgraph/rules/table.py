@@ -1,0 +1,96 @@
+"""The table of kernel rules: one function per operation, found by the operation's canonical overload.
+
+A rule takes the operation's own arguments - kernels where the tensor is random, plain tensors and numbers where
+it is not - after a `Context`, and returns the kernel of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from kgraph.errors import RuleError
+from kgraph.kernel import Kernel, Pairs
+from kgraph.site import Site, shape_of, site_of
+
+Rule = Callable[..., Any]
+_RULES: dict[object, Rule] = {}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a rule may know besides its arguments.
+
+    Attributes:
+        node: the graph node being computed.
+        mode: "train" or "eval".
+        pairs: the input pairs the kernels are about.
+        parametrization: "standard" (what PyTorch trains) or "ntk".
+        sample: computes the node by the sampled rule instead.
+    """
+
+    node: fx.Node
+    mode: str
+    pairs: Pairs
+    parametrization: str
+    sample: Callable[[], Any]
+
+    @property
+    def site(self) -> Site:
+        return site_of(self.node)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result at the example inputs."""
+        return shape_of(self.node)
+
+    def argument_name(self, index: int) -> str:
+        """Name of the parameter (or node) behind argument ``index``: the random root it stands for."""
+        argument = self.node.args[index]
+        if isinstance(argument, fx.Node):
+            return str(argument.target) if argument.op == "get_attr" else argument.name
+        return self.node.name
+
+    def error(self, what: str, hint: str = "") -> RuleError:
+        return RuleError(what, node=self.node.name, source=self.site.source, hint=hint)
+
+
+def rule(*targets: object) -> Callable[[Rule], Rule]:
+    """Register a rule for canonical overloads or module types.
+
+    Raises:
+        RuleError: one of them has a rule already.
+    """
+
+    def register(function: Rule) -> Rule:
+        for target in targets:
+            if target in _RULES:
+                raise RuleError(f"{target} has two rules")
+            _RULES[target] = function
+        return function
+
+    return register
+
+
+def find_rule(target: object) -> Rule | None:
+    """The rule of an operation, or None (then the sampled rule applies)."""
+    return _RULES.get(target)
+
+
+def known_targets() -> tuple[object, ...]:
+    """Everything that has a rule."""
+    return tuple(_RULES)
+
+
+def require_kernel(context: Context, value: object) -> Kernel:
+    """``value`` if it is a kernel.
+
+    Raises:
+        RuleError: the operation was called with another kind of operand than its rule covers.
+    """
+    if not isinstance(value, Kernel):
+        raise context.error("the rule needs a random tensor here", "Report this model")
+    return value

@@ -1,0 +1,87 @@
+"""Where a graph node comes from: module call, source line, shape."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+_SOURCE = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
+_TORCH = ("torch/nn/", "torch/_", "torch/fx/", "torch/utils/", "torch/overrides")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Origin of one node.
+
+    Attributes:
+        path: dotted path of the innermost module whose forward made the node ("" is the model itself).
+        call: which call of that module (0 for the first).
+        ancestors: paths of the modules around it, outermost first.
+        source: ``file.py:line`` of the innermost line that is not PyTorch's own, or "".
+        shape: shape of the tensor at the example inputs, () when the node is no tensor.
+    """
+
+    path: str = ""
+    call: int = 0
+    ancestors: tuple[str, ...] = ()
+    source: str = ""
+    shape: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Identity of the module call."""
+        return self.path, self.call
+
+
+def site_of(node: fx.Node) -> Site:
+    """The node's site; an empty one for nodes that a pass made."""
+    return node.meta.get("site", Site())
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Concrete shape of the node's tensor at the example inputs."""
+    return site_of(node).shape
+
+
+def read_site(node: fx.Node) -> Site:
+    """Build the site from the metadata that torch.export leaves on a node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    entries = [(key, path) for key, (path, _) in stack.items() if isinstance(path, str) and not key.startswith("_empty")]
+    paths = tuple(path for _, path in entries)
+    call = _call_index(entries[-1][0]) if entries else 0
+    return Site(
+        path=paths[-1] if paths else "",
+        call=call,
+        ancestors=paths[:-1],
+        source=source_line(node.meta.get("stack_trace") or ""),
+        shape=concrete_shape(node.meta.get("val")),
+    )
+
+
+def _call_index(key: str) -> int:
+    _, mark, index = key.rpartition("@")
+    return int(index) if mark and index.isdigit() else 0
+
+
+def source_line(trace: str) -> str:
+    """Innermost ``file.py:line`` of a stack trace that lies outside PyTorch itself."""
+    frames = [(file, line) for file, line, _ in _SOURCE.findall(trace)]
+    own = [frame for frame in frames if not any(part in frame[0] for part in _TORCH)]
+    file, line = (own or frames or [("", "")])[-1]
+    return f"{PurePath(file).name}:{line}" if file else ""
+
+
+def concrete_shape(value: Any) -> tuple[int, ...]:
+    """Shape with symbolic sizes replaced by the sizes seen at capture."""
+    if not isinstance(value, Tensor):
+        return ()
+    return tuple(_hint(size) for size in value.shape)
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

@@ -1,0 +1,225 @@
+"""The command line: what it calls, what it writes, how it fails."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from synthetic import ledger, resnet, shaped
+from torch import nn
+from typer.testing import CliRunner
+
+import kgraph
+from kgraph import cli
+from kgraph.cli import app, spinner
+from kgraph.demo import DemoNet, model_and_input
+from kgraph.errors import CaptureError
+from kgraph.report import Comparison, Report
+
+FILE = "from torch import nn\ndef make(width=3): return nn.Linear(width, 2)\nnet = nn.ReLU()\nnothing = 3\n"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, Any, dict[str, Any]]]:
+    """A stand-in for the public calls that notes what it was asked for."""
+    seen: list[tuple[str, Any, Any, dict[str, Any]]] = []
+    before, after = Report(resnet(5)), Report(shaped(resnet(5)))
+
+    def analyze(model: nn.Module, example_inputs: Any = None, **options: Any) -> Report:
+        seen.append(("analyze", model, example_inputs, options))
+        return before
+
+    def transform(
+        model: nn.Module, method: str = "tat", example_inputs: Any = None, **options: Any
+    ) -> nn.Module:
+        seen.append(("transform", model, example_inputs, {"method": method, **options}))
+        result = nn.Linear(3, 2)
+        info = SimpleNamespace(before=before, after=after, ledger=ledger(), method=method)
+        info.comparison = Comparison(before, after, ledger())
+        result.kgraph = info  # pyright: ignore[reportArgumentType]
+        return result
+
+    def export_onnx(
+        model: nn.Module, path: Path, example_inputs: Any = None, **options: Any
+    ) -> SimpleNamespace:
+        seen.append(("export", model, example_inputs, options))
+        Path(path).write_bytes(b"onnx")
+        return SimpleNamespace(path=path, max_abs_error=1e-6)
+
+    for call in (analyze, transform, export_onnx):
+        monkeypatch.setattr(kgraph, call.__name__, call, raising=False)
+    return seen
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "user_model.py").write_text(FILE)
+    return f"{tmp_path / 'user_model.py'}:make"
+
+
+def run(*args: str) -> Any:
+    return CliRunner().invoke(app, list(args))
+
+
+def test_analyze_prints_the_report_in_100_columns(calls: list[Any], model: str) -> None:
+    result = run("analyze", model, "--kwargs", '{"width": 7}', "--input", "4,7", "--mode", "train")
+    assert result.exit_code == 0, result.output
+    assert "PlainResNet (train mode)" in result.stdout and "max_pool2d" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    ((_, module, inputs, options),) = calls
+    assert module.in_features == 7 and inputs[0].shape == (4, 7) and options == {"mode": "train"}
+
+
+def test_seed_decides_the_weights(calls: list[Any], model: str) -> None:
+    for seed in ("1", "1", "2"):
+        run("analyze", model, "--seed", seed)
+    first, same, other = (call[1].weight for call in calls)
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def test_analyze_writes_html_and_json(calls: list[Any], model: str, tmp_path: Path) -> None:
+    result = run("analyze", model, "--html", str(tmp_path / "r.html"), "--json", str(tmp_path / "r.json"))
+    assert result.exit_code == 0 and "wrote" in result.stderr
+    assert "<svg" in (tmp_path / "r.html").read_text()
+    assert json.loads((tmp_path / "r.json").read_text())["model"] == "PlainResNet"
+
+
+def test_json_to_stdout_is_nothing_but_json(calls: list[Any], model: str) -> None:
+    assert json.loads(run("analyze", model, "--json", "-").stdout)["mode"] == "train"
+    assert set(json.loads(run("transform", model, "--json", "-").stdout)) == {"before", "after", "ledger"}
+
+
+def test_transform_passes_its_options_and_leaves_its_files(
+    calls: list[Any], model: str, tmp_path: Path
+) -> None:
+    out, onnx, html = (str(tmp_path / name) for name in ("model.pt", "model.onnx", "r.html"))
+    options = ["--method", "dks", "--shortcut-weight", "0.8", "--seed", "3"]
+    result = run("transform", model, *options, "--out", out, "--onnx", onnx, "--html", html)
+    assert result.exit_code == 0, result.output
+    assert calls[0][3] == {"method": "dks", "shortcut_weight": 0.8, "seed": 3}
+    assert "shape activation" in result.stdout and "maximal slope is 1.7" in result.stdout
+    assert torch.load(out, weights_only=False).out_features == 2
+    assert calls[1][0] == "export" and Path(onnx).exists() and "1.0e-06" in result.stderr
+    assert "c 0 after" in Path(html).read_text()
+
+
+def test_export(calls: list[Any], model: str, tmp_path: Path) -> None:
+    result = run("export", model, "--onnx", str(tmp_path / "m.onnx"), "--opset", "18", "--input", "1,16:long")
+    assert result.exit_code == 0 and (tmp_path / "m.onnx").exists()
+    assert calls[0][2][0].dtype == torch.int64 and calls[0][3] == {"opset": 18}
+
+
+def test_demo_leaves_its_files_and_says_what_it_did(calls: list[Any], tmp_path: Path) -> None:
+    result = run("demo", "--out", str(tmp_path / "new"))
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"report.html", "model.onnx"}
+    assert "before" in result.stdout and "changes: 20 x shape activation" in result.stdout
+    assert len(result.stdout.splitlines()) < 20
+    assert type(calls[0][1]) is DemoNet
+
+
+def test_demo_model_has_50_layers_and_leaves_the_random_state() -> None:
+    state = torch.get_rng_state()
+    model, inputs = model_and_input()
+    assert torch.equal(state, torch.get_rng_state())
+    blocks = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert len(blocks) + 1 == 50 and model(*inputs).shape == (2, 10)
+    pickle.dumps(model)
+
+
+def test_kgraph_errors_are_one_line_and_exit_2(
+    calls: list[Any], model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise CaptureError(
+            "The forward branches on data", node="if", source="user.py:3", hint="Use torch.where"
+        )
+
+    monkeypatch.setattr(kgraph, "analyze", refuse)
+    result = run("analyze", model)
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.strip() == (
+        "error: The forward branches on data (at node 'if', user.py:3). Use torch.where."
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["analyze"], "Missing argument"),
+        (["nonsense"], "No such command"),
+        (["analyze", "resnet"], "timm:NAME"),
+        (["analyze", "no/file.py:make"], "there is no file"),
+        (["analyze", "no_such_package:make"], "cannot import"),
+        (["analyze", "torch.nn:Nonsense"], "has no 'Nonsense'"),
+        (["analyze", "torch.nn:Linear"], "missing 2 required"),
+        (["analyze", "math:pi"], "is a float"),
+        (["analyze", "torch:rand", "--kwargs", '{"size": [2]}'], "returned a Tensor"),
+        (["analyze", "torch.nn:ReLU", "--kwargs", "{width}"], "not JSON"),
+        (["analyze", "torch.nn:ReLU", "--kwargs", "3"], "JSON object"),
+        (["analyze", "torch.nn:ReLU", "--input", "a,b"], "write a shape"),
+        (["analyze", "torch.nn:ReLU", "--input", "2,3:quux"], "unknown type"),
+        (["analyze", "torch.nn:ReLU", "--mode", "test"], "train"),
+        (["analyze", "torch.nn:ReLU", "--html", "/no/such/folder/r.html"], "cannot write"),
+        (["transform", "torch.nn:ReLU", "--method", "magic"], "dks"),
+    ],
+)
+def test_wrong_usage_says_what_and_exits_1(calls: list[Any], args: list[str], says: str) -> None:
+    result = run(*args)
+    assert result.exit_code == 1
+    words = " ".join(result.stderr.replace("│", " ").split())
+    assert says in words and "Traceback" not in words
+
+
+def test_a_model_object_and_a_dotted_factory(calls: list[Any], model: str) -> None:
+    assert run("analyze", model.replace(":make", ":net")).exit_code == 0
+    assert run("analyze", "torch:nn.ReLU").exit_code == 0
+    assert run("analyze", model.replace(":make", ":nothing")).exit_code == 1
+
+
+def test_timm_models(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = SimpleNamespace(create_model=lambda name, **options: nn.Linear(1, options["classes"]))
+    monkeypatch.setitem(sys.modules, "timm", fake)
+    assert run("analyze", "timm:resnet50", "--kwargs", '{"classes": 5}').exit_code == 0
+    assert calls[0][1].out_features == 5
+    monkeypatch.setitem(sys.modules, "timm", None)
+    result = run("analyze", "timm:resnet50")
+    assert result.exit_code == 1 and "pip install timm" in result.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["analyze"], ["transform"], ["export"], ["demo"]])
+def test_help_has_an_example(command: list[str]) -> None:
+    result = run(*command, "--help")
+    assert result.exit_code == 0 and "Example: kgraph" in result.stdout.replace("`", "")
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert result.exit_code == 0 and result.stdout.startswith("kgraph ")
+
+
+def test_spinner_starts_after_a_second_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=60)
+    monkeypatch.setattr(cli, "_errors", lambda: terminal)
+    with spinner("quick"):
+        pass
+    assert terminal.file.getvalue() == ""  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(cli, "SPINNER_AFTER", 0.01)
+    with spinner("slow"):
+        time.sleep(0.3)
+    assert "slow" in terminal.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_spinner_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with spinner("working"):
+        pass
+    assert capsys.readouterr().err == ""
