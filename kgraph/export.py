@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import inspect
 import json
 import logging
 import os
@@ -21,13 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from kgraph.errors import ExportError, InputError
+from kgraph.onnx_check import Call, ExampleInputs, checked_session, has_batch, parity, reason
 
 if TYPE_CHECKING:
     import onnx_ir
-    import onnxruntime as ort
 
 OPSETS = range(18, 24)
 """What torch's exporter writes; an older number is accepted by it and then silently not honoured."""
@@ -37,9 +35,6 @@ SINGLE_FILE_LIMIT = 3 << 29
 
 METADATA_KEY = "kgraph"
 _LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
-
-ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
-
 
 @dataclass(frozen=True)
 class OnnxExport:
@@ -56,68 +51,6 @@ class OnnxExport:
     max_abs_error: float
     batch_sizes: tuple[int, int]
     opset: int
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The arguments of one forward call."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @classmethod
-    def of(cls, example: ExampleInputs) -> _Call:
-        if isinstance(example, Tensor):
-            return cls((example,), {})
-        if isinstance(example, Mapping):
-            return cls((), dict(example))
-        return cls(tuple(example), {})
-
-    def leaves(self) -> list[Any]:
-        return pytree.tree_leaves((self.args, self.kwargs))
-
-    def batch_size(self) -> int:
-        """Axis 0 of the first tensor that has one."""
-        for leaf in self.leaves():
-            if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0]:
-                return leaf.shape[0]
-        raise InputError("example_inputs must hold a tensor of one or more rows")
-
-    def resized(self, batch: int) -> _Call:
-        """The same call at another batch size: rows repeated, repeated float rows perturbed by 1%."""
-        own, generator = self.batch_size(), torch.Generator().manual_seed(0)
-
-        def resize(leaf: Any) -> Any:
-            if not _has_batch(leaf, own):
-                return leaf
-            rows = leaf[torch.arange(batch, device=leaf.device) % own]
-            if rows.is_floating_point():  # ids and masks of integers must stay valid: they are only repeated
-                noise = 1 + 0.01 * torch.randn(rows[own:].shape, generator=generator)
-                rows[own:] *= noise.to(rows)
-            return rows
-
-        args, kwargs = pytree.tree_map(resize, (self.args, self.kwargs))
-        return _Call(args, kwargs)
-
-    def bound(self, model: nn.Module) -> tuple[_Call, dict[str, Any]]:
-        """The call with its keywords in forward's order, and ``{parameter: {0: DYNAMIC}}``.
-
-        torch.export pairs inputs with dynamic shapes by order, so both must have forward's.
-        """
-        signature = inspect.signature(model.forward)
-        try:
-            bound = signature.bind(*self.args, **self.kwargs).arguments
-        except TypeError as error:
-            raise InputError(f"example_inputs do not fit the model's forward: {error}") from error
-        rank = {name: i for i, name in enumerate(signature.parameters)}
-        kwargs = dict(sorted(self.kwargs.items(), key=lambda item: rank.get(item[0], len(rank))))
-        own, dynamic = self.batch_size(), {0: torch.export.Dim.DYNAMIC}
-        shapes = pytree.tree_map(lambda leaf: dynamic if _has_batch(leaf, own) else None, dict(bound))
-        return _Call(self.args, kwargs), shapes
-
-
-def _has_batch(leaf: Any, batch: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
 
 
 def export_onnx(
@@ -150,7 +83,7 @@ def export_onnx(
     """
     target = Path(path)
     _check_arguments(model, target, opset, tolerance)
-    call, shapes = _Call.of(example_inputs).bound(model)
+    call, shapes = Call.of(example_inputs).bound(model)
     metadata = {} if report is None else {METADATA_KEY: _as_json(report)}
     _require_onnx()
     with _scratch(target) as scratch, _evaluating(model), _quiet(), torch.no_grad():
@@ -158,9 +91,9 @@ def export_onnx(
         # Traced at two or more: torch.export takes an axis of length 1 for a constant.
         traced = call.resized(max(2, call.batch_size()))
         names = _write(model, file, traced, shapes, opset, metadata)
-        session = _checked_session(file)
+        session = checked_session(file)
         sizes = (call.batch_size(), 2 if call.batch_size() == 3 else 3)
-        error = max(_parity(model, session, names, call.resized(n), tolerance) for n in sizes)
+        error = max(parity(model, session, names, call.resized(n), tolerance) for n in sizes)
         _publish(scratch, target)
     return OnnxExport(target, error, sizes, opset)
 
@@ -238,14 +171,6 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of the error at the root of a chain: the exporter's own message is a page."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """One ONNX node for softplus, which the exporter writes as five (it branches at the threshold)."""
     import onnxscript
@@ -262,7 +187,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 def _write(
     model: nn.Module,
     file: Path,
-    call: _Call,
+    call: Call,
     shapes: dict[str, Any],
     opset: int,
     metadata: Mapping[str, str],
@@ -286,14 +211,14 @@ def _write(
             raise ExportError(f"The exporter wrote opset {written} instead of {opset}")
         pairs = list(zip(inputs, call.leaves(), strict=True))
         names = [str(name) if isinstance(leaf, Tensor) else None for name, leaf in pairs]
-        program.rename_axes(_batch_axes(graph, [n for n, y in pairs if _has_batch(y, call.batch_size())]))
+        program.rename_axes(_batch_axes(graph, [n for n, y in pairs if has_batch(y, call.batch_size())]))
         _clean(graph)
         graph.metadata_props.update(metadata)
         program.save(file, external_data=_bytes(model) > SINGLE_FILE_LIMIT)
     except ExportError:
         raise
     except Exception as error:
-        raise ExportError(f"The model could not be exported to ONNX. {_reason(error)}") from error
+        raise ExportError(f"The model could not be exported to ONNX. {reason(error)}") from error
     return names
 
 
@@ -323,66 +248,6 @@ def _clean(model: onnx_ir.Model) -> None:
         item.doc_string = None
         for key in item.metadata_props.keys() - {"namespace"}:
             del item.metadata_props[key]
-
-
-def _checked_session(file: Path) -> ort.InferenceSession:
-    """An onnxruntime session of a file that onnx's full check accepts."""
-    import onnx
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        onnx.checker.check_model(str(file), full_check=True)
-        return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ExportError(f"The exported file is not valid. {_reason(error)}") from error
-
-
-def _parity(
-    model: nn.Module, session: ort.InferenceSession, names: list[str | None], call: _Call, tolerance: float
-) -> float:
-    """The largest absolute difference between onnxruntime and the model on one call."""
-    present = {entry.name for entry in session.get_inputs()}
-    pairs = zip(names, call.leaves(), strict=True)
-    feed = {name: leaf.detach().cpu().numpy() for name, leaf in pairs if name in present}
-    outputs = [entry.name for entry in session.get_outputs()]
-    where = f"at batch size {call.batch_size()}"
-    try:
-        wanted = [y for y in pytree.tree_leaves(model(*call.args, **call.kwargs)) if isinstance(y, Tensor)]
-    except Exception as error:
-        raise ExportError(f"The model itself does not run {where}. {_reason(error)}") from error
-    try:
-        found: list[Any] = list(session.run(outputs, feed))
-    except Exception as error:
-        raise ExportError(f"onnxruntime could not run the file {where}. {_reason(error)}") from error
-    if len(found) != len(wanted) or not found:
-        raise ExportError(f"The file has {len(found)} outputs, the model {len(wanted)}")
-    ratios = {
-        name: _error(torch.from_numpy(a), b, tolerance)
-        for name, a, b in zip(outputs, found, wanted, strict=True)
-    }
-    worst = max(ratios, key=lambda name: ratios[name][0] / ratios[name][1])
-    error, allowed = ratios[worst]
-    if not error <= allowed:
-        raise ExportError(
-            f"Output '{worst}' differs by {error:.3g} {where}, more than the {allowed:.3g} allowed"
-        )
-    return max(error for error, _ in ratios.values())
-
-
-def _error(found: Tensor, wanted: Tensor, tolerance: float) -> tuple[float, float]:
-    """(largest absolute difference, allowed difference); infinite for another shape or other nan and inf."""
-    epsilon = torch.finfo(wanted.dtype).eps if wanted.is_floating_point() else 0.0
-    a, b = found.double(), wanted.detach().cpu().double()
-    if a.shape != b.shape:
-        return float("inf"), tolerance
-    finite = b.isfinite()
-    scale = max(1.0, b[finite].abs().max().item()) if finite.any() else 1.0
-    allowed = max(tolerance, 16 * epsilon) * scale
-    if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()) or not a[finite].isfinite().all():
-        return float("inf"), allowed
-    return ((a - b)[finite].abs().max().item() if finite.any() else 0.0), allowed
 
 
 def _publish(scratch: Path, target: Path) -> None:

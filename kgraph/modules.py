@@ -11,25 +11,17 @@ into the kernel.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kgraph.checks import finite
 from kgraph.errors import InputError
+from kgraph.shaped_attention import ShapedAttention as ShapedAttention
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
-
-
-def _finite(name: str, value: float) -> float:
-    """``value`` as a Python float; an InputError unless it is finite."""
-    number = float(value)
-    if not math.isfinite(number):
-        raise InputError(f"{name} must be a finite number, got {number}")
-    return number
 
 
 # Wrapped: branches on a dtype, and dtype arguments, must not meet a Proxy when a user symbolically traces a
@@ -131,10 +123,10 @@ class ShapedActivation(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = activation if isinstance(activation, nn.Module) else FunctionModule(activation)
-        self.input_scale = _finite("input_scale", input_scale)
-        self.input_shift = _finite("input_shift", input_shift)
-        self.output_shift = _finite("output_shift", output_shift)
-        self.output_scale = _finite("output_scale", output_scale)
+        self.input_scale = finite("input_scale", input_scale)
+        self.input_shift = finite("input_shift", input_shift)
+        self.output_shift = finite("output_shift", output_shift)
+        self.output_scale = finite("output_scale", output_scale)
         if self.input_scale == 0.0 or self.output_scale == 0.0:
             raise InputError(
                 "input_scale and output_scale must not be zero: the activation would be constant"
@@ -182,7 +174,7 @@ class WeightedSum(nn.Module):
 
     def __init__(self, weights: Sequence[float]) -> None:
         super().__init__()
-        self.weights = tuple(_finite(f"weights[{i}]", w) for i, w in enumerate(weights))
+        self.weights = tuple(finite(f"weights[{i}]", w) for i, w in enumerate(weights))
         if not self.weights or 0.0 in self.weights:
             raise InputError(f"weights must be one or more non-zero numbers, got {self.weights}")
         # A term of weight 1 goes first: it needs no multiplication.
@@ -216,7 +208,7 @@ class Scale(nn.Module):
 
     def __init__(self, factor: float, reason: str = "") -> None:
         super().__init__()
-        self.factor, self.reason = _finite("factor", factor), reason
+        self.factor, self.reason = finite("factor", factor), reason
 
     def forward(self, x: Tensor) -> Tensor:
         """``factor * x``."""
@@ -259,7 +251,7 @@ class PerLocationNorm(nn.Module):
 
     def __init__(self, append_constant: bool = False, eps: float = 1e-12) -> None:
         super().__init__()
-        self.append_constant, self.eps = append_constant, _finite("eps", eps)
+        self.append_constant, self.eps = append_constant, finite("eps", eps)
         if self.eps <= 0.0:
             raise InputError(f"eps must be positive, got {eps}")
 
@@ -269,55 +261,3 @@ class PerLocationNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"append_constant={self.append_constant}, eps={self.eps:g}"
-
-
-class ShapedAttention(nn.Module):
-    """Attention that starts as a multiple of the identity (value-skipinit, shaped attention).
-
-        A' = alpha I + beta (A(X) - C),   C = A at zero logits under the same mask
-
-    With zero query weights A(X) = C bit for bit, so at initialization A' = alpha I: q and c of the values
-    pass unchanged through the layer. It costs a second attention call, for C. Attention dropout acts on A
-    only, so with dropout in train mode A - C is zero at initialization in the mean only.
-
-    Args:
-        heads: number of heads; alpha and beta are learnable, one of each a head.
-        alpha, beta: their initial values.
-
-    Shapes: query, key, value [..., heads, length, features] as in ``scaled_dot_product_attention``, with as
-        many queries as keys (self-attention) and as many value heads as query heads; same as value.
-    Raises: InputError where the two lengths or the number of heads do not fit.
-    Source: He et al. 2023, arXiv 2302.10322; Noci et al. 2023, arXiv 2306.17759.
-    """
-
-    def __init__(self, heads: int, alpha: float = 1.0, beta: float = 1.0) -> None:
-        super().__init__()
-        if heads < 1:
-            raise InputError(f"heads must be at least 1, got {heads}")
-        self.alpha = nn.Parameter(torch.full((heads, 1, 1), _finite("alpha", alpha)))
-        self.beta = nn.Parameter(torch.full((heads, 1, 1), _finite("beta", beta)))
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-    ) -> Tensor:
-        """``A' value``, arguments as those of ``scaled_dot_product_attention``."""
-        heads = self.alpha.shape[0]
-        if query.shape[-2] != value.shape[-2] or value.shape[-3] != heads:
-            shapes = f"query {tuple(query.shape)} and value {tuple(value.shape)}"
-            raise InputError(f"ShapedAttention of {heads} heads needs self-attention, got {shapes}")
-        attend = functools.partial(
-            F.scaled_dot_product_attention, attn_mask=attn_mask, is_causal=is_causal, scale=scale
-        )
-        centre = attend(torch.zeros_like(query), key, value)
-        change = attend(query, key, value, dropout_p=dropout_p if self.training else 0.0) - centre
-        return (self.alpha * value + self.beta * change).to(value.dtype)
-
-    def extra_repr(self) -> str:
-        return f"heads={self.alpha.shape[0]}"

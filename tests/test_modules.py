@@ -153,7 +153,6 @@ def test_inplace_activation_leaves_the_input_and_its_gradient_intact() -> None:
         functools.partial(F.leaky_relu, negative_slope=0.2),
         torch.tanh,
     ],
-    ids=str,
 )
 def test_functions_and_operators_survive_pickle_and_deepcopy(function: Callable[[Tensor], Tensor]) -> None:
     shaped = ShapedActivation(function, 2.0, 0.5, 0.1, 3.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,9 @@ _SMALLEST_JUMP = 1e-11
 """A jump below this share of the function's largest value is rounding, or does not matter."""
 _TOLERANCE = 1e-11
 _PANEL = 4.25
+_WIDE = 8.5 * 8
+_MAX_HALVINGS = 44
+_MAX_PANELS = 2000
 _SPANS = (8.5, 12.75, 17.0, 25.5, 38.25)
 """Half ranges tried, in standard deviations: 8.5 unless the function grows exponentially."""
 
@@ -82,16 +86,24 @@ def make_plan(fn: Function, kinks: Callable[[float], Tensor], scale: float) -> P
     span = _span(fn, scale)
     inside = kinks(span * scale)
     inside = inside[inside.abs() < span * scale]
+    cuts = torch.cat([inside, _landmarks(span * scale)]) / scale
     fewest = round(2 * span / _PANEL)
-    for panels in (fewest - 1, fewest, *((6, 8, 12) if len(inside) == 0 else ())):
+    for panels in (fewest - 1, fewest, *((6, 8, 12) if len(cuts) == 0 else ())):
         base = torch.linspace(-span, span, panels + 1, dtype=torch.float64)
-        if not any(_unresolved(fn, grid, inside / scale, scale) for grid in _shifts(base)):
-            return Plan(base, inside, torch.zeros(0, dtype=torch.float64))
+        if not any(_unresolved(fn, grid, cuts, scale) for grid in _shifts(base)):
+            return Plan(base, inside, cuts[len(inside) :] * scale)
     base = torch.linspace(-span, span, fewest + 1, dtype=torch.float64)
-    cuts = inside / scale
     for grid in _shifts(base):
         cuts = torch.cat([cuts, _refine(fn, grid, cuts, scale)])
     return Plan(base, inside, cuts[len(inside) :].sort().values * scale)
+
+
+def _landmarks(reach: float) -> Tensor:
+    """0 and +-2^k for a wide Gaussian: activations bend near 0, between its nodes."""
+    if reach <= _WIDE:
+        return torch.zeros(0, dtype=torch.float64)
+    powers = 2.0 ** torch.arange(0, math.log2(reach), dtype=torch.float64)
+    return torch.cat([-powers.flip(0), torch.zeros(1, dtype=torch.float64), powers])
 
 
 def _shifts(base: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,45 +132,48 @@ def _panels(grid: Tensor, cuts: Tensor) -> Tensor:
     return torch.stack([edges[:-1], edges[1:]], dim=-1)
 
 
-def _bad(fn: Function, panels: Tensor, scale: float, allowed: Tensor) -> Tensor:
-    """Panels over which one rule and the rule on both halves disagree."""
+def _masses(fn: Function, panels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Integrals over the panels by one rule, and by the rule on both halves: two ``[8, panels]``."""
     halves = torch.stack([panels[:, 0], panels.mean(1), panels[:, 1]], dim=-1)
-    x, weight = gaussian_rule(halves)
-    split = _mass(fn, x, weight, scale)
-    x, weight = gaussian_rule(panels)
-    return ((_mass(fn, x, weight, scale) - split).abs() > allowed).any(0)
-
-
-def _unresolved(fn: Function, grid: Tensor, cuts: Tensor, scale: float) -> bool:
-    panels = _panels(grid, cuts)
-    return bool(_bad(fn, panels, scale, _allowed(fn, panels, scale)).any())
-
-
-def _allowed(fn: Function, panels: Tensor, scale: float) -> Tensor:
-    """``[6, 1]``: the error allowed on a panel, as a share of E[phi^2] and E[phi'^2] and of their roots."""
-    total = _mass(fn, *gaussian_rule(panels), scale)[:2].sum(1, keepdim=True)
-    return _TOLERANCE * torch.cat([total, total, total.sqrt()])
+    return _mass(fn, *gaussian_rule(panels), scale), _mass(fn, *gaussian_rule(halves), scale)
 
 
 def _mass(fn: Function, x: Tensor, weight: Tensor, scale: float) -> Tensor:
-    """``[6, panels]``: integrals of f^2, x f^2 and f, for f = phi and phi'.
+    """Integrals of f^2, f, x f^2 and x f, for f = phi and phi'.
 
-    f^2 sets the scale; the other two see what squaring (|u|^3) or symmetry (a sine) hides.
+    f^2 sets the scale; the others see what squaring (|u|^3) or symmetry (a sine, a step) hides.
     """
     f = torch.stack(value_and_slope(fn, scale * x))
-    return torch.cat([weight * f * f, weight * x * f * f, weight * f]).sum(-1)
+    once = torch.cat([weight * f * f, weight * f])
+    return torch.cat([once, x * once]).sum(-1)
+
+
+def _bad(whole: Tensor, split: Tensor, total: Tensor) -> Tensor:
+    """Panels whose two integrals disagree; total ``[2, 1]`` is E[phi^2] and E[phi'^2]."""
+    allowed = _TOLERANCE * torch.cat([total, total.sqrt()]).repeat(2, 1)
+    return ((whole - split).abs() > allowed).any(0)
+
+
+def _unresolved(fn: Function, grid: Tensor, cuts: Tensor, scale: float) -> bool:
+    whole, split = _masses(fn, _panels(grid, cuts), scale)
+    return bool(_bad(whole, split, split[:2].sum(1, keepdim=True)).any())
 
 
 def _refine(fn: Function, grid: Tensor, cuts: Tensor, scale: float) -> Tensor:
     """Halve unresolved panels until none is left: their ends and middles, without cuts already made."""
-    panels = _panels(grid, cuts)
-    allowed = _allowed(fn, panels, scale)
-    found = []
-    for _ in range(44):
-        panels = panels[_bad(fn, panels, scale, allowed)]
+    panels, done = _panels(grid, cuts), torch.zeros(2, 1, dtype=torch.float64)
+    found = [grid[:0]]
+    for _ in range(_MAX_HALVINGS):
+        whole, split = _masses(fn, panels, scale)
+        # The totals are summed anew each round: the first panels may have missed all of a narrow phi'.
+        bad = _bad(whole, split, done + split[:2].sum(1, keepdim=True))
+        done = done + split[:2, ~bad].sum(1, keepdim=True)
+        panels = panels[bad]
         if len(panels) == 0:
-            points = torch.cat(found).unique() if found else grid[:0]
+            points = torch.cat(found).unique()
             return points[~torch.isin(points, torch.cat([cuts, grid[[0, -1]]]))]
+        if len(panels) > _MAX_PANELS:
+            break
         middles = panels.mean(1)
         found.append(torch.cat([panels.flatten(), middles]))
         panels = torch.cat(

@@ -1,0 +1,44 @@
+"""kgraph: a compiler for the initialization-time kernel of neural networks.
+
+    shaped = kgraph.transform(model)        # a standard module whose kernel has the shape that trains well
+    print(kgraph.analyze(model))            # q, c and slope at every node
+    kgraph.export_onnx(shaped, "model.onnx")
+"""
+
+from kgraph.api import TransformRecord, analyze, export_onnx, shaping_targets, transform
+from kgraph.errors import (
+    CaptureError,
+    ExportError,
+    InputError,
+    KGraphError,
+    ModelError,
+    PassError,
+    RuleError,
+    TargetError,
+)
+from kgraph.methods import DKS, TAT
+from kgraph.montecarlo import montecarlo
+from kgraph.shaping import ShapedConstants, shape_activation
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DKS",
+    "TAT",
+    "CaptureError",
+    "ExportError",
+    "InputError",
+    "KGraphError",
+    "ModelError",
+    "PassError",
+    "RuleError",
+    "ShapedConstants",
+    "TargetError",
+    "TransformRecord",
+    "analyze",
+    "export_onnx",
+    "montecarlo",
+    "shape_activation",
+    "shaping_targets",
+    "transform",
+]

@@ -1,0 +1,211 @@
+"""The recipe of DKS and TAT as passes, and the check of what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from kgraph.analysis import Ledger
+from kgraph.canonical import operation_name
+from kgraph.capture import Graph
+from kgraph.errors import TargetError
+from kgraph.methods import DKS, Method
+from kgraph.nonlinear import Region, find_regions
+from kgraph.passes.base import Pass, Pipeline, Workspace
+from kgraph.passes.normalize_gates import NormalizeGates
+from kgraph.passes.per_location_norm import InsertPerLocationNorm
+from kgraph.passes.reinitialize import Reinitialize
+from kgraph.passes.remove_norms import RemoveNorms
+from kgraph.passes.rescale import Rescale
+from kgraph.passes.scale_residuals import ScaleResiduals, reweight
+from kgraph.passes.shape_activations import ShapeActivations, is_kinked, is_leaky, kept_reason
+from kgraph.subnetworks import Subnetworks, find_subnetworks
+from kgraph.targets import ShapingTargets, solve_kind, solve_targets
+
+DEFAULT_WEIGHT = 0.8
+_RAISED = (0.8, 0.9, 0.95, 0.98)
+_Q_TOLERANCE = 1e-6
+_SAMPLED_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Options of a transform."""
+
+    method: Method
+    shortcut_weight: float | None = None
+    seed: int = 0
+    distribution: str = "suo"
+    per_location_norm: bool = False
+    progress: Callable[[str], None] | None = field(default=None, repr=False)
+
+    def structure(self) -> Pipeline:
+        """Passes before the targets are known: norms, residual sums, weights."""
+        weight = DEFAULT_WEIGHT if self.shortcut_weight is None else self.shortcut_weight
+        first: tuple[Pass, ...] = (InsertPerLocationNorm(),) if self.per_location_norm else ()
+        steps = (*first, RemoveNorms(), ScaleResiduals(weight), Reinitialize(self.distribution))
+        return Pipeline(steps, self.progress)
+
+    def shaping(self, method: Method, targets: ShapingTargets) -> Pipeline:
+        """Passes that need them: activations, then the constants that restore q = 1."""
+        return Pipeline((ShapeActivations(method, targets), NormalizeGates(), Rescale()), self.progress)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A rewritten graph and how it came about."""
+
+    graph: Graph
+    shortcut_weight: float
+    targets: ShapingTargets | None
+    ledger: Ledger
+
+
+def is_free(region: Region) -> bool:
+    """Whether the recipe shapes this nonlinear layer."""
+    return not kept_reason(region)
+
+
+def prepare(graph: Graph, shortcut_weight: float, *, mode: str = "train") -> Workspace:
+    """Remove norms and weight residual sums: the graph whose subnetworks the targets are about."""
+    work = Workspace(graph, mode)
+    Pipeline((RemoveNorms(), ScaleResiduals(shortcut_weight))).run(work)
+    return work
+
+
+def rewrite(graph: Graph, plan: Plan, mode: str) -> Outcome:
+    """Run the whole recipe on ``graph``, in place."""
+    work = Workspace(graph, mode, plan.seed)
+    plan.structure().run(work)
+    method = _suited(work, plan.method)
+    weight, targets = _solve(work, plan, method)
+    if targets is not None:
+        plan.shaping(method, targets).run(work)
+    _check(work, method)
+    return Outcome(graph, weight, targets, work.ledger(repr(plan.method)))
+
+
+def _suited(work: Workspace, method: Method) -> Method:
+    """TAT needs activations of one kind: all leaky relus, or all smooth. A mixture uses DKS throughout."""
+    if isinstance(method, DKS):
+        return method
+    regions = [r for r in find_regions(work.graph.module, work.kernels().__contains__) if is_free(r)]
+    leaky = [is_leaky(r) for r in regions]
+    kinked = [r for r, own in zip(regions, leaky, strict=True) if not own and is_kinked(r)]
+    if all(leaky) or (not any(leaky) and not kinked):
+        return method
+    names = sorted({operation_name(r.end) for r in regions})
+    reason = "kinks other than a leaky relu's" if kinked and not any(leaky) else "leaky relus and other activations"
+    work.notes.append(f"TAT does not cover {reason} ({', '.join(names)}) in one network: DKS is used throughout")
+    return DKS()
+
+
+def _solve(work: Workspace, plan: Plan, method: Method) -> tuple[float, ShapingTargets | None]:
+    """Targets at the given shortcut weight, or at the smallest of a few that meets them."""
+    given = plan.shortcut_weight
+    subnetworks = find_subnetworks(work.graph, work.propagation(), free=is_free)
+    if not subnetworks.free:
+        work.unmet.append("the model has no activation to shape")
+        return (DEFAULT_WEIGHT if given is None else given), None
+    weights = _RAISED if given is None else (given,)
+    failure: TargetError | None = None
+    for weight in weights:
+        if weight != weights[0] and not reweight(work, weight):
+            break
+        try:
+            targets = _targets(work, method)
+        except TargetError as error:
+            failure = failure or error
+            continue
+        if weight != weights[0]:
+            work.notes.append(f"shortcut_weight raised to {weight}: {failure}")
+        return weight, targets
+    reweight(work, weights[0])
+    assert failure is not None
+    return weights[0], _without_products(work, method, failure)
+
+
+def _targets(work: Workspace, method: Method, *, products_add: bool = True) -> ShapingTargets:
+    found = find_subnetworks(work.graph, work.propagation(), free=is_free, products_add=products_add)
+    targets = solve_targets(found, method)
+    _require_kind(found, method, targets)
+    return targets
+
+
+def _require_kind(found: Subnetworks, method: Method, targets: ShapingTargets) -> None:
+    """TAT solves for both kinds of activation; the one the network has must have a solution."""
+    if isinstance(method, DKS):
+        return
+    leaky = any(is_leaky(region) for region in found.free)
+    if (targets.negative_slope if leaky else targets.kappa) is None:
+        solve_kind(found, method, leaky=leaky)  # raises, saying what binds
+
+
+def _without_products(work: Workspace, method: Method, failure: TargetError) -> ShapingTargets | None:
+    """What can be met when a product counts as the larger of its two branches; the rest is unmet, and said so."""
+    work.unmet.append(str(failure))
+    try:
+        return _targets(work, method, products_add=False)
+    except TargetError as error:
+        work.unmet.append(str(error))
+        return None
+
+
+def _check(work: Workspace, method: Method) -> None:
+    """Say where q is not 1 at a nonlinear layer's input, and which node is the cause; check the maximal slope."""
+    kernels = work.kernels()
+    regions = find_regions(work.graph.module, kernels.__contains__)
+    causes: dict[fx.Node, list[str]] = {}
+    for region in regions:
+        if region.source in kernels and _off(work, region.source):
+            causes.setdefault(_cause(work, region.source), []).append(region.end.name)
+    for node, names in causes.items():
+        q = float(kernels[node].merged.q) if node in kernels else float("nan")
+        first = float(kernels[_named(work, names[0]).source].merged.q)
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        work.unmet.append(
+            f"q is not 1 at the input of {listed} (q = {first:.4g}): {node.name} ({operation_name(node)}) "
+            f"has q = {q:.4g}, {_reason(node)}"
+        )
+    if isinstance(method, DKS):
+        largest = find_subnetworks(work.graph, work.propagation(), free=is_free).max_slope()
+        if largest.value > method.zeta * (1 + 1e-6):
+            work.unmet.append(f"max slope is {largest.value:.6g} > zeta = {method.zeta:g} in the subnetwork {largest}")
+
+
+def _named(work: Workspace, end: str) -> Region:
+    regions = find_regions(work.graph.module, work.kernels().__contains__)
+    return next(region for region in regions if region.end.name == end)
+
+
+def _off(work: Workspace, node: fx.Node) -> bool:
+    kernel = work.kernels()[node]
+    tolerance = _SAMPLED_TOLERANCE if kernel.how.level >= 2 else _Q_TOLERANCE
+    return abs(float(kernel.merged.q) - 1) > tolerance
+
+
+def _cause(work: Workspace, node: fx.Node) -> fx.Node:
+    """The earliest node upstream whose inputs still have q = 1."""
+    kernels = work.kernels()
+    while True:
+        before = [n for n in node.all_input_nodes if n in kernels and _off(work, n)]
+        if not before:
+            return node
+        node = before[0]
+
+
+def _reason(node: fx.Node) -> str:
+    name = operation_name(node)
+    reasons = {
+        "scaled_dot_product_attention": "attention averages positions; how much depends on the data",
+        "matmul": "attention averages positions; how much depends on the data",
+        "lstm": "recurrent cells keep their own initialization",
+        "gru": "recurrent cells keep their own initialization",
+        "placeholder": "the input itself",
+        "cat": "its operands have different q",
+    }
+    if node.op == "call_module":
+        return "its input is not Gaussian (a sum that contains activations), so its local Q map is not that at N(0, 1)"
+    return reasons.get(name, "the operation changes q by itself")

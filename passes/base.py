@@ -1,0 +1,213 @@
+"""What a pass is: options as fields, a rewrite of the graph, and a promise that is checked afterwards."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+from kgraph.analysis import Change, Ledger
+from kgraph.capture import Graph
+from kgraph.errors import PassError
+from kgraph.kernel import Kernel
+from kgraph.modules import Scale
+from kgraph.propagate import Propagation, propagate
+from kgraph.site import Site, site_of
+
+
+@dataclass
+class Workspace:
+    """The graph under rewriting, its current analysis, and the ledger.
+
+    Attributes:
+        graph: captured model; its root and parameters belong to the result.
+        mode: "train" or "eval", for the analyses between passes.
+        seed: of everything random.
+    """
+
+    graph: Graph
+    mode: str = "train"
+    seed: int = 0
+    changes: list[Change] = field(default_factory=list)
+    kept: list[Change] = field(default_factory=list)
+    unmet: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _propagation: Propagation | None = None
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """Nodes in order (a copy: passes insert and erase)."""
+        return list(self.graph.module.graph.nodes)
+
+    @property
+    def generator(self) -> torch.Generator:
+        """A fresh generator of the workspace's seed."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def propagation(self) -> Propagation:
+        """Kernels of the graph as it is now; computed once after every change."""
+        if self._propagation is None:
+            self._propagation = propagate(self.graph, mode=self.mode)
+        return self._propagation
+
+    def kernels(self) -> dict[fx.Node, Kernel]:
+        return self.propagation().kernels()
+
+    def touch(self) -> None:
+        """The graph changed: forget its analysis."""
+        self._propagation = None
+
+    def record(self, node: fx.Node, what: str, why: str, before: str = "", after: str = "") -> None:
+        """Note a change without forgetting the analysis (the pass goes on reading it; `Pass.run` forgets it)."""
+        self.changes.append(Change(_label(node), what, why, before, after))
+
+    def keep(self, node: fx.Node, what: str, why: str) -> None:
+        self.kept.append(Change(_label(node), what, why, "", ""))
+
+    def ledger(self, method: str) -> Ledger:
+        return Ledger(method, tuple(self.changes), tuple(self.kept), tuple(self.unmet), tuple(self.notes))
+
+    def tensor(self, node: fx.Node) -> Tensor:
+        """The tensor behind a ``get_attr`` node."""
+        value: object = self.graph.module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        assert isinstance(value, Tensor)
+        return value
+
+    def add_module(self, path: str, module: nn.Module) -> str:
+        """Attach a module to the root and to the graph under a free name near ``path``."""
+        name, index = path, 0
+        while name in dict(self.graph.module.named_modules()):
+            index += 1
+            name = f"{path}_{index}"
+        module.train(self.graph.root.training)
+        for owner in (self.graph.root, self.graph.module):
+            _attach(owner, name, module)
+        return name
+
+    def replace_module(self, path: str, module: nn.Module) -> None:
+        """Put another module in the place of one a pass attached."""
+        for owner in (self.graph.root, self.graph.module):
+            _attach(owner, path, module)
+
+    def add_parameter(self, path: str, parameter: nn.Parameter) -> None:
+        """Register a parameter under its full name on the root and on the graph."""
+        for owner in (self.graph.root, self.graph.module):
+            holder, _, name = path.rpartition(".")
+            _container(owner, holder).register_parameter(name, parameter)
+
+    def call_after(self, node: fx.Node, module: nn.Module, name: str) -> fx.Node:
+        """Insert a call of ``module`` between ``node`` and its readers."""
+        path = self.add_module(name, module)
+        graph = self.graph.module.graph
+        with graph.inserting_after(node):
+            call = graph.call_module(path, (node,))
+        call.meta = _made_here(node)
+        node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+        return call
+
+    def scale_after(self, node: fx.Node, factor: float, reason: str) -> fx.Node:
+        """Insert a constant factor between ``node`` and its readers."""
+        return self.call_after(node, Scale(factor, reason=reason), f"{owner_path(node)}scale")
+
+
+def owner_path(node: fx.Node) -> str:
+    """Prefix of the module that owns a node: "" or "layer1.0."."""
+    path = site_of(node).ancestors[-1] if _is_leaf(node) else site_of(node).path
+    return f"{path}." if path else ""
+
+
+def _is_leaf(node: fx.Node) -> bool:
+    site = site_of(node)
+    return bool(site.ancestors) and bool(site.path)
+
+
+def _label(node: fx.Node) -> str:
+    path = str(node.target) if node.op == "call_module" else site_of(node).path
+    return f"{path} ({node.name})" if path and path != node.name else node.name
+
+
+def _made_here(node: fx.Node) -> dict[str, object]:
+    """Metadata for a node a pass makes: the place and shape of its neighbour, but no module call to lift."""
+    site = site_of(node)
+    return {
+        "val": node.meta.get("val"),
+        "site": Site(site.path, site.call, site.ancestors, site.source, site.shape),
+    }
+
+
+def _container(owner: nn.Module, path: str) -> nn.Module:
+    for part in filter(None, path.split(".")):
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    return owner
+
+
+def _attach(owner: nn.Module, path: str, module: nn.Module) -> None:
+    holder, _, name = path.rpartition(".")
+    _container(owner, holder).add_module(name, module)
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A rewrite of the graph. Subclasses are frozen dataclasses; their fields are the options."""
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    @abstractmethod
+    def rewrite(self, work: Workspace) -> None:
+        """Change ``work.graph`` and record every change, and what was kept and why."""
+
+    def broken(self, work: Workspace) -> str:
+        """What the pass promised and did not keep, or ""."""
+        return ""
+
+    def run(self, work: Workspace) -> None:
+        """Rewrite, clean up, lint, and check the promise.
+
+        Raises:
+            PassError: the graph is malformed or the promise broken; names the pass.
+        """
+        self.rewrite(work)
+        tidy(work.graph)
+        work.touch()
+        try:
+            work.graph.module.graph.lint()
+        except RuntimeError as error:
+            raise PassError(f"{self.name} left a malformed graph: {error}") from error
+        broken = self.broken(work)
+        if broken:
+            raise PassError(f"{self.name} broke its promise: {broken}", hint="Report this model")
+
+
+@dataclass(frozen=True)
+class Pipeline(Pass):
+    """Passes in order, itself a pass."""
+
+    passes: tuple[Pass, ...] = ()
+    progress: Callable[[str], None] | None = None
+
+    def rewrite(self, work: Workspace) -> None:
+        for step in self.passes:
+            if self.progress is not None:
+                self.progress(step.name)
+            step.run(work)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{i + 1}. {step}" for i, step in enumerate(self.passes))
+
+
+def tidy(graph: Graph) -> None:
+    """Drop what nobody reads any more, parameters of the graph included."""
+    from kgraph.canonical import is_effect
+
+    fx_graph = graph.module.graph
+    fx_graph.eliminate_dead_code(is_impure_node=is_effect)
+    graph.module.recompile()

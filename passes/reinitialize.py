@@ -1,0 +1,194 @@
+"""Re-draw affine layers: bias 0, weights from the scaled-corrected uniform orthogonal (SUO) or Gaussian law.
+
+Convolutions use the Delta form: only the tap that meets the output position is nonzero. A convolution whose
+windows do not overlap (a patch embedding) spreads the same orthogonal matrix over its window instead, so that no
+pixel is lost. Entrywise gains of branches (LayerScale, SkipInit) are set to 1: they would break q = 1.
+
+Source: Martens et al. 2021, arXiv 2110.01765; Xiao et al. 2018, arXiv 1806.05393.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kgraph.canonical import aten, operation_name
+from kgraph.initializers import reinitialize_weight_
+from kgraph.kernel import Kernel
+from kgraph.passes.base import Pass, Workspace
+from kgraph.rules.linear import mean_square
+
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+
+
+@dataclass(frozen=True)
+class Reinitialize(Pass):
+    """Re-draw all affine layers.
+
+    Args:
+        distribution: "suo" or "gaussian".
+        delta: Delta form for convolutions.
+    """
+
+    distribution: str = "suo"
+    delta: bool = True
+
+    def rewrite(self, work: Workspace) -> None:
+        generator = work.generator
+        done: set[str] = set()
+        for node in work.nodes:
+            name = operation_name(node)
+            if name in ("linear", *_CONVOLUTIONS, *_TRANSPOSED) and _random(work, node.args[0]):
+                self._layer(work, node, 1, 2, done, generator)
+            elif name == "addmm" and _random(work, node.args[1]):
+                self._layer(work, node, 2, 0, done, generator)
+            elif name in ("matmul", "mm") and _random(work, node.args[0]) and not _random(work, node.args[1]):
+                self._layer(work, node, 1, None, done, generator)
+            elif node.target is aten.mul.Tensor:
+                _neutralize_gain(work, node)
+            elif name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+                work.keep(node, "recurrent weights", "recurrent cells keep their own initialization")
+
+    def _layer(
+        self, work: Workspace, node: fx.Node, at: int, bias_at: int | None, done: set[str], generator: torch.Generator
+    ) -> None:
+        parameter = _direct_weight(work, node, at)
+        if parameter is None:
+            work.keep(node, "weight", "it is computed from something else than one parameter")
+            return
+        target = str(parameter.target)
+        if target in done:
+            work.notes.append(f"{target} is used by several layers; it was drawn once")
+            return
+        done.add(target)
+        weight = work.tensor(parameter)
+        before = f"std {mean_square(weight) ** 0.5:.3g}"
+        self._draw(node, weight, generator)
+        if bias_at is not None:
+            _zero_bias(work, node, bias_at)
+        work.record(node, f"re-draw {operation_name(node)}", f"{self.distribution}, bias 0", before, _spread(weight))
+
+    def _draw(self, node: fx.Node, weight: Tensor, generator: torch.Generator) -> None:
+        name = operation_name(node)
+        if name in ("addmm", "matmul", "mm"):
+            reinitialize_weight_(weight.data.T, distribution=self.distribution, generator=generator)  # type: ignore[arg-type]
+            return
+        geometry: dict[str, Any] = {}
+        if name != "linear":
+            geometry = _geometry(node, transposed=name in _TRANSPOSED)
+            overlapping = any(s < k for s, k in zip(_wide(geometry["stride"], weight), weight.shape[2:], strict=True))
+            geometry["delta"] = self.delta and (overlapping or name in _TRANSPOSED)
+        reinitialize_weight_(weight.data, distribution=self.distribution, generator=generator, **geometry)  # type: ignore[arg-type]
+
+
+def _spread(weight: Tensor) -> str:
+    share = float((weight != 0).double().mean()) if not weight.is_meta else 1.0
+    return f"std {mean_square(weight) ** 0.5:.3g}" + (f", {share:.0%} nonzero" if share < 0.999 else "")
+
+
+def _random(work: Workspace, node: object) -> bool:
+    return isinstance(node, fx.Node) and isinstance(work.propagation().values.get(node), Kernel)
+
+
+def _wide(value: Any, weight: Tensor) -> list[int]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return values * (weight.ndim - 2) if len(values) == 1 else values
+
+
+def _geometry(node: fx.Node, *, transposed: bool) -> dict[str, Any]:
+    names = ("stride", "padding", "dilation", "groups")
+    if transposed:
+        names = ("stride", "padding", "output_padding", "groups", "dilation")
+    given = dict(zip(names, node.args[3:], strict=False)) | dict(node.kwargs)
+    given.pop("output_padding", None)
+    defaults: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    chosen = {**defaults, **{k: v for k, v in given.items() if k in defaults}}
+    chosen["padding"] = _with_explicit_padding(node, chosen["padding"])
+    return {**{k: _plain(v) for k, v in chosen.items()}, "transposed": transposed}
+
+
+def _with_explicit_padding(node: fx.Node, padding: Any) -> Any:
+    """A separate padding operation in front moves the tap that meets the output position."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source.target not in (aten.pad.default, aten.constant_pad_nd.default):
+        return padding
+    amounts = source.args[1]
+    assert isinstance(amounts, (list, tuple))
+    front = [int(a) for a in amounts[0::2]][::-1]  # type: ignore[call-overload]
+    if isinstance(padding, str):
+        return front
+    own = list(padding) if isinstance(padding, (list, tuple)) else [padding] * len(front)
+    own = own * len(front) if len(own) == 1 else own
+    return [o + f for o, f in zip(own, front, strict=True)] if len(own) == len(front) else padding
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+def _direct_weight(work: Workspace, node: fx.Node, at: int) -> fx.Node | None:
+    """The parameter node of a layer; a weight computed from one parameter of its shape is replaced by it.
+
+    Weight standardization is such a computation: it would normalize the new weight away.
+    """
+    weight = node.args[at]
+    if not isinstance(weight, fx.Node):
+        return None
+    if weight.op == "get_attr":
+        return weight
+    shape = tuple(work.propagation().values[weight].shape)
+    origins = [n for n in _ancestors(weight) if n.op == "get_attr" and work.tensor(n).requires_grad]
+    same = [n for n in origins if tuple(work.tensor(n).shape) == shape]
+    if len(same) != 1:
+        return None
+    node.args = tuple(same[0] if i == at else a for i, a in enumerate(node.args))
+    node.meta.pop("group_size", None)  # no longer what the user's module computes: stays functional
+    work.notes.append(f"{same[0].target}: the weight normalization around it is removed")
+    return same[0]
+
+
+def _ancestors(node: fx.Node) -> list[fx.Node]:
+    found, queue = [], [node]
+    while queue:
+        for before in queue.pop().all_input_nodes:
+            if before not in found:
+                found.append(before)
+                queue.append(before)
+    return found
+
+
+def _zero_bias(work: Workspace, node: fx.Node, at: int) -> None:
+    bias = node.args[at] if len(node.args) > at else None
+    if isinstance(bias, fx.Node) and bias.op == "get_attr":
+        with torch.no_grad():
+            work.tensor(bias).zero_()
+
+
+def _neutralize_gain(work: Workspace, node: fx.Node) -> None:
+    """``branch * parameter``: LayerScale 1e-6, SkipInit 0 and their like become 1."""
+    operands = [a for a in node.args if isinstance(a, fx.Node)]
+    gains = [a for a in operands if _parameter_behind(work, a) is not None]
+    if len(operands) != 2 or len(gains) != 1 or not any(_random(work, a) for a in operands):
+        return
+    parameter = _parameter_behind(work, gains[0])
+    assert parameter is not None
+    tensor = work.tensor(parameter)
+    if not tensor.requires_grad:
+        return
+    before = f"rms {mean_square(tensor) ** 0.5:.3g}"
+    with torch.no_grad():
+        tensor.fill_(1.0)
+    work.record(node, "neutralize gain", f"{parameter.target} would break q = 1", before, "1")
+
+
+def _parameter_behind(work: Workspace, node: fx.Node) -> fx.Node | None:
+    while node.op == "call_function" and operation_name(node) in ("reshape", "view", "unsqueeze", "expand"):
+        before = node.args[0]
+        if not isinstance(before, fx.Node):
+            return None
+        node = before
+    return node if node.op == "get_attr" else None

@@ -1,0 +1,104 @@
+"""Remove normalization layers; a layer that fed one and had no bias gets a zero bias.
+
+Without the added bias the model class would shrink: the norm's own shift made the bias redundant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from kgraph.canonical import aten, operation_name
+from kgraph.kernel import Kernel
+from kgraph.passes.base import Pass, Workspace
+from kgraph.site import site_of
+
+NORMS = {
+    aten.batch_norm.default: "BatchNorm",
+    aten.layer_norm.default: "LayerNorm",
+    aten.group_norm.default: "GroupNorm",
+    aten.instance_norm.default: "InstanceNorm",
+    aten.rms_norm.default: "RMSNorm",
+}
+_AFFINE = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+_THROUGH = ("dropout", "reshape", "view", "flatten", "permute", "transpose", "contiguous", "clone", "squeeze", "unsqueeze")
+
+
+@dataclass(frozen=True)
+class RemoveNorms(Pass):
+    """Remove BatchNorm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm and LocalResponseNorm."""
+
+    def rewrite(self, work: Workspace) -> None:
+        kernels = work.kernels()
+        _remove_response_norms(work)
+        for node in work.nodes:
+            source = node.args[0] if node.target in NORMS else None
+            if isinstance(source, fx.Node) and source in kernels:
+                _remove(work, node, source)
+            elif node.target in NORMS:
+                work.keep(node, "weight normalization", "it normalizes a weight, not an activation")
+
+    def broken(self, work: Workspace) -> str:
+        left = [n.name for n in work.nodes if n.target in NORMS and _is_random(work, n.args[0])]
+        return f"{', '.join(left)} still normalize" if left else ""
+
+
+def _is_random(work: Workspace, node: object) -> bool:
+    return isinstance(node, fx.Node) and isinstance(work.propagation().values.get(node), Kernel)
+
+
+def _remove(work: Workspace, node: fx.Node, source: fx.Node) -> None:
+    q = float(work.kernels()[source].merged.q)
+    note = _give_bias(work, source)
+    why = f"normalization-free by design{note}"
+    work.record(node, f"remove {NORMS[node.target]}", why, f"q {q:.3g} in", "gone")  # type: ignore[index]
+    node.replace_all_uses_with(source)
+    work.graph.module.graph.erase_node(node)
+
+
+def _producer(node: fx.Node) -> fx.Node | None:
+    """The affine layer whose output a norm reads, through operations that keep the channels."""
+    while operation_name(node) in _THROUGH and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node if operation_name(node) in _AFFINE else None
+
+
+def _give_bias(work: Workspace, source: fx.Node) -> str:
+    layer = _producer(source)
+    if layer is None or (len(layer.args) > 2 and layer.args[2] is not None):
+        return ""
+    weight = layer.args[1]
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return ""
+    holder = str(weight.target).rpartition(".")[0]
+    name = f"{holder}.bias" if holder else "bias"
+    tensor = work.tensor(weight)
+    size = tensor.shape[1] * _groups(layer) if "transpose" in operation_name(layer) else tensor.shape[0]
+    work.add_parameter(name, nn.Parameter(torch.zeros(size, dtype=tensor.dtype, device=tensor.device)))
+    graph = work.graph.module.graph
+    with graph.inserting_before(layer):
+        bias = graph.get_attr(name)
+    layer.args = (*layer.args[:2], bias, *layer.args[3:])
+    return "; its layer gained a zero bias"
+
+
+def _groups(layer: fx.Node) -> int:
+    return int(layer.args[6]) if len(layer.args) > 6 else 1  # type: ignore[call-overload]
+
+
+def _remove_response_norms(work: Workspace) -> None:
+    """LocalResponseNorm is several operations: drop the whole module call."""
+    calls: dict[tuple[str, int], list[fx.Node]] = {}
+    modules = dict(work.graph.root.named_modules())
+    for node in work.nodes:
+        site = site_of(node)
+        if node.op == "call_function" and isinstance(modules.get(site.path), nn.LocalResponseNorm):
+            calls.setdefault(site.key, []).append(node)
+    for nodes in calls.values():
+        inside = set(nodes)
+        source = next(n for node in nodes for n in node.all_input_nodes if n not in inside)
+        end = next(node for node in reversed(nodes) if any(user not in inside for user in node.users))
+        work.record(end, "remove LocalResponseNorm", "normalization-free by design")
+        end.replace_all_uses_with(source)

@@ -1,0 +1,173 @@
+"""Sums of branches become normalized sums: w * shortcut + sqrt(1 - w^2) * residual, constants not trained.
+
+Which operand is the shortcut is read off the graph: the path with fewer layers since the two parted (their common
+dominator). Where neither is shorter, the n branches are equal and each weight is 1/sqrt(n). ``shortcut_weight=0``
+drops the shortcut and with it a projection that nobody reads any more.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import networkx as nx
+from torch import fx
+
+from kgraph.canonical import aten, operation_name
+from kgraph.errors import InputError
+from kgraph.kernel import Kernel
+from kgraph.modules import WeightedSum
+from kgraph.nonlinear import find_regions
+from kgraph.passes.base import Pass, Workspace, owner_path
+
+_SUMS = (aten.add.Tensor, aten.sub.Tensor)
+_AFFINE = ("linear", "addmm", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "scaled_dot_product_attention", "matmul")
+
+
+@dataclass(frozen=True)
+class ScaleResiduals(Pass):
+    """Weight residual sums.
+
+    Args:
+        shortcut_weight: w in [0, 1]; 0 removes the shortcuts.
+    """
+
+    shortcut_weight: float = 0.8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shortcut_weight <= 1:
+            raise InputError(f"shortcut_weight is {self.shortcut_weight}", hint="Pass a number in [0, 1]")
+
+    def rewrite(self, work: Workspace) -> None:
+        values = work.propagation().values
+        inside = _inside_regions(work)
+        lengths = _Lengths(work)
+        sums = [n for n in work.nodes if n.target in _SUMS and n not in inside and _adds_branches(n, values)]
+        # decide on the graph as captured, then rewrite: the analysis does not know the new nodes
+        plans = [(node, *self._weights(node, lengths)) for node in sums]
+        for node, weights, shortcut, why in plans:
+            _replace(work, node, weights, shortcut, why)
+
+    def _weights(self, node: fx.Node, lengths: _Lengths) -> tuple[list[float], int | None, str]:
+        """Weights of the two operands, and which of them is the shortcut."""
+        one, two = lengths.since_parting(*node.args[:2])
+        if one == two:
+            return [math.sqrt(0.5)] * 2, None, "two equal branches"
+        weights = _pair(self.shortcut_weight, 0 if one < two else 1)
+        return weights, 0 if one < two else 1, "normalized sum keeps q = 1"
+
+    def broken(self, work: Workspace) -> str:
+        bad = [
+            n.name
+            for n in work.nodes
+            if isinstance(module := _module(work, n), WeightedSum)
+            and abs(sum(w * w for w in module.weights) - 1) > 1e-9
+        ]
+        return f"weights of {', '.join(bad)} are not normalized" if bad else ""
+
+
+def _module(work: Workspace, node: fx.Node) -> object:
+    return work.graph.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _inside_regions(work: Workspace) -> set[fx.Node]:
+    """Sums inside an activation (x + relu(x), relu6(x + 3)) are part of its function."""
+    regions = find_regions(work.graph.module, work.kernels().__contains__)
+    return {node for region in regions for node in region.nodes}
+
+
+def _adds_branches(node: fx.Node, values: dict[fx.Node, object]) -> bool:
+    operands = node.args[:2]
+    return all(isinstance(o, fx.Node) and isinstance(values.get(o), Kernel) for o in operands)
+
+
+def _pair(shortcut_weight: float, shortcut: int) -> list[float]:
+    rest = math.sqrt(1 - shortcut_weight**2)
+    return [shortcut_weight, rest] if shortcut == 0 else [rest, shortcut_weight]
+
+
+def _signs(node: fx.Node) -> tuple[float, float]:
+    alpha = float(node.kwargs.get("alpha", 1.0))  # type: ignore[arg-type]
+    return 1.0, -alpha if node.target is aten.sub.Tensor else alpha
+
+
+def _replace(work: Workspace, node: fx.Node, weights: list[float], shortcut: int | None, why: str) -> None:
+    terms = [term for term in node.args[:2] if isinstance(term, fx.Node)]
+    before = " + ".join(term.name for term in terms)
+    if 0.0 in weights:
+        kept = terms[1 - weights.index(0.0)]
+        gone = terms[weights.index(0.0)]
+        work.record(node, "remove shortcut", f"weight 0: {gone.name} is dropped", before, kept.name)
+        node.replace_all_uses_with(kept)
+        return
+    signed = [math.copysign(w, sign) for w, sign in zip(weights, _signs(node), strict=True)]
+    graph = work.graph.module.graph
+    path = work.add_module(f"{owner_path(node)}weighted_sum", WeightedSum(signed))
+    with graph.inserting_before(node):
+        call = graph.call_module(path, tuple(terms))
+    call.meta = dict(node.meta)
+    if shortcut is not None:
+        call.meta["shortcut"] = shortcut
+    after = " + ".join(f"{w:.4g} {term.name}" for term, w in zip(terms, signed, strict=True))
+    work.record(node, "weight residual sum", why, before, after)
+    node.replace_all_uses_with(call)
+
+
+def reweight(work: Workspace, shortcut_weight: float) -> bool:
+    """Give every shortcut another weight; False when there is none (or it was removed)."""
+    found = [node for node in work.nodes if "shortcut" in node.meta]
+    for node in found:
+        weights = _pair(shortcut_weight, node.meta["shortcut"])
+        work.replace_module(str(node.target), WeightedSum(weights))
+    work.touch()
+    return bool(found)
+
+
+class _Lengths:
+    """Numbers of layers (affine or nonlinear) on the longest way from the last common node to each operand."""
+
+    def __init__(self, work: Workspace) -> None:
+        kernels = work.propagation().values
+        self.order = {node: i for i, node in enumerate(work.nodes)}
+        ends = {r.end for r in find_regions(work.graph.module, work.kernels().__contains__)}
+        self.is_layer = {n: n in ends or operation_name(n) in _AFFINE for n in self.order}
+        self.graph = nx.DiGraph()
+        for node in self.order:
+            inputs = [n for n in node.all_input_nodes if _random(kernels.get(n))]
+            self.graph.add_edges_from((before, node) for before in inputs)
+            if not inputs and _random(kernels.get(node)):
+                self.graph.add_edge("start", node)
+        self.dominator = nx.immediate_dominators(self.graph, "start")
+
+    def since_parting(self, first: fx.Node, second: fx.Node) -> tuple[int, int]:
+        origin = self._common(first, second)
+        return self._longest(origin, first), self._longest(origin, second)
+
+    def _common(self, first: fx.Node, second: fx.Node) -> object:
+        above: set[object] = set()
+        node: object = first
+        while node is not None:
+            above.add(node)
+            node = self.dominator.get(node) if self.dominator.get(node) is not node else None
+        node = second
+        while node not in above:
+            node = self.dominator[node]
+        return node
+
+    def _longest(self, origin: object, end: fx.Node) -> int:
+        """Layers on the longest way from ``origin`` to ``end``; all nodes between lie in graph order."""
+        low = self.order.get(origin, -1)  # type: ignore[call-overload]
+        best: dict[object, int] = {origin: 0}
+        for node in sorted(nx.ancestors(self.graph, end) | {end}, key=lambda n: self.order.get(n, -1)):
+            if self.order.get(node, -1) <= low:
+                continue
+            before = [best[p] for p in self.graph.predecessors(node) if p in best]
+            if before:
+                best[node] = max(before) + self.is_layer[node]
+        return best.get(end, 0)
+
+
+def _random(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(isinstance(v, Kernel) for v in value)
+    return isinstance(value, Kernel)
