@@ -22,7 +22,7 @@ test: lint ## Lint, then all tests on all cores (PYTEST_ARGS="-k shaping" select
 lint: $(READY)-test,dev ## Ruff, pyright, import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 format: $(READY)-test,dev ## Sort imports, fix what ruff can fix, format

@@ -183,7 +183,7 @@ def export_onnx(
     inputs = resolve_inputs(model, example_inputs)
     record = model.kgraph if isinstance(model, EmittedModule) else None
     report = record.after.to_dict() if isinstance(record, TransformRecord) else None
-    return _export_onnx(model, path, inputs, opset=opset, report=report)
+    return _export_onnx(model, path, inputs.args or inputs.kwargs, opset=opset, report=report)
 
 
 __all__ = ["TransformRecord", "analyze", "export_onnx", "shaping_targets", "transform"]

@@ -36,6 +36,7 @@ SINGLE_FILE_LIMIT = 3 << 29
 METADATA_KEY = "kgraph"
 _LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
+
 @dataclass(frozen=True)
 class OnnxExport:
     """A written and checked ONNX file.

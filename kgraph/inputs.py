@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kgraph.errors import InputError
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of ``model.forward``."""
+
+class Inputs(NamedTuple):
+    """Positional and keyword arguments of ``model.forward``."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 def resolve_inputs(model: nn.Module, example_inputs: object = None) -> Inputs:
@@ -23,22 +27,24 @@ def resolve_inputs(model: nn.Module, example_inputs: object = None) -> Inputs:
     Raises:
         InputError: nothing was given and the model does not say what it takes.
     """
+    if isinstance(example_inputs, Inputs):
+        return example_inputs
     args, kwargs = _as_arguments(example_inputs) if example_inputs is not None else infer_inputs(model)
     if not any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
         raise InputError(
             f"the example inputs hold no tensor (got {type(example_inputs).__name__})",
             hint="Pass a tensor, a tuple of positional arguments or a dict of keyword arguments",
         )
-    return _with_batch((args, kwargs))
+    return _with_batch(Inputs(args, kwargs))
 
 
 def _as_arguments(example_inputs: object) -> Inputs:
     if isinstance(example_inputs, Tensor):
-        return (example_inputs,), {}
+        return Inputs((example_inputs,), {})
     if isinstance(example_inputs, Mapping):
-        return (), {str(key): value for key, value in example_inputs.items()}
+        return Inputs((), {str(key): value for key, value in example_inputs.items()})
     if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
-        return tuple(example_inputs), {}
+        return Inputs(tuple(example_inputs), {})
     raise InputError(
         f"example_inputs is a {type(example_inputs).__name__}",
         hint="Pass a tensor, a tuple of positional arguments or a dict of keyword arguments",
@@ -62,7 +68,7 @@ def _with_batch(inputs: Inputs) -> Inputs:
         return torch.cat([value, value]) if batched else value
 
     args, kwargs = inputs
-    return tuple(double(value) for value in args), {key: double(value) for key, value in kwargs.items()}
+    return Inputs(tuple(map(double, args)), {key: double(value) for key, value in kwargs.items()})
 
 
 def infer_inputs(model: nn.Module) -> Inputs:
@@ -92,7 +98,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 def _normal(model: nn.Module, *shape: int) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(2, *shape, generator=generator)
-    return (sample.to(_device(model), _dtype(model)),), {}
+    return Inputs((sample.to(_device(model), _dtype(model)),), {})
 
 
 def _from_timm(model: nn.Module) -> Inputs | None:
@@ -113,10 +119,10 @@ def _from_transformers(model: nn.Module) -> Inputs | None:
     generator = torch.Generator().manual_seed(0)
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is None or "input_ids" not in dummy:
-        return (), dict(dummy)
+        return Inputs((), dict(dummy))
     length = min(16, int(getattr(config, "max_position_embeddings", 16) or 16))
     ids = torch.randint(0, int(vocabulary), (2, length), generator=generator)
-    return (), {"input_ids": ids.to(_device(model))}
+    return Inputs((), {"input_ids": ids.to(_device(model))})
 
 
 def _from_first_layer(model: nn.Module) -> Inputs | None:
@@ -128,7 +134,7 @@ def _from_first_layer(model: nn.Module) -> Inputs | None:
         if isinstance(module, nn.Embedding):
             generator = torch.Generator().manual_seed(0)
             ids = torch.randint(0, module.num_embeddings, (2, 16), generator=generator)
-            return (ids.to(_device(model)),), {}
+            return Inputs((ids.to(_device(model)),), {})
         for kind, size in (*spatial.items(), *small.items()):
             if isinstance(module, kind):
                 return _normal(model, module.in_channels, *size)  # pyright: ignore

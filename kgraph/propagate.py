@@ -153,7 +153,7 @@ class _Walk:
         if schema is not None and schema.is_mutable and node.args[0].op == "get_attr":
             return args[0]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             return target(*args, **kwargs)
 
     def _reads_tokens(self, node: fx.Node) -> bool:

@@ -14,7 +14,6 @@ from kgraph.errors import TargetError
 from kgraph.methods import DKS, Method
 from kgraph.nonlinear import Region, find_regions
 from kgraph.passes.base import Pass, Pipeline, Workspace
-from kgraph.passes.normalize_gates import NormalizeGates
 from kgraph.passes.per_location_norm import InsertPerLocationNorm
 from kgraph.passes.reinitialize import Reinitialize
 from kgraph.passes.remove_norms import RemoveNorms
@@ -50,7 +49,7 @@ class Plan:
 
     def shaping(self, method: Method, targets: ShapingTargets) -> Pipeline:
         """Passes that need them: activations, then the constants that restore q = 1."""
-        return Pipeline((ShapeActivations(method, targets), NormalizeGates(), Rescale()), self.progress)
+        return Pipeline((ShapeActivations(method, targets), Rescale()), self.progress)
 
 
 @dataclass(frozen=True)
@@ -158,9 +157,10 @@ def _check(work: Workspace, method: Method) -> None:
     kernels = work.kernels()
     regions = find_regions(work.graph.module, kernels.__contains__)
     causes: dict[fx.Node, list[str]] = {}
+    gates = {node for region in regions if region.gate for node in region.nodes}
     for region in regions:
-        if region.source in kernels and _off(work, region.source):
-            causes.setdefault(_cause(work, region.source), []).append(region.end.name)
+        if region.source in kernels and not region.gate and _off(work, region.source):
+            causes.setdefault(_cause(work, region.source, gates), []).append(region.end.name)
     for node, names in causes.items():
         q = float(kernels[node].merged.q) if node in kernels else float("nan")
         first = float(kernels[_named(work, names[0]).source].merged.q)
@@ -186,11 +186,11 @@ def _off(work: Workspace, node: fx.Node) -> bool:
     return abs(float(kernel.merged.q) - 1) > tolerance
 
 
-def _cause(work: Workspace, node: fx.Node) -> fx.Node:
-    """The earliest node upstream whose inputs still have q = 1."""
+def _cause(work: Workspace, node: fx.Node, gates: set[fx.Node]) -> fx.Node:
+    """The earliest node upstream whose inputs still have q = 1 (a gate's own q is not meant to be 1)."""
     kernels = work.kernels()
     while True:
-        before = [n for n in node.all_input_nodes if n in kernels and _off(work, n)]
+        before = [n for n in node.all_input_nodes if n in kernels and n not in gates and _off(work, n)]
         if not before:
             return node
         node = before[0]

@@ -112,18 +112,17 @@ class Workspace:
 
     def scale_after(self, node: fx.Node, factor: float, reason: str) -> fx.Node:
         """Insert a constant factor between ``node`` and its readers."""
-        return self.call_after(node, Scale(factor, reason=reason), f"{owner_path(node)}scale")
+        return self.call_after(node, Scale(factor, reason=reason), f"{owner_path(self, node)}scale")
 
 
-def owner_path(node: fx.Node) -> str:
-    """Prefix of the module that owns a node: "" or "layer1.0."."""
-    path = site_of(node).ancestors[-1] if _is_leaf(node) else site_of(node).path
-    return f"{path}." if path else ""
-
-
-def _is_leaf(node: fx.Node) -> bool:
+def owner_path(work: Workspace, node: fx.Node) -> str:
+    """Prefix under which a helper of ``node`` belongs: "" or "layer1.0." (never inside a leaf module)."""
     site = site_of(node)
-    return bool(site.ancestors) and bool(site.path)
+    modules = dict(work.graph.root.named_modules())
+    module = modules.get(site.path)
+    container = module is not None and next(module.children(), None) is not None
+    path = site.path if container or not site.ancestors else site.ancestors[-1]
+    return f"{path}." if path else ""
 
 
 def _label(node: fx.Node) -> str:

@@ -20,6 +20,7 @@ from kgraph.initializers import reinitialize_weight_
 from kgraph.kernel import Kernel
 from kgraph.passes.base import Pass, Workspace
 from kgraph.rules.linear import mean_square
+from kgraph.site import shape_of
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -82,7 +83,27 @@ class Reinitialize(Pass):
             geometry = _geometry(node, transposed=name in _TRANSPOSED)
             overlapping = any(s < k for s, k in zip(_wide(geometry["stride"], weight), weight.shape[2:], strict=True))
             geometry["delta"] = self.delta and (overlapping or name in _TRANSPOSED)
+        if geometry.get("transposed") and _single_position(node):
+            _draw_each_tap(weight.data, self.distribution, geometry["groups"], generator)
+            return
         reinitialize_weight_(weight.data, distribution=self.distribution, generator=generator, **geometry)  # type: ignore[arg-type]
+
+
+def _single_position(node: fx.Node) -> bool:
+    source = node.args[0]
+    return isinstance(source, fx.Node) and all(size == 1 for size in shape_of(source)[2:])
+
+
+def _draw_each_tap(weight: Tensor, distribution: str, groups: int, generator: torch.Generator) -> None:
+    """A transposed convolution of one input position (the first of a generator): every output position meets
+    one tap, so every tap is drawn as a linear layer of its own.
+    """
+    for tap in range(weight[0, 0].numel()):
+        matrix = weight.flatten(2)[:, :, tap : tap + 1]
+        geometry: dict[str, Any] = {"groups": groups, "transposed": True, "delta": False}
+        own = matrix.clone().contiguous()
+        reinitialize_weight_(own, distribution=distribution, generator=generator, **geometry)  # type: ignore[arg-type]
+        matrix.copy_(own)
 
 
 def _spread(weight: Tensor) -> str:
@@ -147,7 +168,8 @@ def _direct_weight(work: Workspace, node: fx.Node, at: int) -> fx.Node | None:
         return None
     node.args = tuple(same[0] if i == at else a for i, a in enumerate(node.args))
     node.meta.pop("group_size", None)  # no longer what the user's module computes: stays functional
-    work.notes.append(f"{same[0].target}: the weight normalization around it is removed")
+    why = "it would normalize the new weight away"
+    work.record(node, "remove weight normalization", why, "computed weight", str(same[0].target))
     return same[0]
 
 

@@ -1,4 +1,4 @@
-"""Restore q = 1 after operations that change it by themselves: pooling, embeddings, added position tables.
+"""Restore q = 1 after operations that change it by themselves: pooling, embeddings, position tables, gates.
 
 Attention is left alone: how much it averages depends on how alike the positions of real data are, so a constant
 chosen for unrelated positions would do harm. The ledger says so.
@@ -37,9 +37,11 @@ class Rescale(Pass):
 
     Args:
         tolerance: deviation of q from 1 that is left alone.
+        only_gates: leave everything but gated products alone.
     """
 
     tolerance: float = 1e-9
+    only_gates: bool = False
 
     def rewrite(self, work: Workspace) -> None:
         done: set[str] = set()
@@ -48,10 +50,10 @@ class Rescale(Pass):
             if not layer:
                 return
             for node, q in layer:
-                factor = q**-0.5
-                reason = f"q = {q:.4g} after {_CHANGERS[operation_name(node)]}"
-                work.scale_after(node, factor, reason)
-                work.record(node, "restore q", reason, f"q {q:.4g}", "q 1")
+                gated = operation_name(node) == "mul"
+                reason = f"q = {q:.4g} after {'a gate' if gated else _CHANGERS[operation_name(node)]}"
+                work.scale_after(node, q**-0.5, reason)
+                work.record(node, "normalize gate" if gated else "restore q", reason, f"q {q:.4g}", "q 1")
                 done.add(node.name)
             work.touch()
 
@@ -59,7 +61,9 @@ class Rescale(Pass):
         """Nodes to correct that lie behind no other one (their own q is not final before)."""
         kernels = work.kernels()
         wanted = self._before_activations(work)
-        inside = {n for r in find_regions(work.graph.module, kernels.__contains__) for n in r.nodes}
+        regions = find_regions(work.graph.module, kernels.__contains__)
+        inside = {n for r in regions for n in r.nodes}
+        gates = {r.end for r in regions if r.gate}
         behind: set[fx.Node] = set()
         chosen = []
         for node in work.nodes:
@@ -69,14 +73,16 @@ class Rescale(Pass):
             if node not in kernels or node not in wanted or node.name in done or node in inside:
                 continue
             q = float(kernels[node].merged.q)
-            if self._changes(work, node) and q > 0 and abs(q - 1) > self.tolerance:
+            if self._changes(work, node, gates) and q > 0 and abs(q - 1) > self.tolerance:
                 chosen.append((node, q))
                 behind.add(node)
         return chosen
 
-    def _changes(self, work: Workspace, node: fx.Node) -> bool:
+    def _changes(self, work: Workspace, node: fx.Node, gates: set[fx.Node]) -> bool:
         name = operation_name(node)
-        if name not in _CHANGERS:
+        if name == "mul":
+            return any(n in gates for n in node.all_input_nodes)
+        if name not in _CHANGERS or self.only_gates:
             return False
         values = work.propagation().values
         if name == "add":  # sums of branches are weighted already; this is about x + table

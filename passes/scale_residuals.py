@@ -102,7 +102,7 @@ def _replace(work: Workspace, node: fx.Node, weights: list[float], shortcut: int
         return
     signed = [math.copysign(w, sign) for w, sign in zip(weights, _signs(node), strict=True)]
     graph = work.graph.module.graph
-    path = work.add_module(f"{owner_path(node)}weighted_sum", WeightedSum(signed))
+    path = work.add_module(f"{owner_path(work, node)}weighted_sum", WeightedSum(signed))
     with graph.inserting_before(node):
         call = graph.call_module(path, tuple(terms))
     call.meta = dict(node.meta)

@@ -139,7 +139,7 @@ def _activation(work: Workspace, region: Region) -> nn.Module:
 
 
 def _is_whole_call(region: Region, own: nn.Module) -> bool:
-    plain = not any(own.children()) and not any(own.parameters(recurse=False))
+    plain = next(own.children(), None) is None and next(own.parameters(recurse=False), None) is None
     keys = {site_of(n).key for n in region.nodes}
     untouched = all(n.meta.get("group_size") == len(region.nodes) for n in region.nodes)
     inplace = getattr(own, "inplace", False)
@@ -159,7 +159,7 @@ def _as_graph(region: Region) -> nn.Module:
 def _swap(work: Workspace, region: Region, shaped: ShapedActivation) -> None:
     node = region.end
     site = site_of(node)
-    name = site.path if site.ancestors and site.path and not _in_use(work, site.path) else f"{owner_path(node)}shaped"
+    name = site.path if site.ancestors and site.path and not _in_use(work, site.path) else f"{owner_path(work, node)}shaped"
     path = work.add_module(name if name else "shaped", shaped)
     graph = work.graph.module.graph
     with graph.inserting_before(node):
@@ -171,4 +171,6 @@ def _swap(work: Workspace, region: Region, shaped: ShapedActivation) -> None:
 def _in_use(work: Workspace, path: str) -> bool:
     """Whether a module at this path still holds parameters or was already replaced."""
     module = dict(work.graph.root.named_modules()).get(path)
-    return module is None or any(module.parameters()) or any(module.children()) or isinstance(module, ShapedActivation)
+    if module is None or isinstance(module, ShapedActivation):
+        return True
+    return next(module.parameters(), None) is not None or next(module.children(), None) is not None

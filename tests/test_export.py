@@ -153,7 +153,7 @@ class Mixed(nn.Module):
 
     def forward(
         self, a: Tensor, table: Tensor, b: Tensor | None = None, *, double: bool = False
-    ) -> dict[str, Tensor | None | tuple[Tensor, Tensor]]:
+    ) -> dict[str, Tensor | tuple[Tensor, Tensor] | None]:
         assert b is not None
         total = (2 * a if double else a) - b @ table
         return {"total": total, "none": None, "pair": (a.isnan(), b.sum(0))}
@@ -262,13 +262,13 @@ def test_paths_that_cannot_be_written_fail_before_the_export(
 
 
 def test_a_failing_last_move_is_an_export_error(target: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ExportError, match="Cannot write"):
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
 
-        def refuse(*_: Any) -> None:
-            raise OSError(28, "No space left on device")
-
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kgraph.export.os, "replace", refuse)
-        export_onnx(nn.Linear(3, 4), target, randn(2, 3))
+        with pytest.raises(ExportError, match="Cannot write"):
+            export_onnx(nn.Linear(3, 4), target, randn(2, 3))
     assert not list(target.parent.iterdir())
 
 

@@ -71,8 +71,10 @@ def find_flags(analysis: Analysis, flow: Flow) -> dict[str, tuple[Flag, ...]]:
             )
             text = event.text if on_trunk else f"{event.text} (branch)"
             found.setdefault(name, []).append(Flag(event.kind, text, severity))
+    origin = {node.name: (node.how, node.note) for node in analysis.nodes}
     for node in analysis.nodes:
-        found.setdefault(node.name, []).extend(_how_flags(node))
+        if (node.how, node.note) not in [origin.get(name) for name in node.inputs]:
+            found.setdefault(node.name, []).extend(_how_flags(node))
     return {name: tuple(flags) for name, flags in found.items() if flags}
 
 
@@ -170,6 +172,7 @@ def nearest(analysis: Analysis) -> tuple[int | None, float]:
 
 
 def _how_flags(node: NodeKernel) -> list[Flag]:
+    """Said where the uncertainty begins; the rows after it inherit it and show it in their "how" column."""
     if node.how == "assumed":
         return [Flag("assumed", f"assumed: {node.note or 'no reason given'}", "warn")]
     if node.how == "sampled":

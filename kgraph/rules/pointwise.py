@@ -19,9 +19,13 @@ from kgraph.rules.table import Context, rule
 _known: dict[Any, Pointwise] = {}
 
 
+_UNTAGGED = {aten.hardswish.default, aten.log_sigmoid.default}
+"""Pointwise operations that PyTorch 2.13 forgets to tag."""
+
+
 def is_pointwise(target: object) -> bool:
     """Whether PyTorch itself says that an operation acts entry by entry."""
-    return isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags
+    return isinstance(target, OpOverload) and (torch.Tag.pointwise in target.tags or target in _UNTAGGED)
 
 
 def apply_all(fn: Pointwise, x: Kernel) -> Kernel:

@@ -124,7 +124,7 @@ class Sampler:
                 result = self.module.get_submodule(str(node.target))(*args, **kwargs)
             else:
                 with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
+                    torch.default_generator.manual_seed(seed)
                     result = node.target(*args, **kwargs)  # type: ignore[operator]
             known[node] = result
         return result
