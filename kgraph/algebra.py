@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kgraph.draws import evaluate, leaves_of
 from kgraph.how import EXACT, QUADRATURE, How, assumed, sampled
-from kgraph.kernel import SAME, Apply, Gaussian, Pairs, Part, Product, Root, Samples, Sum
+from kgraph.kernel import DIFF, SAME, Apply, Gaussian, Pairs, Part, Product, Root, Samples, Sum
 from kgraph.maps import Pointwise, closed_form
 
 IDENTITY = Pointwise(lambda u: u, closed_form("identity"))
@@ -79,12 +79,15 @@ def _apply_gaussian(fn: Pointwise, base: Part, part: Part) -> Part:
 def _from_draws(part: Part, how: How) -> Part:
     """Fill in the kernel of ``part`` by draws of its expression."""
     values = evaluate(part)
+    cov, mean = (values.first * values.second).mean(-1), float(values.first.mean())
+    # exchangeable positions of one input share a common component and nothing else: K_diff >= mean^2
+    cov[Pairs.SELF, DIFF] = cov[Pairs.SELF, DIFF].clamp_min(mean**2)
     return replace(
         part,
-        cov=(values.first * values.second).mean(-1),
+        cov=cov,
         slope=values.slope.expand(*part.cov.shape, -1).mean(-1),
         ntk=values.ntk.expand(*part.cov.shape, -1).mean(-1),
-        mean=float(values.first.mean()),
+        mean=mean,
         how=how | sampled(values.standard_error()),
     )
 

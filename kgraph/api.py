@@ -18,7 +18,7 @@ from kgraph.methods import Method, resolve_method
 from kgraph.passes.fold_parametrizations import fold_parametrizations
 from kgraph.passes.remove_norms import NORMS
 from kgraph.propagate import propagate, summarize
-from kgraph.recipe import Plan, is_free, prepare, rewrite
+from kgraph.recipe import SHAPED_MODE, Plan, is_free, prepare, rewrite
 from kgraph.report import Comparison, Report
 from kgraph.subnetworks import find_subnetworks
 from kgraph.targets import ShapingTargets, solve_targets
@@ -33,7 +33,8 @@ class TransformRecord:
         shortcut_weight: weight of shortcuts, as given or chosen.
         targets: local targets, None where none could be solved.
         ledger: every change, what was kept and why, what is unmet.
-        before, after: reports of the model as given and as emitted.
+        before, after: reports of the model as given (in its own mode) and as emitted (in eval mode: without norms
+            the modes differ by dropout only, whose noise is no part of the kernel's shape).
     """
 
     method: Method
@@ -131,10 +132,10 @@ def transform(
     if folded:
         graph = capture(owned, inputs, verify=False)
     plan = Plan(chosen, shortcut_weight, seed, distribution, per_location_norm)
-    outcome = rewrite(graph, plan, mode)
+    outcome = rewrite(graph, plan)
     ledger = _with_folded(outcome.ledger, folded)
     record = TransformRecord(
-        chosen, outcome.shortcut_weight, outcome.targets, ledger, before, after=_report(outcome.graph, mode)
+        chosen, outcome.shortcut_weight, outcome.targets, ledger, before, after=_report(outcome.graph, SHAPED_MODE)
     )
     shaped = outcome.graph.emit()
     shaped.train(model.training)
@@ -167,7 +168,7 @@ def shaping_targets(
     chosen = resolve_method(method)
     owned = copy.deepcopy(model)
     weight = 0.8 if shortcut_weight is None else shortcut_weight
-    work = prepare(capture(owned, example_inputs, verify=False), weight, mode=_mode(model))
+    work = prepare(capture(owned, example_inputs, verify=False), weight)
     return solve_targets(find_subnetworks(work.graph, work.propagation(), free=is_free), chosen)
 
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from kgraph.canonical import canonicalize
 from kgraph.errors import CaptureError, InputError, ModelError
-from kgraph.inputs import Inputs, batch_size, resolve_inputs
+from kgraph.inputs import RECORD, Inputs, batch_size, record_of, resolve_inputs
 from kgraph.lift import EmittedModule, emit
 from kgraph.site import read_site, source_line
 
@@ -48,7 +48,9 @@ class Graph:
 
     def emit(self) -> EmittedModule:
         """The standard module this graph stands for."""
-        return emit(self.module, self.root)
+        module = emit(self.module, self.root)
+        module.meta[RECORD] = record_of(self.inputs)
+        return module
 
 
 def check_model(model: object) -> nn.Module:

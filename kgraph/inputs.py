@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from kgraph.errors import InputError
 
@@ -77,7 +78,7 @@ def infer_inputs(model: nn.Module) -> Inputs:
     Raises:
         InputError: none of the three is there; the message says what to pass.
     """
-    for source in (_from_timm, _from_transformers, _from_first_layer):
+    for source in (_from_record, _from_timm, _from_transformers, _from_first_layer):
         found = source(model)
         if found is not None:
             return found
@@ -99,6 +100,36 @@ def _normal(model: nn.Module, *shape: int) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(2, *shape, generator=generator)
     return Inputs((sample.to(_device(model), _dtype(model)),), {})
+
+
+RECORD = "kgraph_inputs"
+"""Key under which an emitted module's ``meta`` keeps the layout of the inputs it was captured with."""
+
+
+def record_of(inputs: Inputs) -> Inputs:
+    """The inputs with float tensors reduced to their shape and dtype (meta tensors)."""
+
+    def reduce(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.detach().to("meta") if floating else value
+
+    return Inputs(*pytree.tree_map(reduce, tuple(inputs)))
+
+
+def _from_record(model: nn.Module) -> Inputs | None:
+    record = model.meta.get(RECORD) if isinstance(model, fx.GraphModule) else None
+    if record is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if not value.is_meta:
+            return value.to(_device(model))
+        return torch.randn(value.shape, generator=generator).to(_device(model), value.dtype)
+
+    return Inputs(*pytree.tree_map(draw, tuple(record)))
 
 
 def _from_timm(model: nn.Module) -> Inputs | None:

@@ -33,15 +33,15 @@ class EmittedModule(fx.GraphModule):
 
     def __reduce__(self) -> Any:
         rebuild, arguments = super().__reduce__()
-        return _revive, (rebuild, arguments, self.meta.get("kgraph"))
+        return _revive, (rebuild, arguments, dict(self.meta))
 
 
-def _revive(rebuild: Any, arguments: tuple[Any, ...], record: Any) -> EmittedModule:
+def _revive(rebuild: Any, arguments: tuple[Any, ...], meta: dict[str, Any]) -> EmittedModule:
     plain = rebuild(*arguments)
     module = EmittedModule(plain, plain.graph, type(plain).__name__)
     _keep_persistence(plain, module)
     module.training = plain.training
-    module.meta["kgraph"] = record
+    module.meta.update(meta)
     return module
 
 

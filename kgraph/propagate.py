@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,9 @@ _TOKEN_VIEWS = {
 }
 
 
+Adjust = Callable[[fx.Node, Kernel, dict[fx.Node, Any]], Kernel]
+
+
 @dataclass(frozen=True)
 class Propagation:
     """Values of all nodes after a walk: kernels where random, plain values where known.
@@ -60,6 +64,7 @@ def propagate(
     pairs: Pairs | None = None,
     positions: str = "exchangeable",
     parametrization: str = "standard",
+    adjust: Adjust | None = None,
 ) -> Propagation:
     """Propagate probe pairs through ``graph``.
 
@@ -69,6 +74,7 @@ def propagate(
         pairs: input cosines and the batch's background cosine.
         positions: position model; "exchangeable".
         parametrization: of the NTK, "standard" or "ntk".
+        adjust: called with every node's kernel and all values before it; what it returns flows on instead.
 
     Raises:
         InputError: unknown mode, position model or parametrization.
@@ -78,7 +84,7 @@ def propagate(
     _check_choice("parametrization", parametrization, ("standard", "ntk"))
     start = time.perf_counter()
     draws.restart()
-    walk = _Walk(graph, pairs or Pairs(), mode, parametrization)
+    walk = _Walk(graph, pairs or Pairs(), mode, parametrization, adjust)
     with torch.no_grad():
         values = walk.run()
     return Propagation(values, walk.pairs, mode, time.perf_counter() - start)
@@ -90,7 +96,10 @@ def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 class _Walk:
-    def __init__(self, graph: Graph, pairs: Pairs, mode: str, parametrization: str) -> None:
+    def __init__(
+        self, graph: Graph, pairs: Pairs, mode: str, parametrization: str, adjust: Adjust | None = None
+    ) -> None:
+        self.adjust = adjust
         self.graph, self.pairs, self.mode, self.parametrization = graph, pairs, mode, parametrization
         self.values: dict[fx.Node, Any] = {}
         self.tokens: set[fx.Node] = set()
@@ -102,7 +111,10 @@ class _Walk:
         for node in self.graph.module.graph.nodes:
             if node.op == "output":
                 continue
-            self.values[node] = getattr(self, f"_{node.op}")(node)
+            value = getattr(self, f"_{node.op}")(node)
+            if self.adjust is not None and isinstance(value, Kernel):
+                value = self.adjust(node, value, self.values)
+            self.values[node] = value
         return self.values
 
     def _placeholder(self, node: fx.Node) -> Any:

@@ -24,6 +24,8 @@ from kgraph.subnetworks import Subnetworks, find_subnetworks
 from kgraph.targets import ShapingTargets, solve_kind, solve_targets
 
 DEFAULT_WEIGHT = 0.8
+SHAPED_MODE = "eval"
+"""Without norms the modes differ by dropout only, whose noise is no part of the kernel's shape."""
 _RAISED = (0.8, 0.9, 0.95, 0.98)
 _Q_TOLERANCE = 1e-6
 _SAMPLED_TOLERANCE = 0.05
@@ -67,16 +69,16 @@ def is_free(region: Region) -> bool:
     return not kept_reason(region)
 
 
-def prepare(graph: Graph, shortcut_weight: float, *, mode: str = "train") -> Workspace:
+def prepare(graph: Graph, shortcut_weight: float) -> Workspace:
     """Remove norms and weight residual sums: the graph whose subnetworks the targets are about."""
-    work = Workspace(graph, mode)
+    work = Workspace(graph, SHAPED_MODE)
     Pipeline((RemoveNorms(), ScaleResiduals(shortcut_weight))).run(work)
     return work
 
 
-def rewrite(graph: Graph, plan: Plan, mode: str) -> Outcome:
+def rewrite(graph: Graph, plan: Plan) -> Outcome:
     """Run the whole recipe on ``graph``, in place."""
-    work = Workspace(graph, mode, plan.seed)
+    work = Workspace(graph, SHAPED_MODE, plan.seed)
     plan.structure().run(work)
     method = _suited(work, plan.method)
     weight, targets = _solve(work, plan, method)
@@ -207,5 +209,5 @@ def _reason(node: fx.Node) -> str:
         "cat": "its operands have different q",
     }
     if node.op == "call_module":
-        return "its input is not Gaussian (a sum that contains activations), so its local Q map is not that at N(0, 1)"
+        return "its local Q map does not give q = 1 here"
     return reasons.get(name, "the operation changes q by itself")

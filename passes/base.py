@@ -13,7 +13,7 @@ from kgraph.analysis import Change, Ledger
 from kgraph.capture import Graph
 from kgraph.errors import PassError
 from kgraph.kernel import Kernel
-from kgraph.modules import Scale
+from kgraph.modules import Scale, ShapedActivation, WeightedSum
 from kgraph.propagate import Propagation, propagate
 from kgraph.site import Site, site_of
 
@@ -78,6 +78,10 @@ class Workspace:
         assert isinstance(value, Tensor)
         return value
 
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The module a node calls, or None."""
+        return self.graph.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
     def add_module(self, path: str, module: nn.Module) -> str:
         """Attach a module to the root and to the graph under a free name near ``path``."""
         name, index = path, 0
@@ -120,9 +124,12 @@ def owner_path(work: Workspace, node: fx.Node) -> str:
     site = site_of(node)
     modules = dict(work.graph.root.named_modules())
     module = modules.get(site.path)
-    container = module is not None and next(module.children(), None) is not None
+    container = module is not None and next(module.children(), None) is not None and type(module) not in _OURS
     path = site.path if container or not site.ancestors else site.ancestors[-1]
     return f"{path}." if path else ""
+
+
+_OURS = (Scale, ShapedActivation, WeightedSum)
 
 
 def _label(node: fx.Node) -> str:

@@ -1,19 +1,25 @@
-"""Restore q = 1 after operations that change it by themselves: pooling, embeddings, position tables, gates.
+"""Restore q = 1 after operations that change it by themselves.
 
-Attention is left alone: how much it averages depends on how alike the positions of real data are, so a constant
-chosen for unrelated positions would do harm. The ledger says so.
+Pooling, embeddings, position tables and gates get a constant factor behind them. A shaped activation whose input
+is not Gaussian (the sums of a post-activation ResNet) has another Q map than the one at N(0, 1) it was shaped for:
+its output scale is corrected. Attention is left alone: how much it averages depends on how alike the positions of
+real data are, so a constant chosen for unrelated positions would do harm. The ledger says so.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
+from kgraph import algebra
 from kgraph.canonical import operation_name
 from kgraph.kernel import Kernel
+from kgraph.modules import ShapedActivation
 from kgraph.nonlinear import find_regions
 from kgraph.passes.base import Pass, Workspace
+from kgraph.propagate import propagate
 
 _CHANGERS = {
     "max_pool1d": "max pooling",
@@ -26,14 +32,13 @@ _CHANGERS = {
     "adaptive_avg_pool2d": "average pooling",
     "mean": "averaging positions",
     "embedding": "embedding",
-    "add": "added table",
     "upsample_bilinear2d": "interpolation",
 }
 
 
 @dataclass(frozen=True)
 class Rescale(Pass):
-    """Insert a constant so that q = 1 follows pools, embeddings and sums with known tensors.
+    """Insert the constants that keep q = 1 at every activation, in one walk through the graph.
 
     Args:
         tolerance: deviation of q from 1 that is left alone.
@@ -44,60 +49,70 @@ class Rescale(Pass):
     only_gates: bool = False
 
     def rewrite(self, work: Workspace) -> None:
-        done: set[str] = set()
-        while True:
-            layer = self._next_layer(work, done)
-            if not layer:
-                return
-            for node, q in layer:
-                gated = operation_name(node) == "mul"
-                reason = f"q = {q:.4g} after {'a gate' if gated else _CHANGERS[operation_name(node)]}"
-                work.scale_after(node, q**-0.5, reason)
-                work.record(node, "normalize gate" if gated else "restore q", reason, f"q {q:.4g}", "q 1")
-                done.add(node.name)
-            work.touch()
+        reasons = self._candidates(work)
+        found: dict[fx.Node, float] = {}
 
-    def _next_layer(self, work: Workspace, done: set[str]) -> list[tuple[fx.Node, float]]:
-        """Nodes to correct that lie behind no other one (their own q is not final before)."""
+        def adjust(node: fx.Node, kernel: Kernel, values: dict[fx.Node, Any]) -> Kernel:
+            q = float(kernel.merged.q)
+            if node not in reasons or q <= 0 or abs(q - 1) <= self.tolerance:
+                return kernel
+            found[node] = q
+            return kernel.with_parts(*(algebra.scale(part, q**-0.5) for part in kernel.parts))
+
+        propagate(work.graph, mode=work.mode, adjust=adjust)
+        for node, q in found.items():
+            self._correct(work, node, q, reasons[node])
+
+    def _correct(self, work: Workspace, node: fx.Node, q: float, reason: str) -> None:
+        module = work.module(node)
+        if isinstance(module, ShapedActivation):
+            constants = {**module.constants, "output_scale": module.output_scale * q**-0.5}
+            work.replace_module(str(node.target), ShapedActivation(module.activation, **constants))
+        else:
+            work.scale_after(node, q**-0.5, f"q = {q:.4g} after {reason}")
+        what = "normalize gate" if reason == "a gate" else "restore q"
+        work.record(node, what, f"q = {q:.4g} after {reason}", f"q {q:.4g}", "q 1")
+
+    def _candidates(self, work: Workspace) -> dict[fx.Node, str]:
+        """Nodes that may be corrected and lead to an activation, with the reason."""
         kernels = work.kernels()
-        wanted = self._before_activations(work)
         regions = find_regions(work.graph.module, kernels.__contains__)
-        inside = {n for r in regions for n in r.nodes}
-        gates = {r.end for r in regions if r.gate}
-        behind: set[fx.Node] = set()
-        chosen = []
-        for node in work.nodes:
-            if any(n in behind for n in node.all_input_nodes):
-                behind.add(node)
-                continue
-            if node not in kernels or node not in wanted or node.name in done or node in inside:
-                continue
-            q = float(kernels[node].merged.q)
-            if self._changes(work, node, gates) and q > 0 and abs(q - 1) > self.tolerance:
-                chosen.append((node, q))
-                behind.add(node)
-        return chosen
-
-    def _changes(self, work: Workspace, node: fx.Node, gates: set[fx.Node]) -> bool:
-        name = operation_name(node)
-        if name == "mul":
-            return any(n in gates for n in node.all_input_nodes)
-        if name not in _CHANGERS or self.only_gates:
-            return False
-        values = work.propagation().values
-        if name == "add":  # sums of branches are weighted already; this is about x + table
-            others = [n for n in node.args[:2] if isinstance(n, fx.Node) and not isinstance(values[n], Kernel)]
-            return len(others) == 1
-        return True
-
-    def _before_activations(self, work: Workspace) -> set[fx.Node]:
-        """Nodes from which some activation can be reached."""
-        regions = find_regions(work.graph.module, work.kernels().__contains__)
-        found: set[fx.Node] = set()
-        queue = [r.source for r in regions]
-        while queue:
-            node = queue.pop()
-            if node not in found:
-                found.add(node)
-                queue += node.all_input_nodes
+        gates = {region.end for region in regions if region.gate}
+        inside = {n for r in regions for n in r.nodes if not isinstance(work.module(r.end), ShapedActivation)}
+        wanted = _upstream([region.source for region in regions])
+        found = {}
+        for node in wanted & set(kernels) - inside:
+            reason = self._reason(work, node, gates)
+            if reason:
+                found[node] = reason
         return found
+
+    def _reason(self, work: Workspace, node: fx.Node, gates: set[fx.Node]) -> str:
+        name = operation_name(node)
+        if name == "mul" and any(n in gates for n in node.all_input_nodes):
+            return "a gate"
+        if self.only_gates:
+            return ""
+        if isinstance(work.module(node), ShapedActivation):
+            return "an input that is not Gaussian"
+        if name == "add" and _adds_table(work, node):
+            return "an added table"
+        return _CHANGERS.get(name, "")
+
+
+def _adds_table(work: Workspace, node: fx.Node) -> bool:
+    """Sums of branches are weighted already; this is x + position embedding."""
+    values = work.propagation().values
+    others = [n for n in node.args[:2] if isinstance(n, fx.Node) and not isinstance(values[n], Kernel)]
+    return len(others) == 1
+
+
+def _upstream(ends: list[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    queue = list(ends)
+    while queue:
+        node = queue.pop()
+        if node not in found:
+            found.add(node)
+            queue += node.all_input_nodes
+    return found

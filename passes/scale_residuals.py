@@ -60,14 +60,10 @@ class ScaleResiduals(Pass):
         bad = [
             n.name
             for n in work.nodes
-            if isinstance(module := _module(work, n), WeightedSum)
+            if isinstance(module := work.module(n), WeightedSum)
             and abs(sum(w * w for w in module.weights) - 1) > 1e-9
         ]
         return f"weights of {', '.join(bad)} are not normalized" if bad else ""
-
-
-def _module(work: Workspace, node: fx.Node) -> object:
-    return work.graph.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def _inside_regions(work: Workspace) -> set[fx.Node]:

@@ -159,18 +159,11 @@ def _as_graph(region: Region) -> nn.Module:
 def _swap(work: Workspace, region: Region, shaped: ShapedActivation) -> None:
     node = region.end
     site = site_of(node)
-    name = site.path if site.ancestors and site.path and not _in_use(work, site.path) else f"{owner_path(work, node)}shaped"
-    path = work.add_module(name if name else "shaped", shaped)
+    leaf = bool(site.path) and f"{site.path}." != owner_path(work, node)
+    path = work.add_module(site.path if leaf else f"{owner_path(work, node)}shaped", shaped)
     graph = work.graph.module.graph
     with graph.inserting_before(node):
         call = graph.call_module(path, (region.source,))
     call.meta = {k: v for k, v in node.meta.items() if k != "group_size"}
     node.replace_all_uses_with(call)
 
-
-def _in_use(work: Workspace, path: str) -> bool:
-    """Whether a module at this path still holds parameters or was already replaced."""
-    module = dict(work.graph.root.named_modules()).get(path)
-    if module is None or isinstance(module, ShapedActivation):
-        return True
-    return next(module.parameters(), None) is not None or next(module.children(), None) is not None

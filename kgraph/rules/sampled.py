@@ -2,7 +2,8 @@
 
 It serves every operation without a rule of its own, and every meeting of tensors that share random weights in a
 way their expressions do not show (x minus its own average pool): then the operations between are run as well.
-Slopes and the NTK come from Price's theorem, with the operation's own forward derivative.
+Slopes and the NTK come from Price's theorem, with the operation's own forward derivative, for the pairs that are
+reported (c = 1, and an input with itself); for the others they are not a number.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from kgraph.site import site_of
 
 Values = dict[fx.Node, Any]
 _LARGEST_REGION = 40
-_FEWEST_ENTRIES = 200_000
-_MOST_REPEATS = 64
+_FEWEST_ENTRIES = 50_000
+_MOST_REPEATS = 16
 
 
 class Sampler:
@@ -93,22 +94,21 @@ class Sampler:
             )
             return _jvp(forward, primal, tangent)
 
-        a_slope = [with_tangent(0, p, slopes) for p in range(count)]
-        b_slope = [with_tangent(1, p, slopes) for p in range(count)]
-        a_ntk = [with_tangent(0, p, ntks)[1] for p in range(count)]
-        b_ntk = [with_tangent(1, p, ntks)[1] for p in range(count)]
-        leaves = [pytree.tree_leaves(out) for out, _ in b_slope]
-        firsts, tree = pytree.tree_flatten(a_slope[0][0])
-        results = []
-        for i, first in enumerate(firsts):
-            results.append(
-                _Measured(
-                    first,
-                    torch.stack([leaf[i] for leaf in leaves]),
-                    _stacked(a_slope, b_slope, i),
-                    _stacked([(None, t) for t in a_ntk], [(None, t) for t in b_ntk], i),
-                )
-            )
+        def with_none(p: int) -> Any:
+            return forward(*(pytree.tree_map(lambda pair: pair[1][p], fields[n], is_leaf=_is_pair) for n in frontier))
+
+        plain = [with_none(p) for p in range(count)]
+        first, a_slope = with_tangent(0, Pairs.UNIT, slopes)
+        _, b_slope = with_tangent(1, Pairs.UNIT, slopes)
+        _, a_ntk = with_tangent(0, Pairs.SELF, ntks)
+        _, b_ntk = with_tangent(1, Pairs.SELF, ntks)
+        flat, tree = pytree.tree_flatten(first)
+        second = [torch.stack(column) for column in zip(*map(pytree.tree_leaves, plain), strict=True)]
+        directions = [pytree.tree_leaves(t) for t in (a_slope, b_slope, a_ntk, b_ntk)]
+        results = [
+            _Measured(one, second[i], (directions[0][i], directions[1][i]), (directions[2][i], directions[3][i]))
+            for i, one in enumerate(flat)
+        ]
         return pytree.tree_unflatten(results, tree)
 
     def _execute(self, region: list[fx.Node], known: Values, seed: int) -> Any:
@@ -227,11 +227,11 @@ def _jvp(forward: Callable[..., Any], primal: tuple[Any, ...], tangent: tuple[An
         return out, pytree.tree_map(lambda t: torch.full_like(t, float("nan"), dtype=torch.float64), out)
 
 
-def _stacked(a: list[Any], b: list[Any], index: int) -> tuple[Tensor, Tensor]:
-    return (
-        torch.stack([pytree.tree_leaves(t)[index] for _, t in a]),
-        torch.stack([pytree.tree_leaves(t)[index] for _, t in b]),
-    )
+def _in_row(values: Tensor, row: int, rows: int) -> Tensor:
+    """[1, 2] -> [rows, 2] with the values in the one row that is reported; the others are not computed."""
+    table = torch.full((rows, 2), float("nan"), dtype=torch.float64)
+    table[row] = values[0]
+    return table
 
 
 def _for_mode(node: fx.Node, args: tuple[Any, ...], mode: str) -> tuple[Any, ...]:
@@ -257,8 +257,8 @@ class _Measured:
         first = self.first.expand(self.second.shape)
         return {
             "cov": _pair_moments(first, self.second, places),
-            "slope": _pair_moments(*self.slope, places),
-            "ntk": _pair_moments(*self.ntk, places),
+            "slope": _in_row(_pair_moments(self.slope[0][None], self.slope[1][None], places), Pairs.UNIT, len(first)),
+            "ntk": _in_row(_pair_moments(self.ntk[0][None], self.ntk[1][None], places), Pairs.SELF, len(first)),
             "mean": self.first.mean(),
         }
 
