@@ -1,7 +1,7 @@
 """What compiling ResNet-152 costs, next to one training step of it: python benchmarks/transform_speed.py
 
-Times the propagation of the kernel through a captured graph, `kgraph.transform` without the captures it makes,
-those captures, and a training step (forward + backward) of the model as it is, in one process, alternating.
+Times the propagation of the kernel through a captured graph, `kgraph.transform` without the captures it
+makes, those captures, and a training step (forward + backward) of the model as it is, one after the other.
 Medians, and the ratios to the training step, which a busy machine changes less than the seconds.
 """
 
@@ -26,7 +26,7 @@ from kgraph.capture import Graph, capture
 from kgraph.propagate import propagate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from resnet50_without_skips import define_torchvision_operators  # noqa: E402
+from resnet50_without_skips import define_torchvision_operators
 
 PROPAGATION, TRANSFORM, CAPTURE, STEP = (
     "propagation after capture",

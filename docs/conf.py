@@ -1,12 +1,12 @@
 """Sphinx configuration: ``make docs``."""
 
-from importlib.metadata import PackageNotFoundError, version
+import importlib.metadata
 
 project = "kgraph"
 author = "the kgraph authors"
 try:
-    release = version("kgraph")
-except PackageNotFoundError:  # built from a tree that is not installed
+    release = importlib.metadata.version("kgraph")
+except importlib.metadata.PackageNotFoundError:  # built from a tree that is not installed
     release = ""
 
 extensions = [

@@ -2,12 +2,29 @@
 
     python examples/deep_networks_on_digits.py [--quick] [--figure FILE]
 
-FIGURES
+Ordinary torch modules: a relu MLP of width 128 and a relu CNN of width 32 (3x3 convolutions on 4x4 places),
+each with 100 hidden layers, on scikit-learn's bundled 8x8 digits. Adam at 1e-4, 200 steps, batch 64 (MLP) and
+32 (CNN). Three variants: as it is (PyTorch's initialization), He initialization on inputs normalized location
+by location, and ``kgraph.transform(model, "tat", example, per_location_norm=True)``.
+
+Test accuracy after 200 steps with seeds 0, 1, 2 (torch 2.13, CPU, one thread, about 5 s an MLP, 20 s a CNN):
+
+         as it is                  He                        TAT
+    MLP  10.0 %   8.4 %  10.0 %    30.9 %  18.7 %  36.9 %    92.2 %  95.8 %  96.0 %
+    CNN   8.4 %   8.2 %  10.7 %     8.4 %   8.2 %   8.4 %    96.4 %  91.3 %  94.7 %
+
+Every seed of TAT's MLP has had 90 % by step 60, of its CNN by step 180.
+
+The learning rate matters. The transformed MLP, seed 0, after 200 steps:
+
+    Adam  3e-5 96.7 %   1e-4 92.2 %   3e-4 94.4 %   1e-3 20.4 %
+    SGD                 3e-4 86.9 %   1e-3 95.1 %   3e-3 96.4 %
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +38,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import kgraph
+from kgraph.modules import PerLocationNorm
 
 RATE = 1e-4
 EVERY = 10
@@ -41,20 +59,20 @@ class Network:
 def mlp(depth: int) -> nn.Module:
     """``depth`` hidden layers of width 128 on the 64 pixels."""
     widths = [64, *[128] * depth]
-    hidden = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+    hidden = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*hidden, nn.Linear(128, 10))
 
 
 def cnn(depth: int) -> nn.Module:
     """``depth`` 3x3 convolutions of width 32 on 4x4 locations, their average, a linear layer."""
     widths = [4, *[32] * depth]
-    pairs = zip(widths, widths[1:], strict=False)
+    pairs = itertools.pairwise(widths)
     hidden = [m for a, b in pairs for m in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())]
     return nn.Sequential(*hidden, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 
 
 def patches(images: Tensor) -> Tensor:
-    """[N, 1, 8, 8] to [N, 4, 4, 4]: each 2x2 patch becomes one location of 4 channels, so no pixel is lost."""
+    """[N, 1, 8, 8] to [N, 4, 4, 4]: a 2x2 patch becomes a location of 4 channels, no pixel is lost."""
     return nn.functional.pixel_unshuffle(images, 2)
 
 
@@ -67,7 +85,7 @@ NETWORKS = (
 def variant(name: str, model: nn.Module, data: Data, seed: int) -> nn.Module:
     """The network to train under this name."""
     if name == "He initialization":
-        return he_initialized(model)
+        return nn.Sequential(PerLocationNorm(), he_initialized(model))  # the inputs that TAT's network gets
     if name == "kgraph, TAT":
         return kgraph.transform(model, "tat", data.x[:2], seed=seed, per_location_norm=True)
     return model
@@ -83,7 +101,10 @@ def compare(network: Network, depth: int, steps: int, seeds: range) -> list[Curv
             options = {"steps": steps, "batch": network.batch, "rate": RATE, "seed": seed, "every": EVERY}
             curve = train(name, model, data, **options)
             curves.append(curve)
-            print(f"{network.name} seed {seed}, {name}: {curve.accuracy[-1]:.1%} in {curve.seconds:.0f} s", flush=True)
+            print(
+                f"{network.name} seed {seed}, {name}: {curve.accuracy[-1]:.1%} in {curve.seconds:.0f} s",
+                flush=True,
+            )
     return curves
 
 
@@ -108,7 +129,9 @@ def steps_to(curves: list[Curve], wanted: float) -> str:
 def draw(results: dict[str, list[Curve]], depth: int, path: Path) -> None:
     """One panel a network."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for axes, (name, curves) in zip(figure.subplots(1, len(results), sharey=True), results.items(), strict=True):
+    for axes, (name, curves) in zip(
+        figure.subplots(1, len(results), sharey=True), results.items(), strict=True
+    ):
         draw_accuracy(axes, curves, COLORS)
         axes.set_title(f"{depth}-layer {name}, no skips, no normalization")
     axes.legend(loc="center right")
@@ -119,10 +142,10 @@ def draw(results: dict[str, list[Curve]], depth: int, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> dict[str, list[Curve]]:
     """Train all variants, print the table, save the picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="10 layers, 20 steps, one seed")
+    parser.add_argument("--quick", action="store_true", help="30 layers, 60 steps, one seed")
     parser.add_argument("--figure", type=Path, default=FIGURE)
     options = parser.parse_args(arguments)
-    depth, steps, seeds = (10, 20, range(1)) if options.quick else (100, 200, range(3))
+    depth, steps, seeds = (30, 60, range(1)) if options.quick else (100, 200, range(3))
     results = {network.name: compare(network, depth, steps, seeds) for network in NETWORKS}
     Console().print(table(results))
     draw(results, depth, options.figure)

@@ -10,6 +10,7 @@ from torch import nn
 
 from kgraph.analysis import Ledger
 from kgraph.capture import Graph, capture, check_model
+from kgraph.errors import ModelError
 from kgraph.export import OnnxExport
 from kgraph.export import export_onnx as _export_onnx
 from kgraph.inputs import resolve_inputs
@@ -17,8 +18,8 @@ from kgraph.lift import EmittedModule
 from kgraph.methods import Method, resolve_method
 from kgraph.passes.fold_parametrizations import fold_parametrizations
 from kgraph.passes.remove_norms import NORMS
-from kgraph.propagate import propagate, summarize
-from kgraph.recipe import SHAPED_MODE, Plan, is_free, prepare, rewrite
+from kgraph.propagate import Propagation, propagate, summarize
+from kgraph.recipe import Plan, is_free, prepare, rewrite
 from kgraph.report import Comparison, Report
 from kgraph.subnetworks import find_subnetworks
 from kgraph.targets import ShapingTargets, solve_targets
@@ -69,15 +70,15 @@ def analyze(
         ModelError, InputError, CaptureError: see `kgraph.errors`.
     """
     check_model(model)
-    return _report(capture(model, example_inputs), mode or _mode(model), positions)
+    graph = capture(model, example_inputs)
+    return _report(graph, propagate(graph, mode=mode or _mode(model), positions=positions))
 
 
 def _mode(model: nn.Module) -> str:
     return "train" if model.training else "eval"
 
 
-def _report(graph: Graph, mode: str, positions: str = "exchangeable") -> Report:
-    result = propagate(graph, mode=mode, positions=positions)
+def _report(graph: Graph, result: Propagation) -> Report:
     analysis = summarize(graph, result)
     subnetworks = find_subnetworks(graph, result)
     if subnetworks.regions and _maps_hold(graph):
@@ -125,22 +126,41 @@ def transform(
     chosen = resolve_method(method)
     inputs = resolve_inputs(model, example_inputs)
     mode = _mode(model)
-    owned = model if inplace else copy.deepcopy(model)
-    graph = capture(owned, inputs)
-    before = _report(graph, mode)
+    owned = model if inplace else _copied(model)
     folded = fold_parametrizations(owned)
-    if folded:
-        graph = capture(owned, inputs, verify=False)
+    graph = capture(owned, inputs)
+    first = propagate(graph, mode=mode)
+    before = _report(graph, first)
     plan = Plan(chosen, shortcut_weight, seed, distribution, per_location_norm)
-    outcome = rewrite(graph, plan)
+    outcome = rewrite(graph, plan, first)
     ledger = _with_folded(outcome.ledger, folded)
     record = TransformRecord(
-        chosen, outcome.shortcut_weight, outcome.targets, ledger, before, after=_report(outcome.graph, SHAPED_MODE)
+        chosen,
+        outcome.shortcut_weight,
+        outcome.targets,
+        ledger,
+        before,
+        after=_report(outcome.graph, outcome.propagation),
     )
     shaped = outcome.graph.emit()
     shaped.train(model.training)
     shaped.meta["kgraph"] = record
     return shaped
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy to rewrite.
+
+    Raises:
+        ModelError: a tensor of the model was computed by its forward (the older weight_norm after a first call).
+    """
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied: {error}",
+            hint="Use torch.nn.utils.parametrizations, or transform with inplace=True",
+        ) from error
 
 
 def _with_folded(ledger: Ledger, names: list[str]) -> Ledger:
@@ -166,7 +186,8 @@ def shaping_targets(
     """
     check_model(model)
     chosen = resolve_method(method)
-    owned = copy.deepcopy(model)
+    owned = _copied(model)
+    fold_parametrizations(owned)
     weight = 0.8 if shortcut_weight is None else shortcut_weight
     work = prepare(capture(owned, example_inputs, verify=False), weight)
     return solve_targets(find_subnetworks(work.graph, work.propagation(), free=is_free), chosen)

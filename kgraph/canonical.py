@@ -20,7 +20,18 @@ aten = torch.ops.aten
 _NOISE = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
 _COPIES = {aten.alias.default, aten.lift_fresh_copy.default, aten.detach.default, aten.detach_.default}
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default}
-_VIEWS = {"view", "reshape", "select", "slice", "transpose", "permute", "expand", "unsqueeze", "squeeze", "unbind"}
+_VIEWS = {
+    "view",
+    "reshape",
+    "select",
+    "slice",
+    "transpose",
+    "permute",
+    "expand",
+    "unsqueeze",
+    "squeeze",
+    "unbind",
+}
 
 
 def canonicalize(module: fx.GraphModule) -> None:
@@ -31,6 +42,7 @@ def canonicalize(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
     _drop_no_op_copies(module.graph)
     _functionalize(module.graph)
+    _inline_numbers(module.graph)
     _fuse_rms_norms(module.graph)
     _contiguous_views(module.graph)
 
@@ -46,14 +58,15 @@ def _inline_grad_mode(module: fx.GraphModule) -> None:
         inputs = iter(node.args[2:])
         copies: dict[fx.Node, Any] = {n: next(inputs) for n in body.graph.nodes if n.op == "placeholder"}
         with graph.inserting_before(node):
-            results = graph.graph_copy(body.graph, copies)
+            results: Any = graph.graph_copy(body.graph, copies)
         stack = node.meta.get("nn_module_stack")
         for copy in copies.values():
             if isinstance(copy, fx.Node) and stack is not None:
                 copy.meta.setdefault("nn_module_stack", stack)
         for user in list(node.users):
             assert user.target is operator.getitem
-            user.replace_all_uses_with(results[user.args[1]])
+            index: Any = user.args[1]
+            user.replace_all_uses_with(results[index])
             graph.erase_node(user)
         submodule = node.args[1]
         graph.erase_node(node)
@@ -74,6 +87,33 @@ def _drop_no_op_copies(graph: fx.Graph) -> None:
         if node.target in _COPIES or _same_tensor_type(node, source):
             node.replace_all_uses_with(source)
             graph.erase_node(node)
+
+
+def _inline_numbers(graph: fx.Graph) -> None:
+    """``full([], v) + alpha * x`` and ``full([], v) * x`` become operations with the number v.
+
+    A tensor of one known entry hides that the operation is a function of x alone.
+    """
+    for node in [n for n in graph.nodes if n.target is aten.full.default and list(n.args[0]) == []]:
+        value = node.args[1]
+        for user in list(node.users) if isinstance(value, (int, float)) else []:
+            if user.target is aten.mul.Tensor and user.args[0] is not user.args[1]:
+                user.args = (user.args[1] if user.args[0] is node else user.args[0], value)
+            elif user.target is aten.add.Tensor and user.args[0] is not user.args[1]:
+                _add_number(graph, user, node, value)
+
+
+def _add_number(graph: fx.Graph, user: fx.Node, node: fx.Node, value: float) -> None:
+    alpha = user.kwargs.get("alpha", 1)
+    if user.args[0] is not node:
+        user.args, user.kwargs = (user.args[0], value * alpha), {}  # type: ignore[operator]
+        return
+    term = user.args[1]
+    if alpha != 1:
+        with graph.inserting_before(user):
+            product = graph.call_function(aten.mul.Tensor, (term, alpha))
+        product.meta, term = dict(user.meta), product
+    user.args, user.kwargs = (term, value), {}
 
 
 def _functional_overload(target: OpOverload) -> OpOverload | None:
@@ -110,7 +150,10 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def operation_name(node: fx.Node) -> str:
-    """Plain name of what a node does: ``conv2d``, ``relu``, ``getitem``, or the module's path."""
+    """Plain name of what a node does: ``conv2d``, ``relu``, ``getitem``, or the called module's class."""
+    owner = node.graph.owning_module
+    if node.op == "call_module" and owner is not None:
+        return type(owner.get_submodule(str(node.target))).__name__
     if isinstance(node.target, OpOverload):
         return node.target._schema.name.split("::")[-1]
     if isinstance(node.target, Callable):  # type: ignore[arg-type]
@@ -146,12 +189,17 @@ def _match_rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, list[Any], fx.Node
     """Match ``x * rsqrt(mean(x**2, -1) + eps)``, optionally times a weight."""
     if node.target is not aten.mul.Tensor:
         return None
-    for source, scale in (node.args, node.args[::-1]):
+    if len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
+        return None
+    first, second = node.all_input_nodes[0], node.all_input_nodes[-1]
+    for source, scale in ((first, second), (second, first)):
         root = _args(scale, aten.rsqrt.default)
         shifted = _args(root[0], aten.add.Tensor) if root else None
         mean = _args(shifted[0], aten.mean.dim) if shifted else None
         power = _args(mean[0], aten.pow.Tensor_Scalar) if mean else None
-        if not (power and shifted and mean and power[0] is source and power[1] == 2 and list(mean[1]) == [-1]):
+        if not (
+            power and shifted and mean and power[0] is source and power[1] == 2 and list(mean[1]) == [-1]
+        ):
             continue
         last, weight = _absorb_weight(node)
         return last, source, [source.meta["val"].shape[-1]], weight, float(shifted[1])

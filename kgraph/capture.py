@@ -137,6 +137,7 @@ def _captured(model: nn.Module, inputs: Inputs, notes: list[str], *, training: b
     program = _export(model, inputs, notes)
     flat = program.module(check_guards=False)
     assert isinstance(flat, fx.GraphModule)
+    _refuse_data_dependence(flat.graph, model)
     for node in flat.graph.nodes:
         node.meta["site"] = read_site(node)
     canonicalize(flat)
@@ -195,6 +196,24 @@ def _positional_names(model: nn.Module, count: int) -> list[str]:
     return names[:count]
 
 
+def _refuse_data_dependence(graph: fx.Graph, model: nn.Module) -> None:
+    """torch.export accepts sizes that depend on a tensor's value; a kernel has no such thing."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        unknown = isinstance(value, torch.SymInt) and value.node.hint is None
+        if unknown or node.target is torch.ops.aten.item.default and _sizes_follow(node):
+            raise CaptureError(
+                f"{type(model).__name__}.forward turns a tensor's value into a size",
+                node=node.name,
+                source=source_line(node.meta.get("stack_trace") or "") or None,
+                hint="Replace the data-dependent branch or .item() by tensor operations such as torch.where",
+            )
+
+
+def _sizes_follow(node: fx.Node) -> bool:
+    return any(isinstance(user.meta.get("val"), torch.SymInt) for user in node.users)
+
+
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
     line = source_line(_user_trace(error))
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -226,7 +245,7 @@ def _index_sites(graph: fx.Graph) -> None:
 
 def _share_tensors(flat: fx.GraphModule, model: nn.Module) -> None:
     """Make the flat graph's attributes the model's very tensors (export may copy buffers)."""
-    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(dict(model.named_buffers(remove_duplicate=False)))
     for node in flat.graph.nodes:
         if node.op == "get_attr" and node.target in tensors:

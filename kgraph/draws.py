@@ -136,8 +136,10 @@ def _draw_sum(part: Part, terms: list[tuple[float, Values]]) -> Values:
         return _differentiate(part)
 
     def total(name: str, power: int) -> Tensor:
-        first, *rest = (weight**power * getattr(values, name) for weight, values in terms)
-        return sum(rest, first)
+        result = torch.zeros((), dtype=torch.float64)
+        for weight, values in terms:
+            result = result + weight**power * getattr(values, name)
+        return result
 
     leaves = frozenset().union(*(values.leaves for _, values in terms))
     return Values(total("first", 1), total("second", 1), total("slope", 2), total("ntk", 2), leaves)

@@ -8,8 +8,9 @@ module, so that ``train()`` and ``eval()`` work. State-dict keys of surviving pa
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,13 +34,67 @@ class EmittedModule(fx.GraphModule):
 
     def __reduce__(self) -> Any:
         rebuild, arguments = super().__reduce__()
-        return _revive, (rebuild, arguments, dict(self.meta))
+        return _revive, (rebuild, arguments, dict(self.meta), _Layout.of(self), type(self).__name__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmittedModule:
+        with warnings.catch_warnings():  # PyTorch warns about its own pytree leaves
+            warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
+            plain = super().__deepcopy__(memo)
+        return _dressed(plain, plain.meta, _Layout.of(self), type(self).__name__)
 
 
-def _revive(rebuild: Any, arguments: tuple[Any, ...], meta: dict[str, Any]) -> EmittedModule:
-    plain = rebuild(*arguments)
-    module = EmittedModule(plain, plain.graph, type(plain).__name__)
-    _keep_persistence(plain, module)
+class _Layout(NamedTuple):
+    """What GraphModule forgets when it is built from another module.
+
+    Attributes:
+        transient: names of non-persistent buffers.
+        tied: groups of names that share one parameter.
+    """
+
+    transient: tuple[str, ...]
+    tied: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Layout:
+        persistent = set(module.state_dict(keep_vars=True))
+        buffers = dict(module.named_buffers(remove_duplicate=False))
+        groups: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            groups[id(parameter)].append(name)
+        tied = tuple(tuple(names) for names in groups.values() if len(names) > 1)
+        return cls(tuple(name for name in buffers if name not in persistent), tied)
+
+    def apply(self, module: nn.Module) -> None:
+        buffers = dict(module.named_buffers(remove_duplicate=False))
+        for name in filter(buffers.__contains__, self.transient):
+            owner, _, field = name.rpartition(".")
+            module.get_submodule(owner)._non_persistent_buffers_set.add(field)
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        for names in self.tied:
+            present = [name for name in names if name in parameters]
+            for name in names if present else ():
+                if name not in parameters:
+                    _register(module, name, parameters[present[0]])
+
+
+def _register(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, field = name.rpartition(".")
+    for part in filter(None, path.split(".")):
+        if part not in dict(module.named_children()):
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    module.register_parameter(field, parameter)
+
+
+def _revive(
+    rebuild: Any, arguments: tuple[Any, ...], meta: dict[str, Any], layout: _Layout, name: str
+) -> EmittedModule:
+    return _dressed(rebuild(*arguments), meta, layout, name)
+
+
+def _dressed(plain: fx.GraphModule, meta: dict[str, Any], layout: _Layout, name: str) -> EmittedModule:
+    module = EmittedModule(plain, plain.graph, name)
+    layout.apply(module)
     module.training = plain.training
     module.meta.update(meta)
     return module
@@ -67,8 +122,7 @@ def emit(flat: fx.GraphModule, root: nn.Module, *, name: str | None = None, lift
     for node in graph.nodes:
         node.meta = {}
     module = EmittedModule(_attributes(graph, flat, root, helpers), graph, name or type(root).__name__)
-    _keep_persistence(root, module)
-    _keep_tied_names(root, module)
+    _Layout.of(root).apply(module)
     module.training = root.training
     return module
 
@@ -195,28 +249,3 @@ def _drop_orphan_counters(graph: fx.Graph) -> None:
         if counter and site_of(node).key not in live:
             graph.erase_node(node)
     graph.eliminate_dead_code(is_impure_node=is_effect)
-
-
-def _keep_persistence(root: nn.Module, module: nn.Module) -> None:
-    """GraphModule copies every buffer as persistent; restore the user's choice."""
-    persistent = set(root.state_dict(keep_vars=True))
-    for name, _ in list(module.named_buffers(remove_duplicate=False)):
-        if name not in persistent:
-            owner, _, field = name.rpartition(".")
-            module.get_submodule(owner)._non_persistent_buffers_set.add(field)
-
-
-def _keep_tied_names(root: nn.Module, module: nn.Module) -> None:
-    """A tied parameter keeps every name it had, so that the original's state dict loads strictly."""
-    kept = {id(p): name for name, p in module.named_parameters()}
-    present = dict(module.named_parameters(remove_duplicate=False))
-    for name, parameter in root.named_parameters(remove_duplicate=False):
-        if name in present or id(parameter) not in kept:
-            continue
-        owner = module
-        path, _, field = name.rpartition(".")
-        for part in filter(None, path.split(".")):
-            if part not in dict(owner.named_children()):
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        owner.register_parameter(field, parameter)

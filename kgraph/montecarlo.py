@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from kgraph.analysis import Analysis
 from kgraph.canonical import aten
-from kgraph.capture import Graph, capture
+from kgraph.capture import Graph, capture, check_model
 from kgraph.errors import InputError
 from kgraph.propagate import _channel_dim as channel_dim
 from kgraph.rules.sampled import _for_mode as for_mode
@@ -130,7 +130,7 @@ def montecarlo(
     """
     if draws < 2:
         raise InputError(f"draws is {draws}", hint="A standard error needs at least 2")
-    mode = mode or ("train" if model.training else "eval")
+    mode = mode or ("train" if check_model(model).training else "eval")
     if mode not in ("train", "eval"):
         raise InputError(f"mode is {mode!r}", hint="Choose 'train' or 'eval'")
     graph = capture(model, example_inputs, verify=False)

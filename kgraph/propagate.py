@@ -162,7 +162,8 @@ class _Walk:
         if any(n in self.tokens for n in node.all_input_nodes) and target in _TOKEN_VIEWS:
             self.tokens.add(node)
         schema = getattr(target, "_schema", None)
-        if schema is not None and schema.is_mutable and node.args[0].op == "get_attr":
+        first = node.args[0] if node.args else None
+        if schema is not None and schema.is_mutable and isinstance(first, fx.Node) and first.op == "get_attr":
             return args[0]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)

@@ -11,6 +11,7 @@ from kgraph.analysis import Ledger
 from kgraph.canonical import operation_name
 from kgraph.capture import Graph
 from kgraph.errors import TargetError
+from kgraph.kernel import Kernel
 from kgraph.methods import DKS, Method
 from kgraph.nonlinear import Region, find_regions
 from kgraph.passes.base import Pass, Pipeline, Workspace
@@ -19,7 +20,8 @@ from kgraph.passes.reinitialize import Reinitialize
 from kgraph.passes.remove_norms import RemoveNorms
 from kgraph.passes.rescale import Rescale
 from kgraph.passes.scale_residuals import ScaleResiduals, reweight
-from kgraph.passes.shape_activations import ShapeActivations, is_kinked, is_leaky, kept_reason
+from kgraph.passes.shape_activations import ShapeActivations, is_kinked, is_leaky, keep_learnable, kept_reason
+from kgraph.propagate import Propagation
 from kgraph.subnetworks import Subnetworks, find_subnetworks
 from kgraph.targets import ShapingTargets, solve_kind, solve_targets
 
@@ -62,6 +64,7 @@ class Outcome:
     shortcut_weight: float
     targets: ShapingTargets | None
     ledger: Ledger
+    propagation: Propagation
 
 
 def is_free(region: Region) -> bool:
@@ -76,23 +79,26 @@ def prepare(graph: Graph, shortcut_weight: float) -> Workspace:
     return work
 
 
-def rewrite(graph: Graph, plan: Plan) -> Outcome:
-    """Run the whole recipe on ``graph``, in place."""
-    work = Workspace(graph, SHAPED_MODE, plan.seed)
+def rewrite(graph: Graph, plan: Plan, first: Propagation | None = None) -> Outcome:
+    """Run the whole recipe on ``graph``, in place; ``first`` is its analysis, where there is one already."""
+    work = Workspace(graph, SHAPED_MODE, plan.seed, first)
     plan.structure().run(work)
     method = _suited(work, plan.method)
     weight, targets = _solve(work, plan, method)
     if targets is not None:
         plan.shaping(method, targets).run(work)
+    else:
+        keep_learnable(work)
+        Rescale().run(work)
     _check(work, method)
-    return Outcome(graph, weight, targets, work.ledger(repr(plan.method)))
+    return Outcome(graph, weight, targets, work.ledger(repr(plan.method)), work.propagation())
 
 
 def _suited(work: Workspace, method: Method) -> Method:
     """TAT needs activations of one kind: all leaky relus, or all smooth. A mixture uses DKS throughout."""
     if isinstance(method, DKS):
         return method
-    regions = [r for r in find_regions(work.graph.module, work.kernels().__contains__) if is_free(r)]
+    regions = [r for r in find_regions(work.graph.module, work.is_random) if is_free(r)]
     leaky = [is_leaky(r) for r in regions]
     kinked = [r for r, own in zip(regions, leaky, strict=True) if not own and is_kinked(r)]
     if all(leaky) or (not any(leaky) and not kinked):
@@ -192,10 +198,21 @@ def _cause(work: Workspace, node: fx.Node, gates: set[fx.Node]) -> fx.Node:
     """The earliest node upstream whose inputs still have q = 1 (a gate's own q is not meant to be 1)."""
     kernels = work.kernels()
     while True:
-        before = [n for n in node.all_input_nodes if n in kernels and n not in gates and _off(work, n)]
+        before = [n for n in _sources(node, kernels) if n not in gates and _off(work, n)]
         if not before:
             return node
         node = before[0]
+
+
+def _sources(node: fx.Node, kernels: dict[fx.Node, Kernel]) -> list[fx.Node]:
+    """Kernels a node's q comes from: through lists (chunk, split), and through attention the values only."""
+    inputs = list(node.all_input_nodes)
+    if operation_name(node) == "scaled_dot_product_attention":
+        inputs = [n for n in node.args[2:3] if isinstance(n, fx.Node)]
+    found: list[fx.Node] = []
+    for before in inputs:
+        found += [before] if before in kernels else _sources(before, kernels)
+    return found
 
 
 def _reason(node: fx.Node) -> str:

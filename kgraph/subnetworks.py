@@ -99,7 +99,9 @@ class Subnetworks:
         missing = np.full(len(self.starts), np.nan)
         for index, step in enumerate(self.steps):
             arguments = [values[i] for i in step.inputs]
-            result = _combine(step, arguments, maps) if arguments else tuple(missing.copy() for _ in maps.start)
+            result = (
+                _combine(step, arguments, maps) if arguments else tuple(missing.copy() for _ in maps.start)
+            )
             if index in position:
                 result = tuple(r.copy() for r in result)
                 for r, start in zip(result, maps.start, strict=True):
@@ -121,7 +123,10 @@ def _combine(step: Step, arguments: list[tuple[Array, ...]], maps: _Maps) -> tup
         return maps.nonlinear(step.region, arguments[0])
     if step.kind == "sum":
         constant = 1.0 - sum(step.weights)
-        total = [sum(w * a[i] for w, a in zip(step.weights, arguments, strict=True)) for i in range(len(maps.start))]
+        total: list[Any] = [
+            sum(w * a[i] for w, a in zip(step.weights, arguments, strict=True))
+            for i in range(len(maps.start))
+        ]
         return tuple(t + constant * maps.constant[i] for i, t in enumerate(total))
     if step.kind == "product":
         result = arguments[0]
@@ -203,6 +208,8 @@ class _LeakyMaps(_Maps):
 
 
 _ONE = torch.ones((), dtype=torch.float64)
+
+
 @lru_cache(maxsize=4096)
 def _own_slope(fn: Pointwise) -> float:
     return local_slope(fn)
@@ -247,12 +254,23 @@ class _Builder:
         self.steps: list[Step] = []
 
     def build(self, free: frozenset[Region], products_add: bool) -> Subnetworks:
+        interior = self._interior()
         for node, value in self.values.items():
-            if _holds_kernel(value):
+            if node not in interior and _holds_kernel(value):
                 self.index[node] = len(self.steps)
                 self.steps.append(self._step(node))
         starts = tuple(i for i, step in enumerate(self.steps) if self._may_start(i, step))
         return Subnetworks(tuple(self.steps), starts, self.regions, free, products_add)
+
+    def _interior(self) -> set[fx.Node]:
+        """Nodes read only inside their region: x and relu6(x + 3) make one hard swish, not a product of two."""
+        members = {node for region in self.regions for node in region.nodes}
+        found: set[fx.Node] = set()
+        for node in reversed(list(self.values)):
+            known = all(user in found or user in self.ends for user in node.users)
+            if node in members and node not in self.ends and known:
+                found.add(node)
+        return found
 
     def _may_start(self, index: int, step: Step) -> bool:
         """Maps of slope >= 1 are largest from the very beginning; later starts matter only after a contraction."""
@@ -296,7 +314,9 @@ class _Builder:
             value = node.args[2]
             return Step(node, "pass", (self.index.get(value, inputs[-1]),))  # type: ignore[arg-type]
         if name in _CONTRACTIONS and any(n in self.weights_only for n in node.all_input_nodes):
-            kept = tuple(self.index[n] for n in node.all_input_nodes if n in self.index and n not in self.weights_only)
+            kept = tuple(
+                self.index[n] for n in node.all_input_nodes if n in self.index and n not in self.weights_only
+            )
             return Step(node, "pass", kept[:1] or inputs[:1])
         kind = "product" if node.target in _PRODUCTS or name in _CONTRACTIONS else "largest"
         return Step(node, kind, inputs)
@@ -305,7 +325,9 @@ class _Builder:
         """Shares w_i^2 q_i over their sum: the normalized sum when all q are equal."""
         square = [w * w for w in weights]
         total = sum(square)
-        pairs = [(self.index[n], s / total) for n, s in zip(node.args, square, strict=True) if n in self.index]  # type: ignore[index]
+        pairs = [
+            (self.index[n], s / total) for n, s in zip(node.args, square, strict=True) if n in self.index
+        ]  # type: ignore[index]
         return Step(node, "sum", tuple(i for i, _ in pairs), tuple(w for _, w in pairs))
 
     def _plain_sum(self, node: fx.Node) -> Step:
@@ -313,7 +335,11 @@ class _Builder:
         if len(terms) == 1 and not _adds_tensor(node, self.values):
             return Step(node, "pass", (self.index[terms[0]],))
         q = [self._q(n) for n in terms]
-        total = float(self.values[node].merged.q) if len(terms) == 1 and isinstance(self.values[node], Kernel) else sum(q)
+        total = (
+            float(self.values[node].merged.q)
+            if len(terms) == 1 and isinstance(self.values[node], Kernel)
+            else sum(q)
+        )
         shares = tuple(value / total if total > 0 else 1 / len(terms) for value in q)
         return Step(node, "sum", tuple(self.index[n] for n in terms), shares)
 

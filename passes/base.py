@@ -26,16 +26,19 @@ class Workspace:
         graph: captured model; its root and parameters belong to the result.
         mode: "train" or "eval", for the analyses between passes.
         seed: of everything random.
+        first: kernels of the graph before any pass (in any mode); computed when not given.
     """
 
     graph: Graph
     mode: str = "train"
     seed: int = 0
+    first: Propagation | None = None
     changes: list[Change] = field(default_factory=list)
     kept: list[Change] = field(default_factory=list)
     unmet: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _propagation: Propagation | None = None
+    _random: dict[fx.Node, bool] = field(default_factory=dict)
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -51,10 +54,33 @@ class Workspace:
         """Kernels of the graph as it is now; computed once after every change."""
         if self._propagation is None:
             self._propagation = propagate(self.graph, mode=self.mode)
+            self.first = self.first or self._propagation
         return self._propagation
 
     def kernels(self) -> dict[fx.Node, Kernel]:
         return self.propagation().kernels()
+
+    def before(self) -> Propagation:
+        """Kernels of the graph before any pass."""
+        return self.first or self.propagation()
+
+    def is_random(self, node: object) -> bool:
+        """Whether a node's value is a random tensor. No pass changes that, so it needs no new analysis."""
+        if not isinstance(node, fx.Node) or node.op == "output":
+            return False
+        values = self.before().values
+        if node in values:
+            return isinstance(values[node], Kernel)
+        if node not in self._random:  # made by a pass: random if it reads anything random
+            self._random[node] = any(self.is_random(n) for n in node.all_input_nodes)
+        return self._random[node]
+
+    def carries_random(self, node: fx.Node) -> bool:
+        """The same, counting tuples of random tensors."""
+        value = self.before().values.get(node)
+        if isinstance(value, (list, tuple)):
+            return any(isinstance(v, Kernel) for v in value)
+        return self.is_random(node)
 
     def touch(self) -> None:
         """The graph changed: forget its analysis."""
@@ -82,16 +108,33 @@ class Workspace:
         """The module a node calls, or None."""
         return self.graph.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
-    def add_module(self, path: str, module: nn.Module) -> str:
-        """Attach a module to the root and to the graph under a free name near ``path``."""
+    def add_module(self, path: str, module: nn.Module, *, instead: bool = False) -> str:
+        """Attach a module to the root and to the graph under a free name near ``path``.
+
+        Args:
+            instead: the user's own module at ``path``, which the graph no longer calls, may be replaced.
+        """
         name, index = path, 0
-        while name in dict(self.graph.module.named_modules()):
+        while _taken(self.graph.module, name) or (not instead and _taken(self.graph.root, name)):
             index += 1
             name = f"{path}_{index}"
         module.train(self.graph.root.training)
         for owner in (self.graph.root, self.graph.module):
             _attach(owner, name, module)
         return name
+
+    def _taken(self, path: str) -> bool:
+        """Whether a pass put a module there already, or the user's module has another attribute of that name."""
+        holder, _, name = path.rpartition(".")
+        if path in dict(self.graph.module.named_modules()):
+            return True
+        owner = dict(self.graph.root.named_modules()).get(holder)
+        return owner is not None and name in {
+            *owner.__dict__,
+            *owner._parameters,
+            *owner._buffers,
+            *dir(type(owner)),
+        }
 
     def replace_module(self, path: str, module: nn.Module) -> None:
         """Put another module in the place of one a pass attached."""
@@ -122,14 +165,28 @@ class Workspace:
 def owner_path(work: Workspace, node: fx.Node) -> str:
     """Prefix under which a helper of ``node`` belongs: "" or "layer1.0." (never inside a leaf module)."""
     site = site_of(node)
-    modules = dict(work.graph.root.named_modules())
-    module = modules.get(site.path)
+    module = find_module(work.graph.root, site.path)
     container = module is not None and next(module.children(), None) is not None and type(module) not in _OURS
     path = site.path if container or not site.ancestors else site.ancestors[-1]
     return f"{path}." if path else ""
 
 
 _OURS = (Scale, ShapedActivation, WeightedSum)
+
+
+def find_module(root: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at ``path``, or None."""
+    module: nn.Module | None = root
+    for part in filter(None, path.split(".")):
+        module = module._modules.get(part) if module is not None else None
+    return module
+
+
+def _taken(root: nn.Module, path: str) -> bool:
+    """Whether a module, parameter, buffer or plain attribute has this name."""
+    holder, _, name = path.rpartition(".")
+    owner = find_module(root, holder)
+    return owner is not None and name in dir(owner)
 
 
 def _label(node: fx.Node) -> str:
@@ -182,10 +239,10 @@ class Pass(ABC):
             PassError: the graph is malformed or the promise broken; names the pass.
         """
         self.rewrite(work)
-        tidy(work.graph)
         work.touch()
         try:
             work.graph.module.graph.lint()
+            tidy(work.graph)
         except RuntimeError as error:
             raise PassError(f"{self.name} left a malformed graph: {error}") from error
         broken = self.broken(work)

@@ -17,7 +17,6 @@ from torch import Tensor, fx
 
 from kgraph.canonical import aten, operation_name
 from kgraph.initializers import reinitialize_weight_
-from kgraph.kernel import Kernel
 from kgraph.passes.base import Pass, Workspace
 from kgraph.rules.linear import mean_square
 from kgraph.site import shape_of
@@ -43,19 +42,37 @@ class Reinitialize(Pass):
         done: set[str] = set()
         for node in work.nodes:
             name = operation_name(node)
-            if name in ("linear", *_CONVOLUTIONS, *_TRANSPOSED) and _random(work, node.args[0]):
+            if name in ("linear", *_CONVOLUTIONS, *_TRANSPOSED) and work.is_random(node.args[0]):
                 self._layer(work, node, 1, 2, done, generator)
-            elif name == "addmm" and _random(work, node.args[1]):
+            elif name == "addmm" and work.is_random(node.args[1]):
                 self._layer(work, node, 2, 0, done, generator)
-            elif name in ("matmul", "mm") and _random(work, node.args[0]) and not _random(work, node.args[1]):
+            elif (
+                name in ("matmul", "mm") and work.is_random(node.args[0]) and not work.is_random(node.args[1])
+            ):
                 self._layer(work, node, 1, None, done, generator)
             elif node.target is aten.mul.Tensor:
                 _neutralize_gain(work, node)
             elif name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
                 work.keep(node, "recurrent weights", "recurrent cells keep their own initialization")
 
+    def broken(self, work: Workspace) -> str:
+        bad = {
+            str(weight.target)
+            for node in work.nodes
+            if operation_name(node) in ("linear", *_CONVOLUTIONS) and work.is_random(node.args[0])
+            if isinstance(weight := node.args[1], fx.Node) and weight.op == "get_attr"
+            if not _keeps_q(work.tensor(weight))
+        }
+        return f"{', '.join(sorted(bad))} do not keep q" if bad else ""
+
     def _layer(
-        self, work: Workspace, node: fx.Node, at: int, bias_at: int | None, done: set[str], generator: torch.Generator
+        self,
+        work: Workspace,
+        node: fx.Node,
+        at: int,
+        bias_at: int | None,
+        done: set[str],
+        generator: torch.Generator,
     ) -> None:
         parameter = _direct_weight(work, node, at)
         if parameter is None:
@@ -71,7 +88,9 @@ class Reinitialize(Pass):
         self._draw(node, weight, generator)
         if bias_at is not None:
             _zero_bias(work, node, bias_at)
-        work.record(node, f"re-draw {operation_name(node)}", f"{self.distribution}, bias 0", before, _spread(weight))
+        work.record(
+            node, f"re-draw {operation_name(node)}", f"{self.distribution}, bias 0", before, _spread(weight)
+        )
 
     def _draw(self, node: fx.Node, weight: Tensor, generator: torch.Generator) -> None:
         name = operation_name(node)
@@ -81,12 +100,23 @@ class Reinitialize(Pass):
         geometry: dict[str, Any] = {}
         if name != "linear":
             geometry = _geometry(node, transposed=name in _TRANSPOSED)
-            overlapping = any(s < k for s, k in zip(_wide(geometry["stride"], weight), weight.shape[2:], strict=True))
+            overlapping = any(
+                s < k for s, k in zip(_wide(geometry["stride"], weight), weight.shape[2:], strict=True)
+            )
             geometry["delta"] = self.delta and (overlapping or name in _TRANSPOSED)
         if geometry.get("transposed") and _single_position(node):
             _draw_each_tap(weight.data, self.distribution, geometry["groups"], generator)
             return
         reinitialize_weight_(weight.data, distribution=self.distribution, generator=generator, **geometry)  # type: ignore[arg-type]
+
+
+def _keeps_q(weight: Tensor) -> bool:
+    """fan_in E[W^2] = 1, up to the sampling error of Gaussian entries."""
+    if weight.is_meta:
+        return True
+    drawn = max(int((weight != 0).sum()), 1)
+    fan_in = weight[0].numel()
+    return abs(mean_square(weight) * fan_in - 1) < 1e-3 + 8 * (2 / drawn) ** 0.5
 
 
 def _single_position(node: fx.Node) -> bool:
@@ -111,10 +141,6 @@ def _spread(weight: Tensor) -> str:
     return f"std {mean_square(weight) ** 0.5:.3g}" + (f", {share:.0%} nonzero" if share < 0.999 else "")
 
 
-def _random(work: Workspace, node: object) -> bool:
-    return isinstance(node, fx.Node) and isinstance(work.propagation().values.get(node), Kernel)
-
-
 def _wide(value: Any, weight: Tensor) -> list[int]:
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     return values * (weight.ndim - 2) if len(values) == 1 else values
@@ -135,7 +161,10 @@ def _geometry(node: fx.Node, *, transposed: bool) -> dict[str, Any]:
 def _with_explicit_padding(node: fx.Node, padding: Any) -> Any:
     """A separate padding operation in front moves the tap that meets the output position."""
     source = node.args[0]
-    if not isinstance(source, fx.Node) or source.target not in (aten.pad.default, aten.constant_pad_nd.default):
+    if not isinstance(source, fx.Node) or source.target not in (
+        aten.pad.default,
+        aten.constant_pad_nd.default,
+    ):
         return padding
     amounts = source.args[1]
     assert isinstance(amounts, (list, tuple))
@@ -161,7 +190,7 @@ def _direct_weight(work: Workspace, node: fx.Node, at: int) -> fx.Node | None:
         return None
     if weight.op == "get_attr":
         return weight
-    shape = tuple(work.propagation().values[weight].shape)
+    shape = shape_of(weight)
     origins = [n for n in _ancestors(weight) if n.op == "get_attr" and work.tensor(n).requires_grad]
     same = [n for n in origins if tuple(work.tensor(n).shape) == shape]
     if len(same) != 1:
@@ -194,7 +223,7 @@ def _neutralize_gain(work: Workspace, node: fx.Node) -> None:
     """``branch * parameter``: LayerScale 1e-6, SkipInit 0 and their like become 1."""
     operands = [a for a in node.args if isinstance(a, fx.Node)]
     gains = [a for a in operands if _parameter_behind(work, a) is not None]
-    if len(operands) != 2 or len(gains) != 1 or not any(_random(work, a) for a in operands):
+    if len(operands) != 2 or len(gains) != 1 or not any(work.is_random(a) for a in operands):
         return
     parameter = _parameter_behind(work, gains[0])
     assert parameter is not None

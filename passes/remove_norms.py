@@ -11,7 +11,6 @@ import torch
 from torch import fx, nn
 
 from kgraph.canonical import aten, operation_name
-from kgraph.kernel import Kernel
 from kgraph.passes.base import Pass, Workspace
 from kgraph.site import site_of
 
@@ -23,7 +22,18 @@ NORMS = {
     aten.rms_norm.default: "RMSNorm",
 }
 _AFFINE = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-_THROUGH = ("dropout", "reshape", "view", "flatten", "permute", "transpose", "contiguous", "clone", "squeeze", "unsqueeze")
+_THROUGH = (
+    "dropout",
+    "reshape",
+    "view",
+    "flatten",
+    "permute",
+    "transpose",
+    "contiguous",
+    "clone",
+    "squeeze",
+    "unsqueeze",
+)
 
 
 @dataclass(frozen=True)
@@ -31,26 +41,19 @@ class RemoveNorms(Pass):
     """Remove BatchNorm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm and LocalResponseNorm."""
 
     def rewrite(self, work: Workspace) -> None:
-        kernels = work.kernels()
         _remove_response_norms(work)
         for node in work.nodes:
             source = node.args[0] if node.target in NORMS else None
-            if isinstance(source, fx.Node) and source in kernels:
+            if isinstance(source, fx.Node) and work.is_random(source):
                 _remove(work, node, source)
-            elif node.target in NORMS:
-                work.keep(node, "weight normalization", "it normalizes a weight, not an activation")
 
     def broken(self, work: Workspace) -> str:
-        left = [n.name for n in work.nodes if n.target in NORMS and _is_random(work, n.args[0])]
+        left = [n.name for n in work.nodes if n.target in NORMS and work.is_random(n.args[0])]
         return f"{', '.join(left)} still normalize" if left else ""
 
 
-def _is_random(work: Workspace, node: object) -> bool:
-    return isinstance(node, fx.Node) and isinstance(work.propagation().values.get(node), Kernel)
-
-
 def _remove(work: Workspace, node: fx.Node, source: fx.Node) -> None:
-    q = float(work.kernels()[source].merged.q)
+    q = float(work.before().values[source].merged.q)
     note = _give_bias(work, source)
     why = f"normalization-free by design{note}"
     work.record(node, f"remove {NORMS[node.target]}", why, f"q {q:.3g} in", "gone")  # type: ignore[index]
@@ -67,7 +70,7 @@ def _producer(node: fx.Node) -> fx.Node | None:
 
 def _give_bias(work: Workspace, source: fx.Node) -> str:
     layer = _producer(source)
-    if layer is None or (len(layer.args) > 2 and layer.args[2] is not None):
+    if layer is None or len(layer.args) < 2 or (len(layer.args) > 2 and layer.args[2] is not None):
         return ""
     weight = layer.args[1]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":

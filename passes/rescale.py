@@ -1,6 +1,6 @@
 """Restore q = 1 after operations that change it by themselves.
 
-Pooling, embeddings, position tables and gates get a constant factor behind them. A shaped activation whose input
+Pooling, embeddings, position tables, constant factors (SkipInit, NF-ResNet's alpha and beta) and gates get a constant factor behind them. A shaped activation whose input
 is not Gaussian (the sums of a post-activation ResNet) has another Q map than the one at N(0, 1) it was shaped for:
 its output scale is corrected. Attention is left alone: how much it averages depends on how alike the positions of
 real data are, so a constant chosen for unrelated positions would do harm. The ledger says so.
@@ -16,7 +16,7 @@ from torch import fx
 from kgraph import algebra
 from kgraph.canonical import operation_name
 from kgraph.kernel import Kernel
-from kgraph.modules import ShapedActivation
+from kgraph.modules import Scale, ShapedActivation
 from kgraph.nonlinear import find_regions
 from kgraph.passes.base import Pass, Workspace
 from kgraph.propagate import propagate
@@ -33,6 +33,7 @@ _CHANGERS = {
     "mean": "averaging positions",
     "embedding": "embedding",
     "upsample_bilinear2d": "interpolation",
+    "prelu": "an activation that is not shaped",
 }
 
 
@@ -63,6 +64,15 @@ class Rescale(Pass):
         for node, q in found.items():
             self._correct(work, node, q, reasons[node])
 
+    def broken(self, work: Workspace) -> str:
+        """Sampled values are left out: their noise is no fault of the pass."""
+        kernels, bad = work.kernels(), []
+        for node in self._candidates(work):
+            ends = [user for user in node.users if isinstance(work.module(user), Scale)] or [node]
+            off = [n for n in ends if kernels[n].how.level < 2 and abs(float(kernels[n].merged.q) - 1) > 1e-6]
+            bad += [node.name for n in off if float(kernels[n].merged.q) > 0]
+        return f"q is not 1 behind {', '.join(sorted(bad))}" if bad else ""
+
     def _correct(self, work: Workspace, node: fx.Node, q: float, reason: str) -> None:
         module = work.module(node)
         if isinstance(module, ShapedActivation):
@@ -75,13 +85,12 @@ class Rescale(Pass):
 
     def _candidates(self, work: Workspace) -> dict[fx.Node, str]:
         """Nodes that may be corrected and lead to an activation, with the reason."""
-        kernels = work.kernels()
-        regions = find_regions(work.graph.module, kernels.__contains__)
+        regions = find_regions(work.graph.module, work.is_random)
         gates = {region.end for region in regions if region.gate}
         inside = {n for r in regions for n in r.nodes if not isinstance(work.module(r.end), ShapedActivation)}
         wanted = _upstream([region.source for region in regions])
         found = {}
-        for node in wanted & set(kernels) - inside:
+        for node in filter(work.is_random, wanted - inside):
             reason = self._reason(work, node, gates)
             if reason:
                 found[node] = reason
@@ -95,6 +104,8 @@ class Rescale(Pass):
             return ""
         if isinstance(work.module(node), ShapedActivation):
             return "an input that is not Gaussian"
+        if name in ("mul", "div") and len(node.all_input_nodes) == 1:
+            return "a constant factor"
         if name == "add" and _adds_table(work, node):
             return "an added table"
         return _CHANGERS.get(name, "")
@@ -102,8 +113,7 @@ class Rescale(Pass):
 
 def _adds_table(work: Workspace, node: fx.Node) -> bool:
     """Sums of branches are weighted already; this is x + position embedding."""
-    values = work.propagation().values
-    others = [n for n in node.args[:2] if isinstance(n, fx.Node) and not isinstance(values[n], Kernel)]
+    others = [n for n in node.args[:2] if isinstance(n, fx.Node) and not work.is_random(n)]
     return len(others) == 1
 
 

@@ -15,13 +15,21 @@ from torch import fx
 
 from kgraph.canonical import aten, operation_name
 from kgraph.errors import InputError
-from kgraph.kernel import Kernel
 from kgraph.modules import WeightedSum
 from kgraph.nonlinear import find_regions
 from kgraph.passes.base import Pass, Workspace, owner_path
 
 _SUMS = (aten.add.Tensor, aten.sub.Tensor)
-_AFFINE = ("linear", "addmm", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "scaled_dot_product_attention", "matmul")
+_AFFINE = (
+    "linear",
+    "addmm",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose2d",
+    "scaled_dot_product_attention",
+    "matmul",
+)
 
 
 @dataclass(frozen=True)
@@ -39,20 +47,29 @@ class ScaleResiduals(Pass):
             raise InputError(f"shortcut_weight is {self.shortcut_weight}", hint="Pass a number in [0, 1]")
 
     def rewrite(self, work: Workspace) -> None:
-        values = work.propagation().values
         inside = _inside_regions(work)
         lengths = _Lengths(work)
-        sums = [n for n in work.nodes if n.target in _SUMS and n not in inside and _adds_branches(n, values)]
+        sums = [n for n in work.nodes if n.target in _SUMS and n not in inside and _adds_branches(work, n)]
+        for node in [n for n in sums if lengths.since_parting(*_operands(n)) == (0, 0)]:
+            sums.remove(node)
+            work.keep(
+                node, "sum", "no layer lies in either branch: it is arithmetic (a rotation), not a residual"
+            )
         # decide on the graph as captured, then rewrite: the analysis does not know the new nodes
-        plans = [(node, *self._weights(node, lengths)) for node in sums]
+        terms: dict[fx.Node, int] = {}
+        plans = [(node, *self._weights(node, lengths, terms)) for node in sums]
         for node, weights, shortcut, why in plans:
             _replace(work, node, weights, shortcut, why)
 
-    def _weights(self, node: fx.Node, lengths: _Lengths) -> tuple[list[float], int | None, str]:
-        """Weights of the two operands, and which of them is the shortcut."""
-        one, two = lengths.since_parting(*node.args[:2])
+    def _weights(
+        self, node: fx.Node, lengths: _Lengths, terms: dict[fx.Node, int]
+    ) -> tuple[list[float], int | None, str]:
+        """Weights of the two operands, and which of them is the shortcut; ``terms`` counts equal branches."""
+        one, two = lengths.since_parting(*_operands(node))
         if one == two:
-            return [math.sqrt(0.5)] * 2, None, "two equal branches"
+            counts = [terms.get(n, 1) if len(n.users) == 1 else 1 for n in node.args[:2]]  # type: ignore[arg-type, union-attr]
+            terms[node] = sum(counts)
+            return [math.sqrt(n / terms[node]) for n in counts], None, f"{terms[node]} equal branches"
         weights = _pair(self.shortcut_weight, 0 if one < two else 1)
         return weights, 0 if one < two else 1, "normalized sum keeps q = 1"
 
@@ -66,15 +83,20 @@ class ScaleResiduals(Pass):
         return f"weights of {', '.join(bad)} are not normalized" if bad else ""
 
 
+def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    first, second = node.args[:2]
+    assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
+    return first, second
+
+
 def _inside_regions(work: Workspace) -> set[fx.Node]:
     """Sums inside an activation (x + relu(x), relu6(x + 3)) are part of its function."""
-    regions = find_regions(work.graph.module, work.kernels().__contains__)
+    regions = find_regions(work.graph.module, work.is_random)
     return {node for region in regions for node in region.nodes}
 
 
-def _adds_branches(node: fx.Node, values: dict[fx.Node, object]) -> bool:
-    operands = node.args[:2]
-    return all(isinstance(o, fx.Node) and isinstance(values.get(o), Kernel) for o in operands)
+def _adds_branches(work: Workspace, node: fx.Node) -> bool:
+    return all(work.is_random(operand) for operand in node.args[:2])
 
 
 def _pair(shortcut_weight: float, shortcut: int) -> list[float]:
@@ -93,7 +115,8 @@ def _replace(work: Workspace, node: fx.Node, weights: list[float], shortcut: int
     if 0.0 in weights:
         kept = terms[1 - weights.index(0.0)]
         gone = terms[weights.index(0.0)]
-        work.record(node, "remove shortcut", f"weight 0: {gone.name} is dropped", before, kept.name)
+        what = "remove shortcut" if weights.index(0.0) == shortcut else "remove residual branch"
+        work.record(node, what, f"weight 0: {gone.name} is dropped", before, kept.name)
         node.replace_all_uses_with(kept)
         return
     signed = [math.copysign(w, sign) for w, sign in zip(weights, _signs(node), strict=True)]
@@ -110,12 +133,17 @@ def _replace(work: Workspace, node: fx.Node, weights: list[float], shortcut: int
 
 
 def reweight(work: Workspace, shortcut_weight: float) -> bool:
-    """Give every shortcut another weight; False when there is none (or it was removed)."""
+    """Give every shortcut another weight; False when there is none (or it was removed).
+
+    The analysis is not forgotten: which nodes are random stays, and callers that read q must `touch`.
+    """
     found = [node for node in work.nodes if "shortcut" in node.meta]
     for node in found:
+        old = work.module(node)
+        assert isinstance(old, WeightedSum)
         weights = _pair(shortcut_weight, node.meta["shortcut"])
-        work.replace_module(str(node.target), WeightedSum(weights))
-    work.touch()
+        signed = [math.copysign(new, own) for new, own in zip(weights, old.weights, strict=True)]
+        work.replace_module(str(node.target), WeightedSum(signed))
     return bool(found)
 
 
@@ -123,15 +151,14 @@ class _Lengths:
     """Numbers of layers (affine or nonlinear) on the longest way from the last common node to each operand."""
 
     def __init__(self, work: Workspace) -> None:
-        kernels = work.propagation().values
         self.order = {node: i for i, node in enumerate(work.nodes)}
-        ends = {r.end for r in find_regions(work.graph.module, work.kernels().__contains__)}
+        ends = {r.end for r in find_regions(work.graph.module, work.is_random)}
         self.is_layer = {n: n in ends or operation_name(n) in _AFFINE for n in self.order}
         self.graph = nx.DiGraph()
         for node in self.order:
-            inputs = [n for n in node.all_input_nodes if _random(kernels.get(n))]
+            inputs = [n for n in node.all_input_nodes if work.carries_random(n)]
             self.graph.add_edges_from((before, node) for before in inputs)
-            if not inputs and _random(kernels.get(node)):
+            if not inputs and work.carries_random(node):
                 self.graph.add_edge("start", node)
         self.dominator = nx.immediate_dominators(self.graph, "start")
 
@@ -161,9 +188,3 @@ class _Lengths:
             if before:
                 best[node] = max(before) + self.is_layer[node]
         return best.get(end, 0)
-
-
-def _random(value: object) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(isinstance(v, Kernel) for v in value)
-    return isinstance(value, Kernel)

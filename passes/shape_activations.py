@@ -14,12 +14,13 @@ from kgraph.errors import KGraphError
 from kgraph.methods import DKS, TAT, Method
 from kgraph.modules import FunctionModule, ShapedActivation
 from kgraph.nonlinear import Region, find_regions
-from kgraph.passes.base import Pass, Workspace, owner_path
+from kgraph.passes.base import Pass, Workspace, find_module, owner_path
 from kgraph.shaping import ShapedConstants, shape_activation
 from kgraph.site import site_of
 from kgraph.targets import ShapingTargets
 
 _AFFINE = ("linear", "addmm", "matmul", "mm", "bmm", "einsum", "scaled_dot_product_attention", "lstm", "gru")
+_LEARNABLE = ("prelu", "_prelu_kernel", "rrelu", "rrelu_with_noise")
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,23 @@ class ShapeActivations(Pass):
 
     def rewrite(self, work: Workspace) -> None:
         assert self.targets is not None
-        random = work.kernels()
-        for region in find_regions(work.graph.module, random.__contains__):
+        keep_learnable(work)
+        for region in find_regions(work.graph.module, work.is_random):
             reason = kept_reason(region)
             if reason:
                 work.keep(region.end, operation_name(region.end), reason)
             else:
                 self._shape(work, region)
+
+    def broken(self, work: Workspace) -> str:
+        said = {line.partition(":")[0] for line in work.unmet}
+        left = [
+            region.end.name
+            for region in find_regions(work.graph.module, work.is_random)
+            if not kept_reason(region) and region.end.name not in said
+            if not any(isinstance(work.module(node), ShapedActivation) for node in region.nodes)
+        ]
+        return f"{', '.join(left)} still unshaped" if left else ""
 
     def _shape(self, work: Workspace, region: Region) -> None:
         assert self.targets is not None
@@ -71,8 +82,10 @@ class ShapeActivations(Pass):
         t = self.targets
         if t.psi is not None:
             return f"local slope {t.psi:.6g}"
-        return "TAT: " + (f"negative slope {t.negative_slope:.4g}" if t.negative_slope is not None else "") + (
-            f" curvature {t.kappa:.4g}" if t.kappa is not None else ""
+        return (
+            "TAT: "
+            + (f"negative slope {t.negative_slope:.4g}" if t.negative_slope is not None else "")
+            + (f" curvature {t.kappa:.4g}" if t.kappa is not None else "")
         )
 
     def _constants(self, region: Region, leaky: bool) -> ShapedConstants:
@@ -83,6 +96,16 @@ class ShapeActivations(Pass):
         if leaky:
             return shape_activation("leaky_relu", negative_slope=self.targets.negative_slope)
         return shape_activation(region.fn, kappa=self.targets.kappa)
+
+
+def keep_learnable(work: Workspace) -> None:
+    """Activations with a parameter of their own are no fixed function: say that they stay as they are."""
+    for node in work.nodes:
+        if operation_name(node) in _LEARNABLE and work.is_random(node):
+            work.keep(node, operation_name(node), "it learns its own shape; only q is restored behind it")
+            work.unmet.append(
+                f"{node.name}: {operation_name(node)} is not shaped, and its slope is not counted"
+            )
 
 
 def is_leaky(region: Region) -> bool:
@@ -130,7 +153,7 @@ def _describe(constants: ShapedConstants) -> str:
 def _activation(work: Workspace, region: Region) -> nn.Module:
     """The region as a module: the user's own where it is one, an operation, or a small graph."""
     node = region.end
-    own = dict(work.graph.root.named_modules()).get(site_of(node).path)
+    own = find_module(work.graph.root, site_of(node).path)
     if own is not None and _is_whole_call(region, own):
         return copy.deepcopy(own)
     if len(region.nodes) == 1 and isinstance(node.target, OpOverload) and node.args[0] is region.source:
@@ -160,10 +183,9 @@ def _swap(work: Workspace, region: Region, shaped: ShapedActivation) -> None:
     node = region.end
     site = site_of(node)
     leaf = bool(site.path) and f"{site.path}." != owner_path(work, node)
-    path = work.add_module(site.path if leaf else f"{owner_path(work, node)}shaped", shaped)
+    path = work.add_module(site.path if leaf else f"{owner_path(work, node)}shaped", shaped, instead=leaf)
     graph = work.graph.module.graph
     with graph.inserting_before(node):
         call = graph.call_module(path, (region.source,))
     call.meta = {k: v for k, v in node.meta.items() if k != "group_size"}
     node.replace_all_uses_with(call)
-

@@ -1,4 +1,4 @@
-"""The code in README.md and docs/ runs: the blocks of a page one after the other, as a reader would type them."""
+"""The code in README.md and docs/ runs: the blocks of a page in order, as a reader would type them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def blocks(page: Path) -> list[tuple[int, str]]:
     return [(text[: found.start(1)].count("\n"), found[1]) for found in BLOCK.finditer(text)]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p)], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
 def test_code_of_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # what the examples write
     names: dict[str, object] = {"__name__": "page"}

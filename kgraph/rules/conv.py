@@ -40,8 +40,11 @@ def _outer(factors: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def _each(value: object, dims: int) -> list[int]:
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
+Sizes = int | Sequence[int]
+
+
+def _each(value: Sizes, dims: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
     return [int(v) for v in (values * dims if len(values) == 1 else values)]
 
 
@@ -57,9 +60,9 @@ def _convolve(
     x: Kernel,
     weight: Tensor,
     bias: Tensor | None,
-    stride: object,
-    padding: object,
-    dilation: object,
+    stride: Sizes,
+    padding: Sizes | str,
+    dilation: Sizes,
     groups: int,
     *,
     transposed: bool = False,
@@ -102,11 +105,12 @@ def _summed_taps(context: Context, part: Part, layer: Affine, same: float, diffe
     return replace(result, ntk=own + arriving.ntk)
 
 
-def _paddings(padding: object, taps: Sequence[int], dilations: Sequence[int]) -> list[int]:
+def _paddings(padding: Sizes | str, taps: Sequence[int], dilations: Sequence[int]) -> list[int]:
     if padding == "valid":
         return [0] * len(taps)
     if padding == "same":  # PyTorch pads the odd one at the end, so the front gets the floor
         return [dilation * (size - 1) // 2 for size, dilation in zip(taps, dilations, strict=True)]
+    assert not isinstance(padding, str)
     return _each(padding, len(taps))
 
 
@@ -123,9 +127,9 @@ def conv(
     x: Kernel,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: object = 1,
-    padding: object = 0,
-    dilation: object = 1,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
     groups: int = 1,
 ) -> Kernel:
     return _convolve(context, x, weight, bias, stride, padding, dilation, groups)
@@ -137,11 +141,11 @@ def conv_transpose(
     x: Kernel,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: object = 1,
-    padding: object = 0,
-    output_padding: object = 0,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    output_padding: Sizes = 0,
     groups: int = 1,
-    dilation: object = 1,
+    dilation: Sizes = 1,
 ) -> Kernel:
     del output_padding  # it shows in the result's size, from which taps are counted
     return _convolve(context, x, weight, bias, stride, padding, dilation, groups, transposed=True)

@@ -40,12 +40,14 @@ class Affine:
 
 def mean_square(tensor: Tensor) -> float:
     """E[x^2] over all entries, accumulated in float64; a meta tensor has no values and counts as variance 1/fan."""
+    if tensor.is_meta:
+        return tensor.shape[0] / max(tensor.numel(), 1)
     return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)) ** 2 / max(tensor.numel(), 1)
 
 
 def bias_moments(bias: Tensor | None) -> tuple[float, float]:
     """(E[b^2], E[b])."""
-    if bias is None:
+    if bias is None or bias.is_meta:
         return 0.0, 0.0
     return mean_square(bias), float(bias.detach().double().mean())
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from kgraph import algebra
 from kgraph.canonical import aten
 from kgraph.constants import Moments, known_part, moments
-from kgraph.kernel import Kernel, Pairs, Part, merge
+from kgraph.kernel import Axes, Gaussian, Kernel, Pairs, Part
 from kgraph.modules import PerLocationNorm
 from kgraph.rules.linear import mean_square
 from kgraph.rules.table import Context, rule
@@ -34,7 +34,7 @@ def normalized(part: Part, subtracted: Tensor, variance: float, mean: float) -> 
     fields = {"cov": cov, "slope": part.slope * inverse, "ntk": part.ntk * inverse}
     if torch.allclose(plain.cov, cov, rtol=1e-12, atol=1e-14):
         return replace(plain, **fields)
-    return Part(part.size, **fields, mean=0.0, roots=part.roots, how=part.how)
+    return replace(part, **fields, mean=0.0, expr=Gaussian())
 
 
 def gain_and_bias(context: Context, x: Kernel, weight: Tensor | None, bias: Tensor | None) -> Kernel:
@@ -141,7 +141,7 @@ def _grouped(x: Kernel, groups: int, eps: float) -> Kernel:
     The mean over g channels and n positions has second moment m^2 + (K_positions - m^2) / g: zero fluctuation for
     many channels (LayerNorm), the channel's own position mean for one (InstanceNorm).
     """
-    part = merge(x.parts) if len(x.parts) > 1 else x.parts[0]
+    part = x.merged
     channels = next((size for axis in x.axes for role, size in axis if role == "c"), 1)
     per_group = max(channels // groups, 1)
     averaged = part.position_mean(max(x.positions, 1))
@@ -198,7 +198,8 @@ def _by_running_statistics(x: Kernel, mean: Tensor, variance: Tensor, eps: float
     parts = []
     for part, own_gain, own_shift in zip(x.parts, gains, shifts, strict=True):
         part = algebra.scale(part, mean_square(own_gain) ** 0.5)
-        offset = moments(own_shift, ((("c", len(own_shift)),),))
+        axes: Axes = ((("c", len(own_shift)),),)
+        offset = moments(own_shift, axes)
         parts.append(algebra.add(part, known_part(part, offset, "running_mean")) if offset.same else part)
     return x.with_parts(*parts)
 

@@ -52,7 +52,7 @@ def _closed(target: object, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return closed_form("gelu_exact") if kwargs.get("approximate", "none") == "none" else None
     if target is aten.pow.Tensor_Scalar and rest and rest[0] in (2, 3):
         return closed_form("monomial", int(rest[0]))
-    names = {aten.relu.default: "relu", aten.abs.default: "abs", aten.erf.default: "erf"}
+    names: dict[Any, str] = {aten.relu.default: "relu", aten.abs.default: "abs", aten.erf.default: "erf"}
     names |= {aten.sin.default: "sin", aten.cos.default: "cos", aten.square.default: "square"}
     return closed_form(names[target]) if target in names else None
 

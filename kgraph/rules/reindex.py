@@ -6,6 +6,7 @@ that are flattened into channels are averaged over from then on: only the same-p
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
@@ -123,10 +124,9 @@ def expand(context: Context, x: Kernel, *_: object) -> Kernel:
     old: Axes = (*((),) * lead, *x.axes)
     axes: list[tuple[Factor, ...]] = []
     grown = False
-    for index, (axis, size) in enumerate(zip(old, context.shape, strict=True)):
-        before = 1
-        for _, factor in axis:
-            before *= factor
+    for index in range(len(old)):
+        axis, size = old[index], context.shape[index]
+        before = math.prod(factor for _role, factor in axis)
         if size == before:
             axes.append(axis)
         else:

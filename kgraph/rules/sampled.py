@@ -220,7 +220,8 @@ def _part_field(draws: FieldDraws, kernel: Kernel, part: Part, tangent: str | No
 
 def _jvp(forward: Callable[..., Any], primal: tuple[Any, ...], tangent: tuple[Any, ...]) -> tuple[Any, Any]:
     try:
-        return torch.func.jvp(forward, primal, tangent)
+        out, derivative = torch.func.jvp(forward, primal, tangent)[:2]
+        return out, derivative
     except (NotImplementedError, RuntimeError):
         # no forward derivative (recurrent kernels, integer outputs): the slope is unknown, and says so
         out = forward(*primal)
