@@ -2,7 +2,11 @@
 
     python examples/resnet50_without_skips.py [--quick] [--seeds N] [--figure FILE]
 
-FIGURES
+timm's ResNet-50 on scikit-learn's digits, upsampled to 64x64 with 3 channels. Adam at 1e-4, batch 32, 120 steps.
+Three variants, none with skip connections: ``kgraph.transform(model, method="tat", shortcut_weight=0)``; relus with
+He initialization and no normalization; relus with BatchNorm.
+
+MEASURED
 """
 
 from __future__ import annotations

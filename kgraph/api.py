@@ -6,11 +6,10 @@ import copy
 from dataclasses import dataclass, replace
 from os import PathLike
 
-from torch import nn
+from torch import Tensor, nn
 
 from kgraph.analysis import Ledger
 from kgraph.capture import Graph, capture, check_model
-from kgraph.errors import ModelError
 from kgraph.export import OnnxExport
 from kgraph.export import export_onnx as _export_onnx
 from kgraph.inputs import resolve_inputs
@@ -149,18 +148,10 @@ def transform(
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A copy to rewrite.
-
-    Raises:
-        ModelError: a tensor of the model was computed by its forward (the older weight_norm after a first call).
-    """
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be copied: {error}",
-            hint="Use torch.nn.utils.parametrizations, or transform with inplace=True",
-        ) from error
+    """A copy to rewrite; tensors that a forward hook computed (the older weight_norm) are copied as values."""
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
 
 
 def _with_folded(ledger: Ledger, names: list[str]) -> Ledger:

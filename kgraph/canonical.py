@@ -38,7 +38,7 @@ def canonicalize(module: fx.GraphModule) -> None:
     """Rewrite ``module.graph`` in place into the canonical vocabulary."""
     _inline_grad_mode(module)
     for node in list(module.graph.nodes):
-        if node.op == "call_module" and node.target == "_guards_fn" or node.target in _NOISE:
+        if (node.op == "call_module" and node.target == "_guards_fn") or node.target in _NOISE:
             module.graph.erase_node(node)
     _drop_no_op_copies(module.graph)
     _functionalize(module.graph)
@@ -197,9 +197,7 @@ def _match_rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, list[Any], fx.Node
         shifted = _args(root[0], aten.add.Tensor) if root else None
         mean = _args(shifted[0], aten.mean.dim) if shifted else None
         power = _args(mean[0], aten.pow.Tensor_Scalar) if mean else None
-        if not (
-            power and shifted and mean and power[0] is source and power[1] == 2 and list(mean[1]) == [-1]
-        ):
+        if not (power and shifted and mean and power[0] is source and power[1] == 2 and list(mean[1]) == [-1]):
             continue
         last, weight = _absorb_weight(node)
         return last, source, [source.meta["val"].shape[-1]], weight, float(shifted[1])

@@ -201,7 +201,7 @@ def _refuse_data_dependence(graph: fx.Graph, model: nn.Module) -> None:
     for node in graph.nodes:
         value = node.meta.get("val")
         unknown = isinstance(value, torch.SymInt) and value.node.hint is None
-        if unknown or node.target is torch.ops.aten.item.default and _sizes_follow(node):
+        if unknown or (node.target is torch.ops.aten.item.default and _sizes_follow(node)):
             raise CaptureError(
                 f"{type(model).__name__}.forward turns a tensor's value into a size",
                 node=node.name,

@@ -1,7 +1,8 @@
 """Random weights: Haar orthogonal, scale-corrected uniform orthogonal (SUO), Gaussian; dense and delta.
 
-Every draw is made in float64 from an explicit generator; the global seed is never read. The gain is sigma_w,
-the standard deviation's factor, not its square. With gain 1 each weight here keeps q: E z^2 = |x|^2 / fan_in.
+Every draw is made in float64 from an explicit generator; the global seed is never read. Large matrices are made
+orthogonal in float32. The gain is sigma_w, the standard deviation's factor, not its square. With gain 1 each weight
+here keeps q: E z^2 = |x|^2 / fan_in.
 """
 
 from __future__ import annotations
@@ -19,43 +20,58 @@ from kgraph.errors import InputError
 Distribution = Literal["suo", "gaussian"]
 Taps = list[list[int]]
 
+_LARGE = 1 << 18
+
 
 def _randn(shape: Sequence[int], generator: Generator) -> Tensor:
     return torch.randn(*shape, generator=generator, device=generator.device, dtype=torch.float64)
 
 
-def haar_orthogonal(rows: int, cols: int, generator: Generator) -> Tensor:
+def haar_orthogonal(rows: int, cols: int, generator: Generator, dtype: torch.dtype = torch.float64) -> Tensor:
     """A uniformly (Haar) distributed matrix with orthonormal rows (rows <= cols) or columns (rows >= cols).
 
     QR of a Gaussian matrix, columns times sign(diag R): without the signs the law is not uniform. The QR is
     of the tall shape, which has the law of a cropped square one at a fraction of the cost.
 
-    Shapes: [rows, cols], float64, on the generator's device.
+    Shapes: [rows, cols], on the generator's device; float64, large ones float32 where that is asked for.
     Source: Mezzadri 2007, arXiv math-ph/0609050.
     """
-    q, r = torch.linalg.qr(_randn((max(rows, cols), min(rows, cols)), generator))
-    q = q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    gaussian = _randn((max(rows, cols), min(rows, cols)), generator).to(dtype)
+    q = _orthonormal_columns(gaussian)
     return q if rows >= cols else q.T
 
 
-def suo(out_features: int, in_features: int, generator: Generator) -> Tensor:
+def _orthonormal_columns(tall: Tensor) -> Tensor:
+    """The Q of ``tall = Q R`` whose R has a positive diagonal, which is unique.
+
+    At least twice as tall as wide, a Gaussian matrix has a condition number below 6: then the Cholesky factor
+    of ``tall.T @ tall`` is that R, accurately, and several times faster than Householder reflections.
+    """
+    if tall.shape[0] >= 2 * tall.shape[1] >= 64:
+        upper = torch.linalg.cholesky(tall.T @ tall, upper=True)
+        return torch.linalg.solve_triangular(upper, tall, upper=True, left=False)
+    q, r = torch.linalg.qr(tall)
+    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(tall.dtype)
+
+
+def suo(out_features: int, in_features: int, generator: Generator, dtype: torch.dtype = torch.float64) -> Tensor:
     """Scale-corrected uniform orthogonal: a semi-orthogonal matrix times sqrt(max(1, out / in)).
 
     E z^2 = |x|^2 / in per output for every shape: a matrix with out <= in only projects, and loses the length
     that averaging over ``out`` instead of ``in`` gives back; one with out > in is isometric, and must be
     stretched.
 
-    Shapes: [out_features, in_features], float64, entries of variance 1 / in.
+    Shapes: [out_features, in_features], of ``dtype``, entries of variance 1 / in.
     Source: Martens et al. 2021, arXiv 2110.01765.
     """
     stretch = math.sqrt(max(1.0, out_features / in_features))
-    return haar_orthogonal(out_features, in_features, generator) * stretch
+    return haar_orthogonal(out_features, in_features, generator, dtype) * stretch
 
 
-def _draw(distribution: Distribution, rows: int, cols: int, generator: Generator) -> Tensor:
+def _draw(distribution: Distribution, rows: int, cols: int, generator: Generator, dtype: torch.dtype) -> Tensor:
     """A [rows, cols] matrix of entry variance 1 / cols."""
     if distribution == "suo":
-        return suo(rows, cols, generator)
+        return suo(rows, cols, generator, dtype)
     return _randn((rows, cols), generator) / math.sqrt(cols)
 
 
@@ -97,9 +113,7 @@ def _per_axis(name: str, value: int | Sequence[int], axes: int) -> tuple[int, ..
     return values
 
 
-def _padding(
-    padding: int | str | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, ...]:
+def _padding(padding: int | str | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
     """Padding before the first position, by axis; PyTorch's 'same' and 'valid' included."""
     if padding == "same":
         return tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
@@ -174,10 +188,12 @@ def reinitialize_weight_(
     fan_out, fan_in = weight.shape[0] // groups, weight.shape[1]
     if transposed:
         fan_out, fan_in = fan_in, fan_out
-    values = torch.zeros(groups, fan_out, fan_in, *kernel, dtype=torch.float64, device=generator.device)
+    # float32 is enough where the weight keeps no more, and halves the work on large matrices
+    dtype = torch.float64 if weight.dtype == torch.float64 or weight.numel() < _LARGE else torch.float32
+    values = torch.zeros(groups, fan_out, fan_in, *kernel, dtype=dtype, device=generator.device)
     for group, shared in itertools.product(range(groups), itertools.product(*axes)):
         taps = list(itertools.product(*shared))
-        block = _draw(distribution, fan_out, fan_in * len(taps), generator) * gain
+        block = _draw(distribution, fan_out, fan_in * len(taps), generator, dtype) * gain
         for tap, part in zip(taps, block.reshape(fan_out, fan_in, len(taps)).unbind(-1), strict=True):
             values[(group, slice(None), slice(None), *tap)] = part
     if transposed:

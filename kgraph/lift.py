@@ -8,6 +8,7 @@ module, so that ``train()`` and ``eval()`` work. State-dict keys of surviving pa
 from __future__ import annotations
 
 import inspect
+import operator
 import warnings
 from collections import defaultdict
 from typing import Any, NamedTuple
@@ -185,6 +186,8 @@ def _lift_group(graph: fx.Graph, nodes: list[fx.Node], root: nn.Module) -> None:
     foreign = [n for n in inputs if not (n.op == "get_attr" and n.target in own) and not _is_size(n)]
     if len(outputs) != 1 or len(foreign) != 1 or foreign[0].op == "get_attr":
         return
+    if outputs[0].target is operator.getitem:  # the module itself returns a tuple (LSTM)
+        return
     with graph.inserting_before(outputs[0]):
         call = graph.call_module(site.path, (foreign[0],))
     call.meta = dict(outputs[0].meta)
@@ -201,7 +204,9 @@ def _calls_with_one_tensor(module: nn.Module) -> bool:
     if next(module.children(), None) is not None:
         return False
     parameters = inspect.signature(module.forward).parameters.values()
-    required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [
+        p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
     return len(required) == 1
 
 
@@ -218,7 +223,9 @@ def _drive_training_flags(graph: fx.Graph, helpers: dict[str, nn.Module]) -> Non
             _switch(graph, node, 4, node.args[4], 0.0, helpers)
 
 
-def _switch(graph: fx.Graph, node: fx.Node, index: int, train: Any, evaluate: Any, helpers: dict[str, nn.Module]) -> None:
+def _switch(
+    graph: fx.Graph, node: fx.Node, index: int, train: Any, evaluate: Any, helpers: dict[str, nn.Module]
+) -> None:
     if train == evaluate:
         return
     name = _add_helper(helpers, SWITCH, TrainingSwitch(train, evaluate))

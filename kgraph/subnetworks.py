@@ -39,6 +39,8 @@ _SUMS = {aten.add.Tensor, aten.sub.Tensor}
 _PRODUCTS = {aten.mul.Tensor}
 _CATS = {aten.cat.default, aten.concat.default, aten.stack.default}
 _CONTRACTIONS = {"matmul", "bmm", "einsum"}
+_SOFTMAX = ("softmax", "_softmax")
+_NOISE = {"new_empty", "empty_like", "new_ones", "ones_like", "new_zeros", "zeros_like", "rand_like", "new_full"}
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,7 @@ class Subnetworks:
         missing = np.full(len(self.starts), np.nan)
         for index, step in enumerate(self.steps):
             arguments = [values[i] for i in step.inputs]
-            result = (
-                _combine(step, arguments, maps) if arguments else tuple(missing.copy() for _ in maps.start)
-            )
+            result = _combine(step, arguments, maps) if arguments else tuple(missing.copy() for _ in maps.start)
             if index in position:
                 result = tuple(r.copy() for r in result)
                 for r, start in zip(result, maps.start, strict=True):
@@ -124,8 +124,7 @@ def _combine(step: Step, arguments: list[tuple[Array, ...]], maps: _Maps) -> tup
     if step.kind == "sum":
         constant = 1.0 - sum(step.weights)
         total: list[Any] = [
-            sum(w * a[i] for w, a in zip(step.weights, arguments, strict=True))
-            for i in range(len(maps.start))
+            sum(w * a[i] for w, a in zip(step.weights, arguments, strict=True)) for i in range(len(maps.start))
         ]
         return tuple(t + constant * maps.constant[i] for i, t in enumerate(total))
     if step.kind == "product":
@@ -254,9 +253,9 @@ class _Builder:
         self.steps: list[Step] = []
 
     def build(self, free: frozenset[Region], products_add: bool) -> Subnetworks:
-        interior = self._interior()
+        left_out = self._interior() | self._masks() | self._logits()
         for node, value in self.values.items():
-            if node not in interior and _holds_kernel(value):
+            if node not in left_out and _holds_kernel(value):
                 self.index[node] = len(self.steps)
                 self.steps.append(self._step(node))
         starts = tuple(i for i, step in enumerate(self.steps) if self._may_start(i, step))
@@ -269,6 +268,26 @@ class _Builder:
         for node in reversed(list(self.values)):
             known = all(user in found or user in self.ends for user in node.users)
             if node in members and node not in self.ends and known:
+                found.add(node)
+        return found
+
+    def _masks(self) -> set[fx.Node]:
+        """Noise that takes only its shape from the data (stochastic depth): no function of the input."""
+        found: set[fx.Node] = set()
+        for node, value in self.values.items():
+            inputs = [n for n in node.all_input_nodes if _holds_kernel(self.values[n])]
+            drawn = operation_name(node) in _NOISE or (inputs and all(n in found for n in inputs))
+            if drawn and _holds_kernel(value):
+                found.add(node)
+        return found
+
+    def _logits(self) -> set[fx.Node]:
+        """Queries, keys and their products: they reach the output through softmax weights only."""
+        found: set[fx.Node] = set()
+        for node in reversed(list(self.values)):
+            readers = [u for u in node.users if u.op == "output" or _holds_kernel(self.values.get(u))]
+            inward = all(u in found or operation_name(u) in _SOFTMAX for u in readers)
+            if readers and inward and _holds_kernel(self.values[node]) and node.op != "placeholder":
                 found.add(node)
         return found
 
@@ -291,7 +310,7 @@ class _Builder:
         if region is not None and region.source in self.index:
             return Step(node, "nonlinear", (self.index[region.source],), region=region)
         inputs = tuple(self.index[n] for n in node.all_input_nodes if n in self.index)
-        if operation_name(node) in ("softmax", "_softmax"):
+        if operation_name(node) in _SOFTMAX:
             self.weights_only.add(node)
         if len(inputs) == 0:
             return Step(node, "start")
@@ -314,9 +333,7 @@ class _Builder:
             value = node.args[2]
             return Step(node, "pass", (self.index.get(value, inputs[-1]),))  # type: ignore[arg-type]
         if name in _CONTRACTIONS and any(n in self.weights_only for n in node.all_input_nodes):
-            kept = tuple(
-                self.index[n] for n in node.all_input_nodes if n in self.index and n not in self.weights_only
-            )
+            kept = tuple(self.index[n] for n in node.all_input_nodes if n in self.index and n not in self.weights_only)
             return Step(node, "pass", kept[:1] or inputs[:1])
         kind = "product" if node.target in _PRODUCTS or name in _CONTRACTIONS else "largest"
         return Step(node, kind, inputs)
@@ -325,9 +342,7 @@ class _Builder:
         """Shares w_i^2 q_i over their sum: the normalized sum when all q are equal."""
         square = [w * w for w in weights]
         total = sum(square)
-        pairs = [
-            (self.index[n], s / total) for n, s in zip(node.args, square, strict=True) if n in self.index
-        ]  # type: ignore[index]
+        pairs = [(self.index[n], s / total) for n, s in zip(node.args, square, strict=True) if n in self.index]  # type: ignore[index]
         return Step(node, "sum", tuple(i for i, _ in pairs), tuple(w for _, w in pairs))
 
     def _plain_sum(self, node: fx.Node) -> Step:
@@ -336,9 +351,7 @@ class _Builder:
             return Step(node, "pass", (self.index[terms[0]],))
         q = [self._q(n) for n in terms]
         total = (
-            float(self.values[node].merged.q)
-            if len(terms) == 1 and isinstance(self.values[node], Kernel)
-            else sum(q)
+            float(self.values[node].merged.q) if len(terms) == 1 and isinstance(self.values[node], Kernel) else sum(q)
         )
         shares = tuple(value / total if total > 0 else 1 / len(terms) for value in q)
         return Step(node, "sum", tuple(self.index[n] for n in terms), shares)

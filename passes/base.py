@@ -263,6 +263,10 @@ class Pipeline(Pass):
                 self.progress(step.name)
             step.run(work)
 
+    def run(self, work: Workspace) -> None:
+        """Every step checks itself."""
+        self.rewrite(work)
+
     def __str__(self) -> str:
         return "\n".join(f"{i + 1}. {step}" for i, step in enumerate(self.passes))
 

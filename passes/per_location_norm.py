@@ -25,6 +25,4 @@ class InsertPerLocationNorm(Pass):
         for node in work.nodes:
             if node.op == "placeholder" and isinstance(values.get(node), Kernel):
                 work.call_after(node, PerLocationNorm(), "per_location_norm")
-                work.record(
-                    node, "per-location norm", "inputs of q = 1 at every location", "raw input", "q = 1"
-                )
+                work.record(node, "per-location norm", "inputs of q = 1 at every location", "raw input", "q = 1")

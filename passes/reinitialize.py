@@ -46,9 +46,7 @@ class Reinitialize(Pass):
                 self._layer(work, node, 1, 2, done, generator)
             elif name == "addmm" and work.is_random(node.args[1]):
                 self._layer(work, node, 2, 0, done, generator)
-            elif (
-                name in ("matmul", "mm") and work.is_random(node.args[0]) and not work.is_random(node.args[1])
-            ):
+            elif name in ("matmul", "mm") and work.is_random(node.args[0]) and not work.is_random(node.args[1]):
                 self._layer(work, node, 1, None, done, generator)
             elif node.target is aten.mul.Tensor:
                 _neutralize_gain(work, node)
@@ -88,9 +86,7 @@ class Reinitialize(Pass):
         self._draw(node, weight, generator)
         if bias_at is not None:
             _zero_bias(work, node, bias_at)
-        work.record(
-            node, f"re-draw {operation_name(node)}", f"{self.distribution}, bias 0", before, _spread(weight)
-        )
+        work.record(node, f"re-draw {operation_name(node)}", f"{self.distribution}, bias 0", before, _spread(weight))
 
     def _draw(self, node: fx.Node, weight: Tensor, generator: torch.Generator) -> None:
         name = operation_name(node)
@@ -100,9 +96,7 @@ class Reinitialize(Pass):
         geometry: dict[str, Any] = {}
         if name != "linear":
             geometry = _geometry(node, transposed=name in _TRANSPOSED)
-            overlapping = any(
-                s < k for s, k in zip(_wide(geometry["stride"], weight), weight.shape[2:], strict=True)
-            )
+            overlapping = any(s < k for s, k in zip(_wide(geometry["stride"], weight), weight.shape[2:], strict=True))
             geometry["delta"] = self.delta and (overlapping or name in _TRANSPOSED)
         if geometry.get("transposed") and _single_position(node):
             _draw_each_tap(weight.data, self.distribution, geometry["groups"], generator)

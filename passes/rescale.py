@@ -1,9 +1,10 @@
 """Restore q = 1 after operations that change it by themselves.
 
-Pooling, embeddings, position tables, constant factors (SkipInit, NF-ResNet's alpha and beta) and gates get a constant factor behind them. A shaped activation whose input
-is not Gaussian (the sums of a post-activation ResNet) has another Q map than the one at N(0, 1) it was shaped for:
-its output scale is corrected. Attention is left alone: how much it averages depends on how alike the positions of
-real data are, so a constant chosen for unrelated positions would do harm. The ledger says so.
+Pooling, embeddings, position tables, constant factors (SkipInit, NF-ResNet's alpha and beta) and gates get a
+constant factor behind them. A shaped activation whose input is not Gaussian (the sums of a post-activation ResNet)
+has another Q map than the one at N(0, 1) it was shaped for: its output scale is corrected. Attention is left alone:
+how much it averages depends on how alike the positions of real data are, so a constant chosen for unrelated
+positions would do harm. The ledger says so.
 """
 
 from __future__ import annotations

@@ -52,9 +52,7 @@ class ScaleResiduals(Pass):
         sums = [n for n in work.nodes if n.target in _SUMS and n not in inside and _adds_branches(work, n)]
         for node in [n for n in sums if lengths.since_parting(*_operands(n)) == (0, 0)]:
             sums.remove(node)
-            work.keep(
-                node, "sum", "no layer lies in either branch: it is arithmetic (a rotation), not a residual"
-            )
+            work.keep(node, "sum", "no layer lies in either branch: it is arithmetic (a rotation), not a residual")
         # decide on the graph as captured, then rewrite: the analysis does not know the new nodes
         terms: dict[fx.Node, int] = {}
         plans = [(node, *self._weights(node, lengths, terms)) for node in sums]
@@ -77,8 +75,7 @@ class ScaleResiduals(Pass):
         bad = [
             n.name
             for n in work.nodes
-            if isinstance(module := work.module(n), WeightedSum)
-            and abs(sum(w * w for w in module.weights) - 1) > 1e-9
+            if isinstance(module := work.module(n), WeightedSum) and abs(sum(w * w for w in module.weights) - 1) > 1e-9
         ]
         return f"weights of {', '.join(bad)} are not normalized" if bad else ""
 

@@ -103,9 +103,7 @@ def keep_learnable(work: Workspace) -> None:
     for node in work.nodes:
         if operation_name(node) in _LEARNABLE and work.is_random(node):
             work.keep(node, operation_name(node), "it learns its own shape; only q is restored behind it")
-            work.unmet.append(
-                f"{node.name}: {operation_name(node)} is not shaped, and its slope is not counted"
-            )
+            work.unmet.append(f"{node.name}: {operation_name(node)} is not shaped, and its slope is not counted")
 
 
 def is_leaky(region: Region) -> bool:

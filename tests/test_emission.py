@@ -133,9 +133,7 @@ def test_submodules_are_the_users_own_classes(name: str) -> None:
     model, _, plain = emitted(name)
     own = dict(model.named_modules())
     leaves = {key: m for key, m in plain.named_modules() if key in own and not any(own[key].children())}
-    layers = {
-        key: m for key, m in leaves.items() if isinstance(own[key], (nn.Conv2d, nn.Linear, nn.BatchNorm2d))
-    }
+    layers = {key: m for key, m in leaves.items() if isinstance(own[key], (nn.Conv2d, nn.Linear, nn.BatchNorm2d))}
     assert layers and all(type(m) is type(own[key]) for key, m in layers.items())
 
 
@@ -244,9 +242,7 @@ def test_to_cuda(name: str) -> None:
 def test_meta_models_take_no_memory() -> None:
     with torch.device("meta"):
         wide = 1 << 17  # a real layer would take 64 GiB
-        model = nn.Sequential(
-            nn.Linear(wide, wide), nn.ReLU(), nn.Linear(wide, wide), nn.Tanh(), nn.Linear(wide, 4)
-        )
+        model = nn.Sequential(nn.Linear(wide, wide), nn.ReLU(), nn.Linear(wide, wide), nn.Tanh(), nn.Linear(wide, 4))
         inputs = torch.randn(2, wide)
     assert len(kgraph.analyze(model, inputs).analysis.nodes) == 6
     result = kgraph.transform(model, "dks", inputs)

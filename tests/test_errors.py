@@ -112,13 +112,9 @@ def test_variadic_forward() -> None:
         kgraph.analyze(Variadic(), X)
 
 
-@pytest.mark.parametrize(
-    "inputs", [torch.randn(2, 5), (X, X), {"wrong": X}, torch.zeros(2, 8, dtype=torch.long)]
-)
+@pytest.mark.parametrize("inputs", [torch.randn(2, 5), (X, X), {"wrong": X}, torch.zeros(2, 8, dtype=torch.long)])
 def test_wrong_example_inputs(inputs: Any) -> None:
-    with pytest.raises(
-        InputError, match=r"does not run on the example inputs.*\[\(2, \d.*Pass example_inputs"
-    ):
+    with pytest.raises(InputError, match=r"does not run on the example inputs.*\[\(2, \d.*Pass example_inputs"):
         kgraph.transform(small(), "dks", inputs)
 
 
@@ -222,15 +218,6 @@ def test_a_failed_call_leaves_the_model_as_it_was() -> None:
         kgraph.transform(model, "dks", X, inplace=True)
     assert model.training and model.layer.training
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_model_that_cannot_be_copied() -> None:
-    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 8)), nn.Tanh(), nn.Linear(8, 4))
-    model(X)
-    with pytest.raises(ModelError, match=r"cannot be copied.*inplace=True"):
-        kgraph.transform(model, "dks", X)
-    assert kgraph.transform(model, "dks", X, inplace=True)(X).shape == (2, 4)
 
 
 def test_all_errors_are_one_family() -> None:

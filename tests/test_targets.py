@@ -26,9 +26,7 @@ from kgraph.subnetworks import Subnetworks, find_subnetworks
 from kgraph.targets import ShapingTargets, solve_targets
 
 Row = dict[str, Any]
-ROWS: list[Row] = json.loads((Path(__file__).parent / "reference" / "dks_local_targets.json").read_text())[
-    "targets"
-]
+ROWS: list[Row] = json.loads((Path(__file__).parent / "reference" / "dks_local_targets.json").read_text())["targets"]
 BY_ARCH = {row["arch"]: row for row in ROWS}
 TOLERANCE = 1e-8
 
@@ -37,9 +35,7 @@ def by_graph() -> dict[tuple[str, bool], list[Row]]:
     """Rows that share one graph: they differ by the weight of the shortcuts only (0 removes them)."""
     found: dict[tuple[str, bool], list[Row]] = defaultdict(list)
     for row in ROWS:
-        _, weight = (
-            modresnet.build(row["arch"]) if row["arch"].startswith("vanilla") else (None, _weight(row))
-        )
+        _, weight = modresnet.build(row["arch"]) if row["arch"].startswith("vanilla") else (None, _weight(row))
         found[row["arch"].partition("_w")[0], weight == 0].append(row)
     return found
 
@@ -83,9 +79,7 @@ def test_every_reference_row(graph: tuple[str, bool]) -> None:
         assert_row(row, solve_targets(found, DKS()), solve_targets(found, TAT()))
 
 
-@pytest.mark.parametrize(
-    "arch", ["modresnet18_v2_w0.0", "modresnet18_v1_w0.8", "modresnet18_v2_w0.95", "vanilla10"]
-)
+@pytest.mark.parametrize("arch", ["modresnet18_v2_w0.0", "modresnet18_v1_w0.8", "modresnet18_v2_w0.95", "vanilla10"])
 def test_public_call(arch: str) -> None:
     model, weight = modresnet.build(arch)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -169,3 +163,23 @@ def test_hand_written_activation_is_no_product() -> None:
     model, inputs = zoo.build("hand_written")
     found = kgraph.shaping_targets(model, DKS(zeta=1.5), inputs)
     assert found.psi == pytest.approx(1.5 ** (1 / 3), abs=1e-9)
+
+
+class HandAttention(nn.Module):
+    """Attention written out, and stochastic depth: neither is a product of two branches."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.leave = nn.Linear(width, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = (self.query(x) @ self.key(x).transpose(-1, -2) * 0.25).softmax(-1)
+        x = weights @ self.value(x)
+        mask = x.new_empty((x.shape[0], 1, 1)).bernoulli_(0.9).div_(0.9)
+        return self.leave(torch.tanh(x * mask))
+
+
+def test_attention_weights_and_masks_are_no_products() -> None:
+    found = kgraph.shaping_targets(HandAttention(), "dks", torch.randn(2, 5, 16))
+    assert found.psi == pytest.approx(1.5, abs=1e-9)
