@@ -129,9 +129,7 @@ def steps_to(curves: list[Curve], wanted: float) -> str:
 def draw(results: dict[str, list[Curve]], depth: int, path: Path) -> None:
     """One panel a network."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for axes, (name, curves) in zip(
-        figure.subplots(1, len(results), sharey=True), results.items(), strict=True
-    ):
+    for axes, (name, curves) in zip(figure.subplots(1, len(results), sharey=True), results.items(), strict=True):
         draw_accuracy(axes, curves, COLORS)
         axes.set_title(f"{depth}-layer {name}, no skips, no normalization")
     axes.legend(loc="center right")

@@ -6,7 +6,8 @@ timm's ResNet-50 on scikit-learn's digits, upsampled to 64x64 with 3 channels. A
 Three variants, none with skip connections: ``kgraph.transform(model, method="tat", shortcut_weight=0)``; relus with
 He initialization and no normalization; relus with BatchNorm.
 
-MEASURED
+Test accuracy after 120 steps, seed 0 (torch 2.13, CPU, two threads, about a minute a network if idle):
+transformed 92.4 %, He initialization 80.4 %.
 """
 
 from __future__ import annotations
@@ -139,9 +140,7 @@ def draw_cosines(axes: Axes, name: str, report: Report) -> None:
         axes.plot(list(by_depth), [node.c[i] for node in by_depth.values()], color=COLORS[name])
 
 
-def compare(
-    model: str, data: Data, steps: int, every: int, seed: int
-) -> tuple[list[Curve], dict[str, Report]]:
+def compare(model: str, data: Data, steps: int, every: int, seed: int) -> tuple[list[Curve], dict[str, Report]]:
     """Curves of the three networks, and their reports at initialization."""
     torch.manual_seed(seed)
     start = time.perf_counter()

@@ -1,8 +1,8 @@
 """kgraph: a compiler for the initialization-time kernel of neural networks.
 
-    shaped = kgraph.transform(model)        # a standard module whose kernel has the shape that trains well
-    print(kgraph.analyze(model))            # q, c and slope at every node
-    kgraph.export_onnx(shaped, "model.onnx")
+shaped = kgraph.transform(model)        # a standard module whose kernel has the shape that trains well
+print(kgraph.analyze(model))            # q, c and slope at every node
+kgraph.export_onnx(shaped, "model.onnx")
 """
 
 from kgraph.api import TransformRecord, analyze, export_onnx, shaping_targets, transform

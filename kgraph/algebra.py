@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from kgraph.draws import evaluate, leaves_of

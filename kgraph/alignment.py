@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from kgraph.algebra import expand_positions, slice_part
 from kgraph.kernel import Axes, Kernel, Part
 
@@ -32,7 +34,7 @@ def aligned(left: Kernel, right: Kernel) -> tuple[list[tuple[Part, Part]], Axes,
     back = splits.pop()
     size = _length(axes[back])
     edges = sorted({0, size} | _edges(left) | _edges(right))
-    ranges = list(zip(edges[:-1], edges[1:], strict=True))
+    ranges = list(itertools.pairwise(edges))
     pairs = [(cut(left, low, high, back), cut(right, low, high, back)) for low, high in ranges]
     return pairs, axes, len(axes) + back
 

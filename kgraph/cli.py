@@ -62,20 +62,14 @@ Model = Annotated[str, typer.Argument(help="timm:NAME, package.module:FACTORY or
 Kwargs = Annotated[str, typer.Option(help="Arguments of the factory, as JSON: '{\"width\": 3}'.")]
 Inputs = Annotated[
     list[str] | None,
-    typer.Option(
-        "--input", help="Shape of an input: 1,3,64,64 or 1,128:long. Repeat for more. Default: inferred."
-    ),
+    typer.Option("--input", help="Shape of an input: 1,3,64,64 or 1,128:long. Repeat for more. Default: inferred."),
 ]
 MethodOption = Annotated[Literal["dks", "tat"], typer.Option(help="How to shape the kernel.")]
 Shortcut = Annotated[float | None, typer.Option(help="Weight of the shortcut in residual sums, in [0, 1].")]
 Seed = Annotated[int, typer.Option(help="Seed of the model's and the method's random weights.")]
-ModeOption = Annotated[
-    Literal["train", "eval"] | None, typer.Option(help="Mode to analyse. Default: the model's own.")
-]
+ModeOption = Annotated[Literal["train", "eval"] | None, typer.Option(help="Mode to analyse. Default: the model's own.")]
 HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write the report as one HTML file.")]
-JsonOption = Annotated[
-    Path | None, typer.Option("--json", help="Write the report as JSON ('-': standard output).")
-]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON ('-': standard output).")]
 OnnxOption = Annotated[Path | None, typer.Option("--onnx", help="Export the result to ONNX.")]
 
 
@@ -90,9 +84,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     """Options that stand before the command."""
 
@@ -106,9 +98,7 @@ def analyze(
     seed: Seed = 0,
     html: HtmlOption = None,
     json: JsonOption = None,
-    all_nodes: Annotated[
-        bool, typer.Option("--all-nodes", help="Also list nodes that only re-index.")
-    ] = False,
+    all_nodes: Annotated[bool, typer.Option("--all-nodes", help="Also list nodes that only re-index.")] = False,
 ) -> None:
     """Print what happens to q values and c values at every node of MODEL."""
     import kgraph
@@ -122,9 +112,7 @@ def analyze(
     _write(report, html, json)
 
 
-@app.command(
-    epilog="Example: `kgraph transform timm:resnet50 --method tat --shortcut-weight 0.8 --out model.pt`"
-)
+@app.command(epilog="Example: `kgraph transform timm:resnet50 --method tat --shortcut-weight 0.8 --out model.pt`")
 def transform(
     model: Model,
     method: MethodOption = "tat",

@@ -18,9 +18,7 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU()
-        self.shortcut = (
-            nn.Identity() if channels_in == channels else nn.Conv2d(channels_in, channels, 1, stride)
-        )
+        self.shortcut = nn.Identity() if channels_in == channels else nn.Conv2d(channels_in, channels, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
@@ -32,9 +30,7 @@ class DemoNet(nn.Module):
 
     def __init__(self, width: int = 16, blocks: int = 8, classes: int = 10) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
-        )
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         widths = [width, 2 * width, 4 * width]
         self.stages = nn.ModuleList()
         for before, after in zip([width, *widths], widths, strict=False):

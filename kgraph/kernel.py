@@ -51,7 +51,7 @@ class Root:
         """Whether the two name different random numbers."""
         if self.name != other.name:
             return True
-        mine = dict((label, (low, high)) for label, low, high in self.cuts)
+        mine = {label: (low, high) for label, low, high in self.cuts}
         for label, low, high in other.cuts:
             if label in mine and (mine[label][1] <= low or high <= mine[label][0]):
                 return True

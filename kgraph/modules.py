@@ -128,9 +128,7 @@ class ShapedActivation(nn.Module):
         self.output_shift = finite("output_shift", output_shift)
         self.output_scale = finite("output_scale", output_scale)
         if self.input_scale == 0.0 or self.output_scale == 0.0:
-            raise InputError(
-                "input_scale and output_scale must not be zero: the activation would be constant"
-            )
+            raise InputError("input_scale and output_scale must not be zero: the activation would be constant")
 
     @property
     def constants(self) -> dict[str, float]:

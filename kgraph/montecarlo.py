@@ -22,8 +22,8 @@ from kgraph.analysis import Analysis
 from kgraph.canonical import aten
 from kgraph.capture import Graph, capture, check_model
 from kgraph.errors import InputError
-from kgraph.propagate import _channel_dim as channel_dim
-from kgraph.rules.sampled import _for_mode as for_mode
+from kgraph.propagate import TOKEN_VIEWS, channel_dim
+from kgraph.rules.sampled import for_mode
 from kgraph.site import shape_of
 
 Progress = Callable[[int, int], None]
@@ -216,7 +216,7 @@ class _Runner(fx.Interpreter):
 
     def run(self, generator: torch.Generator) -> dict[str, Tensor]:  # type: ignore[override]
         self.generator, self.moments = generator, {}
-        leaves, spec = pytree.tree_flatten(self.graph_.inputs)
+        leaves, _spec = pytree.tree_flatten(self.graph_.inputs)
         nodes = [n for n in self.module.graph.nodes if n.op == "placeholder"]  # type: ignore[union-attr]
         inputs = [self._input(node, value) for node, value in zip(nodes, leaves, strict=True)]
         with torch.random.fork_rng(devices=[]):
@@ -248,6 +248,8 @@ class _Runner(fx.Interpreter):
         return torch.cat([torch.stack(rows), unit(z[self.probes :])]).movedim(-1, channel + 1)
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.target in TOKEN_VIEWS and any(i in self.tokens for i in n.all_input_nodes):
+            self.tokens.add(n)
         if n.target is aten.embedding.default and any(i in self.tokens for i in n.all_input_nodes):
             result = self._embedded(n)
         elif n.target is aten.batch_norm.default and self.mode == "train":

@@ -32,9 +32,7 @@ def load_model(name: str, kwargs: str = "{}", seed: int = 0) -> nn.Module:
     where, colon, what = name.rpartition(":")
     if not (colon and where and what):
         raise NamingError(f"'{name}' does not name a model: write {FORMS}")
-    torch.manual_seed(
-        seed
-    )  # the factory draws its weights from the global generator: there is no other way in
+    torch.manual_seed(seed)  # the factory draws its weights from the global generator: there is no other way in
     if where == "timm":
         return _timm(what, options)
     return _call(_find(where, what), name, options)
@@ -96,9 +94,7 @@ def _import_module(where: str) -> ModuleType:
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise NamingError(f"there is no file '{path}'")
-    name = (
-        path.stem if path.stem not in sys.modules else f"{path.stem}_file"
-    )  # a torch.py must not replace torch
+    name = path.stem if path.stem not in sys.modules else f"{path.stem}_file"  # a torch.py must not replace torch
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise NamingError(f"'{path}' is not a Python file")
@@ -113,9 +109,7 @@ def _call(factory: Any, name: str, options: dict[str, Any]) -> nn.Module:
     if isinstance(factory, nn.Module):
         return factory
     if not callable(factory):
-        raise NamingError(
-            f"'{name}' is a {type(factory).__name__}, not a model or a function that returns one"
-        )
+        raise NamingError(f"'{name}' is a {type(factory).__name__}, not a model or a function that returns one")
     try:
         model = factory(**options)
     except Exception as error:

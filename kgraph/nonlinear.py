@@ -60,7 +60,9 @@ class Region:
         node = self.end
         if len(self.nodes) == 1 and node.op == "call_module":
             activation = self.module.get_submodule(str(node.target))
-            return shaped_map(activation) if isinstance(activation, ShapedActivation) else pointwise_of_module(activation)
+            return (
+                shaped_map(activation) if isinstance(activation, ShapedActivation) else pointwise_of_module(activation)
+            )
         if len(self.nodes) == 1:
             index = node.args.index(self.source)
             return function_of(node.target, node.args, dict(node.kwargs), index)  # type: ignore[arg-type]
@@ -137,9 +139,7 @@ def _repeats(node: fx.Node) -> int:
     return len(tensors) - len(set(tensors))
 
 
-def _source_of(
-    node: fx.Node, source: dict[fx.Node, fx.Node], random: Callable[[fx.Node], bool]
-) -> fx.Node | None:
+def _source_of(node: fx.Node, source: dict[fx.Node, fx.Node], random: Callable[[fx.Node], bool]) -> fx.Node | None:
     if not random(node) or not _pointwise_node(node):
         return None
     inputs = node.all_input_nodes
@@ -185,5 +185,3 @@ def _is_gate(end: fx.Node, nodes: tuple[fx.Node, ...]) -> bool:
 def _bounded(nodes: tuple[fx.Node, ...]) -> bool:
     """A gate's region is a sigmoid of something, perhaps shifted or scaled; x * sigmoid(x) is an activation."""
     return all(n.target in _GATES or _is_linear(n) for n in nodes)
-
-

@@ -124,15 +124,12 @@ def parity(
     if len(found) != len(wanted) or not found:
         raise ExportError(f"The file has {len(found)} outputs, the model {len(wanted)}")
     ratios = {
-        name: _error(torch.from_numpy(a), b, tolerance)
-        for name, a, b in zip(outputs, found, wanted, strict=True)
+        name: _error(torch.from_numpy(a), b, tolerance) for name, a, b in zip(outputs, found, wanted, strict=True)
     }
     worst = max(ratios, key=lambda name: ratios[name][0] / ratios[name][1])
     error, allowed = ratios[worst]
     if not error <= allowed:
-        raise ExportError(
-            f"Output '{worst}' differs by {error:.3g} {where}, more than the {allowed:.3g} allowed"
-        )
+        raise ExportError(f"Output '{worst}' differs by {error:.3g} {where}, more than the {allowed:.3g} allowed")
     return max(error for error, _ in ratios.values())
 
 

@@ -22,7 +22,7 @@ from kgraph.rules import Context, Sampler, find_rule
 from kgraph.rules.pointwise import is_pointwise, unary
 from kgraph.site import shape_of, site_of
 
-_TOKEN_VIEWS = {
+TOKEN_VIEWS = {
     aten.reshape.default,
     aten.view.default,
     aten.unsqueeze.default,
@@ -32,6 +32,7 @@ _TOKEN_VIEWS = {
     aten.flatten.using_ints,
     aten.to.dtype,
 }
+"""Operations through which token ids stay token ids."""
 
 
 Adjust = Callable[[fx.Node, Kernel, dict[fx.Node, Any]], Kernel]
@@ -159,7 +160,7 @@ class _Walk:
 
     def _known(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:
         """Nothing random comes in: compute the value itself (but never advance the user's buffers)."""
-        if any(n in self.tokens for n in node.all_input_nodes) and target in _TOKEN_VIEWS:
+        if any(n in self.tokens for n in node.all_input_nodes) and target in TOKEN_VIEWS:
             self.tokens.add(node)
         schema = getattr(target, "_schema", None)
         first = node.args[0] if node.args else None
@@ -194,14 +195,14 @@ def input_kernel(node: fx.Node, shape: tuple[int, ...], pairs: Pairs) -> Kernel:
     cov = torch.stack([c, torch.zeros_like(c)], 1)
     slope = torch.zeros_like(cov)
     slope[:, SAME] = 1.0
-    channel = _channel_dim(node, len(shape))
+    channel = channel_dim(node, len(shape))
     axes = tuple(
         ((("b" if i == 0 else "c" if i == channel else "p"), size),) if size > 1 else () for i, size in enumerate(shape)
     )
     return Kernel((Part(shape[channel], cov, slope, torch.zeros_like(cov)),), axes)
 
 
-def _channel_dim(node: fx.Node, dims: int) -> int:
+def channel_dim(node: fx.Node, dims: int) -> int:
     """Dimension that the first layer sums over: 1 before a convolution, the last before a linear layer."""
     seen, queue = {node}, [node]
     while queue:
@@ -252,9 +253,7 @@ def _depths(graph: fx.Graph, kernels: dict[fx.Node, Kernel]) -> dict[fx.Node, in
     return depth
 
 
-def _row(
-    node: fx.Node, kernel: Kernel, pairs: Pairs, depth: int, kernels: dict[fx.Node, Kernel]
-) -> NodeKernel:
+def _row(node: fx.Node, kernel: Kernel, pairs: Pairs, depth: int, kernels: dict[fx.Node, Kernel]) -> NodeKernel:
     part = kernel.merged
     q = float(part.q)
     nan = math.nan

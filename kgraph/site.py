@@ -51,7 +51,9 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
 def read_site(node: fx.Node) -> Site:
     """Build the site from the metadata that torch.export leaves on a node."""
     stack = node.meta.get("nn_module_stack") or {}
-    entries = [(key, path) for key, (path, _) in stack.items() if isinstance(path, str) and not key.startswith("_empty")]
+    entries = [
+        (key, path) for key, (path, _) in stack.items() if isinstance(path, str) and not key.startswith("_empty")
+    ]
     paths = tuple(path for _, path in entries)
     call = _call_index(entries[-1][0]) if entries else 0
     return Site(

@@ -49,14 +49,10 @@ def relu_chain(layers: int = 50, gain: float = 2.0) -> Analysis:
     for i in range(layers):
         conv, relu = f"features.{2 * i}", f"features.{2 * i + 1}"
         nodes.append(
-            node(
-                conv.replace(".", "_"), "conv2d", [nodes[-1].name], i, gain * q, c, module=conv, c_positions=p
-            )
+            node(conv.replace(".", "_"), "conv2d", [nodes[-1].name], i, gain * q, c, module=conv, c_positions=p)
         )
         q, c, p = gain * q / 2, [relu_c(value) for value in c], relu_c(p)
-        nodes.append(
-            node(relu.replace(".", "_"), "relu", [nodes[-1].name], i + 1, q, c, module=relu, c_positions=p)
-        )
+        nodes.append(node(relu.replace(".", "_"), "relu", [nodes[-1].name], i + 1, q, c, module=relu, c_positions=p))
     nodes.append(node("flatten", "flatten", [nodes[-1].name], layers, q, c))
     nodes.append(node("fc", "linear", ["flatten"], layers, q, c, module="fc", shape=(2, 10), c_positions=NAN))
     return analysis(nodes, model="Vgg", notes=("captured in train mode",))
@@ -69,9 +65,7 @@ def tanh_chaos(layers: int = 10, sw2: float = 4.0) -> Analysis:
 
     def covariance(q: float, c: float) -> float:
         one, other = points[:, None], c * points[:, None] + math.sqrt(1 - c * c) * points[None]
-        return float(
-            (weights[:, None] * weights * np.tanh(math.sqrt(q) * one) * np.tanh(math.sqrt(q) * other)).sum()
-        )
+        return float((weights[:, None] * weights * np.tanh(math.sqrt(q) * one) * np.tanh(math.sqrt(q) * other)).sum())
 
     nodes = [node("x", "input")]
     q, c, slope = 1.0, list(COSINES), 1.0
@@ -96,17 +90,13 @@ def resnet(blocks: int = 30) -> Analysis:
         name = at.replace(".", "_")
         branch = [relu_c(value) for value in c]
         nodes.append(node(f"{name}_relu1", "relu", [trunk], depth + 1, q / 2, branch, module=f"{at}.relu1"))
-        nodes.append(
-            node(f"{name}_conv1", "conv2d", [nodes[-1].name], depth + 1, q, branch, module=f"{at}.conv1")
-        )
+        nodes.append(node(f"{name}_conv1", "conv2d", [nodes[-1].name], depth + 1, q, branch, module=f"{at}.conv1"))
         c, q = [(one + other) / 2 for one, other in zip(c, branch, strict=True)], 2 * q
         nodes.append(node(f"{name}_add", "add", [trunk, nodes[-1].name], depth + 1, q, c, module=at))
     depth = 2 * blocks
     nodes.append(node("pool", "max_pool2d", [nodes[-1].name], depth, q, c, how="sampled", note="+-1.2e-03"))
     nodes.append(node("pos_embed", "get_attr", (), 0, 1e-6, (1.0, 1.0, 1.0), slope=0.0))
-    nodes.append(
-        node("odd", "mystery", ["pool", "pos_embed"], depth, q, c, how="assumed", note="no rule for mystery")
-    )
+    nodes.append(node("odd", "mystery", ["pool", "pos_embed"], depth, q, c, how="assumed", note="no rule for mystery"))
     nodes.append(node("head", "linear", ["odd"], depth, q, c, module="head", shape=(2, 1000)))
     return analysis(nodes, model="PlainResNet", max_slope=1.5, max_slope_at="stem -> head")
 
@@ -122,9 +112,7 @@ def shaped(before: Analysis) -> Analysis:
 
 def ledger() -> Ledger:
     """A ledger with all of its parts."""
-    shape = [
-        Change(f"layers.{i}.relu1", "shape activation", "TAT", "ReLU", "ShapedActivation") for i in range(20)
-    ]
+    shape = [Change(f"layers.{i}.relu1", "shape activation", "TAT", "ReLU", "ShapedActivation") for i in range(20)]
     remove = [Change("bn", "remove BatchNorm", "shaped without it", "BatchNorm2d(64)", "Identity")]
     kept = [Change(f"attn.{i}", "softmax", "not an activation", "", "") for i in range(5)]
     unmet = ("maximal slope is 1.7, wanted 1.5",)

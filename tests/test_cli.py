@@ -38,9 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, Any, dict[str
         seen.append(("analyze", model, example_inputs, options))
         return before
 
-    def transform(
-        model: nn.Module, method: str = "tat", example_inputs: Any = None, **options: Any
-    ) -> nn.Module:
+    def transform(model: nn.Module, method: str = "tat", example_inputs: Any = None, **options: Any) -> nn.Module:
         seen.append(("transform", model, example_inputs, {"method": method, **options}))
         result = nn.Linear(3, 2)
         info = SimpleNamespace(before=before, after=after, ledger=ledger(), method=method)
@@ -48,9 +46,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, Any, dict[str
         result.kgraph = info  # pyright: ignore[reportArgumentType]
         return result
 
-    def export_onnx(
-        model: nn.Module, path: Path, example_inputs: Any = None, **options: Any
-    ) -> SimpleNamespace:
+    def export_onnx(model: nn.Module, path: Path, example_inputs: Any = None, **options: Any) -> SimpleNamespace:
         seen.append(("export", model, example_inputs, options))
         Path(path).write_bytes(b"onnx")
         return SimpleNamespace(path=path, max_abs_error=1e-6)
@@ -98,9 +94,7 @@ def test_json_to_stdout_is_nothing_but_json(calls: list[Any], model: str) -> Non
     assert set(json.loads(run("transform", model, "--json", "-").stdout)) == {"before", "after", "ledger"}
 
 
-def test_transform_passes_its_options_and_leaves_its_files(
-    calls: list[Any], model: str, tmp_path: Path
-) -> None:
+def test_transform_passes_its_options_and_leaves_its_files(calls: list[Any], model: str, tmp_path: Path) -> None:
     out, onnx, html = (str(tmp_path / name) for name in ("model.pt", "model.onnx", "r.html"))
     options = ["--method", "dks", "--shortcut-weight", "0.8", "--seed", "3"]
     result = run("transform", model, *options, "--out", out, "--onnx", onnx, "--html", html)
@@ -136,20 +130,14 @@ def test_demo_model_has_50_layers_and_leaves_the_random_state() -> None:
     pickle.dumps(model)
 
 
-def test_kgraph_errors_are_one_line_and_exit_2(
-    calls: list[Any], model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kgraph_errors_are_one_line_and_exit_2(calls: list[Any], model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
-        raise CaptureError(
-            "The forward branches on data", node="if", source="user.py:3", hint="Use torch.where"
-        )
+        raise CaptureError("The forward branches on data", node="if", source="user.py:3", hint="Use torch.where")
 
     monkeypatch.setattr(kgraph, "analyze", refuse)
     result = run("analyze", model)
     assert result.exit_code == 2 and result.stdout == ""
-    assert result.stderr.strip() == (
-        "error: The forward branches on data (at node 'if', user.py:3). Use torch.where."
-    )
+    assert result.stderr.strip() == ("error: The forward branches on data (at node 'if', user.py:3). Use torch.where.")
 
 
 @pytest.mark.parametrize(

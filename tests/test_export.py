@@ -64,9 +64,7 @@ def exported_graph() -> nn.Module:
 def tiny_bert() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    return transformers.BertModel(
-        transformers.BertConfig(vocab_size=100, max_position_embeddings=32, **sizes)
-    )
+    return transformers.BertModel(transformers.BertConfig(vocab_size=100, max_position_embeddings=32, **sizes))
 
 
 def ids() -> Tensor:
@@ -120,13 +118,9 @@ def test_file_reproduces_the_model_at_any_batch_size(build: Any, inputs: Any, ta
     with torch.no_grad():
         wanted = model(**wide) if "" not in wide else model(wide[""])
     session = session_of(target)
-    feed = {
-        entry.name: wide.get(entry.name, next(iter(wide.values()))).numpy() for entry in session.get_inputs()
-    }
+    feed = {entry.name: wide.get(entry.name, next(iter(wide.values()))).numpy() for entry in session.get_inputs()}
     first = torch.from_numpy(session.run(None, feed)[0])
-    torch.testing.assert_close(
-        first, wanted if isinstance(wanted, Tensor) else wanted[0], rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(first, wanted if isinstance(wanted, Tensor) else wanted[0], rtol=1e-4, atol=1e-5)
 
 
 def test_timm_resnet(target: Path) -> None:
@@ -229,9 +223,7 @@ class Unexportable(nn.Module):
     ],
 )
 @pytest.mark.parametrize("existing", [b"precious", None])
-def test_failure_leaves_no_trace(
-    model: nn.Module, message: str, existing: bytes | None, target: Path
-) -> None:
+def test_failure_leaves_no_trace(model: nn.Module, message: str, existing: bytes | None, target: Path) -> None:
     if existing is not None:
         target.write_bytes(existing)
     with pytest.raises(ExportError, match=message):
@@ -246,9 +238,7 @@ def test_tolerance_is_relative_to_the_output_scale(target: Path) -> None:
     export_onnx(nn.Linear(64, 3).half(), target, randn(2, 64).half())
 
 
-def test_paths_that_cannot_be_written_fail_before_the_export(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_that_cannot_be_written_fail_before_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("exported")
 

@@ -55,9 +55,7 @@ def test_suo_keeps_the_per_unit_square(rows: int, cols: int) -> None:
 
 @pytest.mark.parametrize("distribution", BOTH)
 @pytest.mark.parametrize(("rows", "cols"), [(600, 150), (150, 600)])
-def test_linear_variance_is_gain_squared_over_fan_in(
-    distribution: Distribution, rows: int, cols: int
-) -> None:
+def test_linear_variance_is_gain_squared_over_fan_in(distribution: Distribution, rows: int, cols: int) -> None:
     weight = redrawn((rows, cols), distribution=distribution, gain=1.5)
     assert float(weight.var() * cols) == pytest.approx(2.25, rel=0.02)
 
@@ -245,8 +243,6 @@ def test_meta_weights_are_left_alone_and_draw_nothing() -> None:
         ((4, 4, 3, 3), {"stride": (1, 1, 1)}, "stride"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(
-    shape: tuple[int, ...], options: dict[str, Any], message: str
-) -> None:
+def test_arguments_that_do_not_fit_are_refused(shape: tuple[int, ...], options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         redrawn(shape, **options)

@@ -94,9 +94,7 @@ def test_closed_form_equals_quadrature(name: str) -> None:
     numeric = Pointwise(exact.fn)
     c = tensor(-1, -0.99999, -0.9, -0.3, 0, 1e-3, 0.6, 0.99, 0.999999, 1)
     q1, q2 = torch.tensor(0.6, dtype=DTYPE), torch.tensor(2.5, dtype=DTYPE)
-    for ours, theirs in zip(
-        exact.dual(q1, q2, c * 1.5**0.5), numeric.dual(q1, q2, c * 1.5**0.5), strict=True
-    ):
+    for ours, theirs in zip(exact.dual(q1, q2, c * 1.5**0.5), numeric.dual(q1, q2, c * 1.5**0.5), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(exact.mean(q2), numeric.mean(q2), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(exact.second(q2), numeric.second(q2), rtol=1e-10, atol=1e-12)
@@ -204,9 +202,7 @@ def test_user_kinked_function_against_sampling() -> None:
     one = torch.ones((), dtype=DTYPE)
     value, _ = Pointwise(user_kinked).dual(one, one, torch.tensor(c, dtype=DTYPE))
     assert abs(float(product.mean() - value)) < 4 * float(product.std()) / math.sqrt(draws)
-    wrong, _ = Pointwise(lambda u: torch.where(u > 0.3, u * u, -0.5 * u)).dual(
-        one, one, torch.tensor(c, dtype=DTYPE)
-    )
+    wrong, _ = Pointwise(lambda u: torch.where(u > 0.3, u * u, -0.5 * u)).dual(one, one, torch.tensor(c, dtype=DTYPE))
     assert abs(float(product.mean() - wrong)) > 40 * float(product.std()) / math.sqrt(draws)
 
 
@@ -214,9 +210,7 @@ def test_zero_q_and_identical_inputs() -> None:
     zero, two = torch.zeros((), dtype=DTYPE), torch.tensor(2.0, dtype=DTYPE)
     for phi in (pointwise("cos"), Pointwise(torch.cos), pointwise("softplus"), pointwise("relu")):
         at_zero = phi(torch.zeros(1, dtype=DTYPE))[0]
-        torch.testing.assert_close(
-            phi.dual(zero, two, zero)[0], at_zero * phi.mean(two), rtol=1e-10, atol=1e-14
-        )
+        torch.testing.assert_close(phi.dual(zero, two, zero)[0], at_zero * phi.mean(two), rtol=1e-10, atol=1e-14)
         torch.testing.assert_close(phi.second(zero), at_zero**2, rtol=1e-12, atol=0)
         torch.testing.assert_close(phi.dual(two, two, two)[0], phi.second(two), rtol=1e-12, atol=0)
     value, slope = pointwise("relu").dual(zero, two, zero)

@@ -87,13 +87,7 @@ def test_identity_constants_return_the_activation_itself() -> None:
 
 
 def test_constants_stay_exact_through_every_dtype_and_device_move() -> None:
-    shaped = (
-        ShapedActivation(nn.Softplus(), *CONSTANTS)
-        .to(torch.float16)
-        .to("meta")
-        .to_empty(device="cpu")
-        .double()
-    )
+    shaped = ShapedActivation(nn.Softplus(), *CONSTANTS).to(torch.float16).to("meta").to_empty(device="cpu").double()
     assert tuple(shaped.constants.values()) == CONSTANTS
     u = randn(100, dtype=torch.float64)
     torch.testing.assert_close(shaped(u), softplus_reference(u), rtol=1e-13, atol=1e-13)
@@ -171,9 +165,7 @@ def test_function_module_refuses_positional_partials_and_prints_its_arguments() 
     torch.testing.assert_close(FunctionModule(F.elu, 0.5)(torch.tensor(-1.0)), F.elu(torch.tensor(-1.0), 0.5))
 
 
-@pytest.mark.parametrize(
-    "constants", [(0.0,), (1.0, float("nan")), (1.0, 0.0, float("inf")), (1.0, 0.0, 0.0, 0.0)]
-)
+@pytest.mark.parametrize("constants", [(0.0,), (1.0, float("nan")), (1.0, 0.0, float("inf")), (1.0, 0.0, 0.0, 0.0)])
 def test_shaped_activation_refuses_degenerate_constants(constants: tuple[float, ...]) -> None:
     with pytest.raises(InputError):
         ShapedActivation(nn.ReLU(), *constants)
@@ -207,9 +199,7 @@ def test_scale_multiplies_and_says_why() -> None:
 
 
 @pytest.mark.parametrize("append", [False, True])
-@pytest.mark.parametrize(
-    ("shape", "axis"), [((6, 5), -1), ((3, 5, 7), 1), ((3, 5, 4, 4), 1), ((2, 5, 3, 3, 3), 1)]
-)
+@pytest.mark.parametrize(("shape", "axis"), [((6, 5), -1), ((3, 5, 7), 1), ((3, 5, 4, 4), 1), ((2, 5, 3, 3, 3), 1)])
 def test_per_location_norm_gives_q_one(shape: tuple[int, ...], axis: int, append: bool) -> None:
     x = 300.0 * randn(*shape, dtype=torch.float64)
     y = PerLocationNorm(append_constant=append)(x)

@@ -35,10 +35,7 @@ def test_relu_chain_collapses_once_where_c_passes_95_percent() -> None:
     assert before.c[0] <= 0.95 < row.node.c[0]
     assert row.flags[0].severity == "bad"
     assert kinds(report) == {row.node.name: ["collapse", "positions"]}
-    assert (
-        f"collapse at {row.node.name}" in report.summary[2]
-        and "hardly tells inputs apart" in report.summary[2]
-    )
+    assert f"collapse at {row.node.name}" in report.summary[2] and "hardly tells inputs apart" in report.summary[2]
 
 
 def test_shallow_relu_chain_has_no_flags() -> None:
@@ -59,9 +56,7 @@ def test_ordered_network_is_not_chaos_though_c_falls() -> None:
     assert kinds(Report(analysis(nodes))) == {}
 
 
-@pytest.mark.parametrize(
-    ("gain", "kind", "verb"), [(8.0, "explodes", "explodes"), (0.5, "vanishes", "vanishes")]
-)
+@pytest.mark.parametrize(("gain", "kind", "verb"), [(8.0, "explodes", "explodes"), (0.5, "vanishes", "vanishes")])
 def test_q_out_of_range_is_flagged_once(gain: float, kind: str, verb: str) -> None:
     report = Report(relu_chain(20, gain))
     (row,) = report.flagged(kind)
@@ -131,9 +126,7 @@ def test_dead_branch_is_a_remark_and_a_dead_output_an_alarm() -> None:
 
 @pytest.mark.parametrize("q", [math.inf, NAN])
 def test_q_that_is_not_finite(q: float) -> None:
-    report = Report(
-        analysis([node("x", "input"), node("exp", "exp", ["x"], q=q, c=(NAN,) * 3, slope=math.inf)])
-    )
+    report = Report(analysis([node("x", "input"), node("exp", "exp", ["x"], q=q, c=(NAN,) * 3, slope=math.inf)]))
     assert report.flagged("not finite") and "not finite from exp on" in report.summary[1]
     assert str(report) and report.to_html()
 
@@ -234,10 +227,7 @@ def test_csv_has_a_line_a_node_with_all_digits() -> None:
     report = Report(resnet(3))
     lines = list(csv.DictReader(io.StringIO(report.to_csv())))
     assert len(lines) == len(report.nodes)
-    assert (
-        float(lines[-1]["c_0.9"]) == report.final.c[2]
-        and lines[-2]["flags"] == "assumed: no rule for mystery"
-    )
+    assert float(lines[-1]["c_0.9"]) == report.final.c[2] and lines[-2]["flags"] == "assumed: no rule for mystery"
 
 
 def test_networkx_has_the_edges_and_the_numbers() -> None:

@@ -62,9 +62,7 @@ def test_html_is_one_offline_file(name: str, tmp_path: Any) -> None:
     assert (tmp_path / "r.html").stat().st_size < 2e6
     for svg in re.findall(r"<svg.*?</svg>", text, flags=re.S):
         root = ElementTree.fromstring(svg)
-        numbers = [
-            float(root_part.get(key, "0")) for root_part in root.iter() for key in ("cx", "cy", "x1", "y1")
-        ]
+        numbers = [float(root_part.get(key, "0")) for root_part in root.iter() for key in ("cx", "cy", "x1", "y1")]
         assert all(0 <= number <= 600 for number in numbers)
         assert any(element.tag == "title" and "depth" in (element.text or "") for element in root.iter())
 

@@ -158,9 +158,7 @@ def test_published_constants(activation: str, key: str) -> None:
     hit = local_slope(shaped) if key == "psi" else local_curvature(shaped)
     assert hit == pytest.approx(PSI if key == "psi" else KAPPA, abs=1e-8)
     found = shape_activation(activation, **{key: hit}).as_dict()
-    for name, number in zip(
-        ("input_scale", "input_shift", "output_shift", "output_scale"), published, strict=True
-    ):
+    for name, number in zip(("input_scale", "input_shift", "output_shift", "output_scale"), published, strict=True):
         assert found[name] == pytest.approx(number, rel=1e-8)
     at_target = shape_activation(activation, **{key: PSI if key == "psi" else KAPPA})
     assert at_target.input_scale == pytest.approx(published[0], rel=1e-7)

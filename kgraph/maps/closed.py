@@ -46,9 +46,7 @@ class ClosedForm:
         def dual(q1: Tensor, q2: Tensor, cov: Tensor) -> Dual:
             value, slope = self.dual(squared * q1, squared * q2, squared * cov)
             if output_shift:
-                value = value + output_shift * (
-                    self.mean(squared * q1) + self.mean(squared * q2) + output_shift
-                )
+                value = value + output_shift * (self.mean(squared * q1) + self.mean(squared * q2) + output_shift)
             return output_scale**2 * value, (output_scale * input_scale) ** 2 * slope
 
         return ClosedForm(dual, mean)
@@ -147,9 +145,7 @@ def _power_moment(degree: int, q1: Tensor, q2: Tensor, cov: Tensor) -> Tensor:
     total = torch.zeros_like(cov)
     for across in range(degree % 2, degree + 1, 2):
         within = (degree - across) // 2
-        count = math.factorial(degree) ** 2 / (
-            math.factorial(across) * (math.factorial(within) * 2**within) ** 2
-        )
+        count = math.factorial(degree) ** 2 / (math.factorial(across) * (math.factorial(within) * 2**within) ** 2)
         total = total + count * cov**across * (q1 * q2) ** within
     return total
 

@@ -85,9 +85,7 @@ def pointwise(name: str, *params: float) -> Pointwise:
     if name in _WITH_PARAMS and (params or name not in _PLAIN):
         return Pointwise(_WITH_PARAMS[name](*params), closed_form(name, *params))
     if name not in _PLAIN:
-        raise InputError(
-            f"No activation is called '{name}'", hint=f"Known: {', '.join(NAMES)}; or pass a callable"
-        )
+        raise InputError(f"No activation is called '{name}'", hint=f"Known: {', '.join(NAMES)}; or pass a callable")
     if params:
         raise InputError(f"'{name}' takes no parameters")
     return Pointwise(_PLAIN[name], closed_form(name))

@@ -176,9 +176,7 @@ def _refine(fn: Function, grid: Tensor, cuts: Tensor, scale: float) -> Tensor:
             break
         middles = panels.mean(1)
         found.append(torch.cat([panels.flatten(), middles]))
-        panels = torch.cat(
-            [torch.stack([panels[:, 0], middles], -1), torch.stack([middles, panels[:, 1]], -1)]
-        )
+        panels = torch.cat([torch.stack([panels[:, 0], middles], -1), torch.stack([middles, panels[:, 1]], -1)])
     raise InputError(
         "The Gaussian integral of a pointwise function or of its squared derivative does not converge",
         hint="Its derivative may be infinite somewhere; let this operation be sampled",

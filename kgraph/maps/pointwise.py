@@ -61,9 +61,7 @@ class Pointwise:
         phi'(0) is autodiff's. Derivatives are taken almost everywhere: a jump of phi adds
         nothing to ``E[phi' phi']``.
         """
-        q1, q2, cov = torch.broadcast_tensors(
-            *(torch.as_tensor(t, dtype=torch.float64) for t in (q1, q2, cov))
-        )
+        q1, q2, cov = torch.broadcast_tensors(*(torch.as_tensor(t, dtype=torch.float64) for t in (q1, q2, cov)))
         _check_q(q1)
         _check_q(q2)
         if self.closed is None:
@@ -148,9 +146,7 @@ class Pointwise:
         levels = _level(torch.maximum(q1, q2).reshape(-1))
         for level in levels.unique():
             rows = levels == level
-            out[0, rows], out[1, rows] = quadrature.dual(
-                self.fn, self._plan(level), roots[:, rows], c[rows], s[rows]
-            )
+            out[0, rows], out[1, rows] = quadrature.dual(self.fn, self._plan(level), roots[:, rows], c[rows], s[rows])
         return out[0].reshape(cov.shape), out[1].reshape(cov.shape)
 
 

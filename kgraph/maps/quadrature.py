@@ -138,8 +138,7 @@ def dual(fn: Function, plan: Plan, roots: Tensor, c: Tensor, s: Tensor) -> tuple
     cost = outer * (len(plan.base) + breaks) * NODES**2
     step = max(1, _CHUNK // cost)
     parts = [
-        _dual_chunk(fn, plan, roots[:, i : i + step], c[i : i + step], s[i : i + step])
-        for i in range(0, len(c), step)
+        _dual_chunk(fn, plan, roots[:, i : i + step], c[i : i + step], s[i : i + step]) for i in range(0, len(c), step)
     ]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 

@@ -63,9 +63,7 @@ def read_analysis(text: str) -> Analysis:
     try:
         return decode(Analysis, json.loads(text))
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"This is not a kgraph report ({error!r})", hint="Pass what to_json() returned"
-        ) from error
+        raise InputError(f"This is not a kgraph report ({error!r})", hint="Pass what to_json() returned") from error
 
 
 def to_json(data: dict[str, Any]) -> str:
@@ -90,9 +88,7 @@ def to_csv(analysis: Analysis, rows: Sequence[Row]) -> str:
 
 def to_networkx(analysis: Analysis, rows: Sequence[Row]) -> nx.DiGraph:
     """The graph of rows; each node carries its NodeKernel's fields and `flags`, `trunk`."""
-    graph = nx.DiGraph(
-        model=analysis.model, mode=analysis.mode, output=analysis.output, cosines=analysis.cosines
-    )
+    graph = nx.DiGraph(model=analysis.model, mode=analysis.mode, output=analysis.output, cosines=analysis.cosines)
     for row in rows:
         values = {field.name: getattr(row.node, field.name) for field in fields(row.node)}
         name = values.pop("name")

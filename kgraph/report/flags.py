@@ -66,9 +66,7 @@ def find_flags(analysis: Analysis, flow: Flow) -> dict[str, tuple[Flag, ...]]:
     for event in events(analysis, flow):
         for name in _beginnings(event, flow):
             on_trunk = name in flow.trunk
-            severity: Severity = (
-                "info" if event.kind == "dead" and not on_trunk else "bad" if on_trunk else "warn"
-            )
+            severity: Severity = "info" if event.kind == "dead" and not on_trunk else "bad" if on_trunk else "warn"
             text = event.text if on_trunk else f"{event.text} (branch)"
             found.setdefault(name, []).append(Flag(event.kind, text, severity))
     origin = {node.name: (node.how, node.note) for node in analysis.nodes}

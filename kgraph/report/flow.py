@@ -26,9 +26,7 @@ class Flow:
     @cached_property
     def sources(self) -> tuple[NodeKernel, ...]:
         """The model's inputs: nodes that read nothing and differ between inputs."""
-        return tuple(
-            node for node in self.analysis.nodes if not self.parents(node) and not _is_constant(node)
-        )
+        return tuple(node for node in self.analysis.nodes if not self.parents(node) and not _is_constant(node))
 
     @cached_property
     def dependent(self) -> frozenset[str]:

@@ -48,9 +48,7 @@ class Section:
         return tuple(row for i, row in enumerate(rows) if i < MOST_ROWS_IN_A_CELL or row.flags)
 
 
-def render(
-    title: str, sections: Sequence[Section], ledger: Ledger | None = None, compact: bool = False
-) -> str:
+def render(title: str, sections: Sequence[Section], ledger: Ledger | None = None, compact: bool = False) -> str:
     """The page; with `compact` only its body, for a notebook cell (style and charts, tables closed)."""
     return _template().render(
         title=title,
@@ -92,9 +90,7 @@ def c_chart(sections: Sequence[Section]) -> Chart:
 def hover(row: Row, section: Section) -> str:
     """What hovering over a point shows."""
     node = row.node
-    given = ", ".join(
-        f"c({plain(a)}) = {cosine(b)}" for a, b in zip(section.analysis.cosines, node.c, strict=True)
-    )
+    given = ", ".join(f"c({plain(a)}) = {cosine(b)}" for a, b in zip(section.analysis.cosines, node.c, strict=True))
     lines = [
         f"{node.name} ({node.op}){', ' + section.label if section.label else ''}",
         f"depth {node.depth}, q = {short(node.q)}, slope = {short(node.slope)}",
@@ -111,9 +107,7 @@ def _curve(section: Section, label: str, css: str, values: Sequence[float], kind
     ]
     trunk = any(row.trunk for row in section.rows)
     line = [point for point, row in zip(points, section.rows, strict=True) if row.trunk or not trunk]
-    dots = [
-        point for point, row in zip(points, section.rows, strict=True) if trunk and not row.trunk and row.live
-    ]
+    dots = [point for point, row in zip(points, section.rows, strict=True) if trunk and not row.trunk and row.live]
     return Curve(label, css, tuple(line), tuple(dots) if section.label != "before" else ())
 
 

@@ -59,9 +59,7 @@ def _changes(groups: dict[str, list[Change]], width: int, examples: int) -> Tabl
     table.add_column("why", ratio=5)
     for what, changes in groups.items():
         for i, change in enumerate(changes[:examples]):
-            head = (
-                (Text(str(len(changes)), style="bold green"), Text(what)) if i == 0 else (Text(""), Text(""))
-            )
+            head = (Text(str(len(changes)), style="bold green"), Text(what)) if i == 0 else (Text(""), Text(""))
             why = change.why if i == 0 or change.why != changes[i - 1].why else ""
             at = elide(change.node, max(8, width // 6))
             table.add_row(*head, Text(at), Text(arrow(change)), Text(why, style="dim"))
@@ -83,7 +81,5 @@ def _kept(kept: Sequence[Change], examples: int, width: int) -> list[Text]:
         names = [change.node for change in same]
         more = f" and {len(names) - examples} more" if len(names) > examples else ""
         shown = ", ".join(elide(name, max(8, width // 3)) for name in names[:examples])
-        lines.append(
-            Text.assemble(f"  {len(names)} ", f"{what}: {shown}{more}", (f" ({why})" if why else "", "dim"))
-        )
+        lines.append(Text.assemble(f"  {len(names)} ", f"{what}: {shown}{more}", (f" ({why})" if why else "", "dim")))
     return lines

@@ -23,9 +23,7 @@ def plot(sections: Sequence[tuple[str, Analysis, Sequence[Row]]]) -> Figure:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise KGraphError(
-            "Plots need matplotlib", hint="Install it with: pip install 'kgraph[plot]'"
-        ) from error
+        raise KGraphError("Plots need matplotlib", hint="Install it with: pip install 'kgraph[plot]'") from error
     figure, (q_axes, c_axes) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     dashes = ["-"] if len(sections) == 1 else ["--", "-"]
     for (label, analysis, rows), dash in zip(sections, dashes, strict=True):

@@ -70,9 +70,7 @@ class Chart:
     bottom: float = HEIGHT - BOTTOM
 
 
-def chart(
-    title: str, y_label: str, curves: Sequence[Curve], log: bool, y_range: tuple[float, float]
-) -> Chart:
+def chart(title: str, y_label: str, curves: Sequence[Curve], log: bool, y_range: tuple[float, float]) -> Chart:
     """Lay the curves out. On a log axis values that are not positive are left out, as they have no place."""
     curves = [_usable(curve, log) for curve in curves]
     points = [point for curve in curves for point in (*curve.line, *curve.dots)]
@@ -87,9 +85,7 @@ def chart(
         return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share, 1)
 
     def place(points: Sequence[Point]) -> tuple[Point, ...]:
-        return tuple(
-            Point(x_pixel(p.x), y_pixel(_scale(p.y, log)), p.title, p.anchor, p.marked) for p in points
-        )
+        return tuple(Point(x_pixel(p.x), y_pixel(_scale(p.y, log)), p.title, p.anchor, p.marked) for p in points)
 
     drawn = []
     for curve in curves:
@@ -99,9 +95,7 @@ def chart(
         drawn.append(Drawn(curve.label, curve.css, path, thin(line), thin(place(curve.dots)), end))
     x_ticks = tuple(Tick(x_pixel(x), f"{x:g}") for x in steps(0.0, x_high, 8) if x == int(x))
     pixel_ticks = tuple(Tick(y_pixel(at), label) for at, label in y_ticks)
-    return Chart(
-        title, "depth (nonlinear layers)", y_label, x_ticks, pixel_ticks, tuple(spread_labels(drawn))
-    )
+    return Chart(title, "depth (nonlinear layers)", y_label, x_ticks, pixel_ticks, tuple(spread_labels(drawn)))
 
 
 def thin(points: Sequence[Point], most: int = MOST_DOTS) -> tuple[Point, ...]:
@@ -132,10 +126,7 @@ def spread_labels(curves: Sequence[Drawn], gap: float = 12.0) -> list[Drawn]:
     for i in reversed(order):
         at = places[i] = min(places[i], at)
         at -= gap
-    return [
-        Drawn(c.label, c.css, c.path, c.line, c.dots, round(y, 1))
-        for c, y in zip(curves, places, strict=True)
-    ]
+    return [Drawn(c.label, c.css, c.path, c.line, c.dots, round(y, 1)) for c, y in zip(curves, places, strict=True)]
 
 
 def _usable(curve: Curve, log: bool) -> Curve:

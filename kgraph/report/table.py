@@ -68,9 +68,7 @@ def report_lines(
     parts: list[RenderableType] = [Text(line, style="bold") for line in summary]
     parts += [Text(""), node_table(analysis, rows, width, all_nodes)]
     if folded and not all_nodes:
-        parts.append(
-            Text(f"{count(folded, 'row')} hidden: only re-indexing (all_nodes=True shows all)", style="dim")
-        )
+        parts.append(Text(f"{count(folded, 'row')} hidden: only re-indexing (all_nodes=True shows all)", style="dim"))
     parts += [Text(f"note: {note}", style="dim") for note in analysis.notes]
     return parts
 
@@ -92,9 +90,7 @@ def flag_text(flags: Iterable[Flag]) -> Text:
 
 def to_text(parts: Iterable[RenderableType], width: int = PLAIN_WIDTH) -> str:
     """Plain text, without colours or trailing blanks."""
-    console = Console(
-        file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False
-    )
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
     with console.capture() as capture:
         for part in parts:
             console.print(part)

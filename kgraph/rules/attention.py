@@ -32,5 +32,5 @@ def attention(
         return context.sample()
     length = value.shape[-2]
     # causal: position l averages l of them; the harmonic mean of 1..T gives the mean of 1/l over positions
-    window = length / sum(1 / (l + 1) for l in range(length)) if is_causal else float(length)
+    window = length / sum(1 / (at + 1) for at in range(length)) if is_causal else float(length)
     return replace(value.one(), parts=(average(value.merged, window),))

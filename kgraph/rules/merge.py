@@ -173,5 +173,3 @@ def stack(context: Context, tensors: list[Kernel | Tensor], dim: int = 0) -> Ker
         split = kernel.split if kernel.split is None or kernel.split < dim else kernel.split + 1
         widened.append(Kernel(kernel.parts, axes, split))
     return _cat_positions(widened, dim)
-
-

@@ -213,4 +213,3 @@ def _by_batch_statistics(x: Kernel, eps: float) -> Kernel:
         variance = float(part.q - background) + eps
         parts.append(normalized(part, subtracted, variance, part.mean))
     return x.with_parts(*parts)
-

@@ -238,7 +238,9 @@ def getitem(context: Context, x: Any, index: int) -> Any:
 
 
 @rule(aten.pad.default, aten.constant_pad_nd.default)
-def pad(context: Context, x: Kernel, amounts: Sequence[int], mode: str = "constant", value: float | None = None) -> Kernel:
+def pad(
+    context: Context, x: Kernel, amounts: Sequence[int], mode: str = "constant", value: float | None = None
+) -> Kernel:
     """Padding positions: copies keep the kernel, zeros lower its average over positions."""
     if mode == "constant" and value:
         return context.sample()

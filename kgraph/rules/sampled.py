@@ -88,7 +88,9 @@ class Sampler:
             return self._execute(region, dict(zip(frontier, inputs, strict=True)), seed)
 
         def with_tangent(side: int, p: int, tangents: dict[fx.Node, Any]) -> tuple[Any, Any]:
-            primal = tuple(pytree.tree_map(lambda pair: _side(pair, side, p), fields[n], is_leaf=_is_pair) for n in frontier)
+            primal = tuple(
+                pytree.tree_map(lambda pair: _side(pair, side, p), fields[n], is_leaf=_is_pair) for n in frontier
+            )
             tangent = tuple(
                 pytree.tree_map(lambda pair: pair[side][p], tangents[n], is_leaf=_is_pair) for n in frontier
             )
@@ -119,7 +121,7 @@ class Sampler:
                 return known[n] if n in known else _double(self.values[n])
 
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)  # type: ignore[misc]
-            args = _for_mode(node, args, self.mode)
+            args = for_mode(node, args, self.mode)
             if node.op == "call_module":
                 result = self.module.get_submodule(str(node.target))(*args, **kwargs)
             else:
@@ -235,7 +237,7 @@ def _in_row(values: Tensor, row: int, rows: int) -> Tensor:
     return table
 
 
-def _for_mode(node: fx.Node, args: tuple[Any, ...], mode: str) -> tuple[Any, ...]:
+def for_mode(node: fx.Node, args: tuple[Any, ...], mode: str) -> tuple[Any, ...]:
     """Captured in train mode; in eval mode dropout does nothing."""
     if mode == "train":
         return args

@@ -109,9 +109,7 @@ def _dks(phi: Pointwise, slopes: tuple[float, float] | None, psi: float) -> Shap
         leaky = positive == 1 and 0 < abs(negative) < 1
         return leaky_dks(psi) if leaky else relu_dks(phi, psi)
     conditions = partial(dks_conditions, psi=psi)
-    return best_solution(
-        phi, conditions, starts_for(phi, math.sqrt(2 * (psi - 1))), dks_targets(psi), psi - 1
-    )
+    return best_solution(phi, conditions, starts_for(phi, math.sqrt(2 * (psi - 1))), dks_targets(psi), psi - 1)
 
 
 def _tat(phi: Pointwise, kappa: float) -> ShapedConstants:

@@ -91,9 +91,7 @@ def dks_targets(psi: float) -> dict[str, float]:
     return {"Q(1)": 1.0, "Q'(1)": 1.0, "C(0)": 0.0, "C'(1)": psi}
 
 
-def verified(
-    phi: Pointwise, found: ShapedConstants, targets: dict[str, float], strict: bool = True
-) -> ShapedConstants:
+def verified(phi: Pointwise, found: ShapedConstants, targets: dict[str, float], strict: bool = True) -> ShapedConstants:
     """``found`` with the residuals of its shaped activation, on panels refined for that function."""
     shaped = phi.affine(found.input_scale, found.input_shift, found.output_shift, found.output_scale)
     one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)

@@ -38,9 +38,7 @@ def trelu(slopes: tuple[float, float] | None, a: float) -> ShapedConstants:
     if not -1 <= a <= 1:
         raise InputError(f"negative_slope must be in [-1, 1], not {a}")
     if slopes is None or slopes[0] != 1:
-        raise InputError(
-            "negative_slope is for relu and leaky relu", hint="Give kappa for a smooth activation"
-        )
+        raise InputError("negative_slope is for relu and leaky relu", hint="Give kappa for a smooth activation")
     found = ShapedConstants(output_scale=math.sqrt(2 / (1 + a * a)), negative_slope=a)
     return verified(pointwise("leaky_relu", a), found, {"Q(1)": 1.0, "C'(1)": 1.0})
 

@@ -59,9 +59,7 @@ def _solve(phi: Pointwise, plan: Plan, conditions: Conditions, starts: Tensor, t
 def _newton_step(state: Tensor, residual: Tensor, jacobian: Tensor) -> Tensor:
     """Steps are clipped, and kept inside the box where solutions are looked for."""
     (a, b), (c, d) = jacobian
-    step = torch.stack([d * residual[0] - b * residual[1], a * residual[1] - c * residual[0]]) / (
-        a * d - b * c
-    )
+    step = torch.stack([d * residual[0] - b * residual[1], a * residual[1] - c * residual[0]]) / (a * d - b * c)
     state = state - torch.nan_to_num(step, nan=0.0).clamp(-0.5, 0.5)
     return torch.stack([state[0].clamp(-9.0, 3.0), state[1].clamp(-MAX_SHIFT, MAX_SHIFT)])
 
