@@ -48,7 +48,6 @@ def test_every_random_node_gets_a_number(name: str) -> None:
     model, inputs = zoo.build(name)
     report = kgraph.analyze(model, inputs)
     assert all(math.isfinite(row.q) and row.q >= 0 for row in report.nodes)
-    assert report.final.q > 0
     assert all(row.note for row in report.nodes if row.how in ("sampled", "assumed"))
     assert str(report)
 
