@@ -203,7 +203,6 @@ def test_leaky_relu_c_map_is_the_map_of_the_shaped_activation() -> None:
         nn.Tanh(),
         Pointwise(torch.sin),
     ],
-    ids=str,
 )
 def test_dks_on_any_activation(phi: Any) -> None:
     """The conditions, by the two-dimensional maps: Q(1), Q'(1), C(0), C'(1)."""
@@ -229,7 +228,7 @@ def test_scale_of_the_activation_does_not_matter() -> None:
     assert steep.output_scale == pytest.approx(plain.output_scale / 3, rel=1e-8)
 
 
-@pytest.mark.parametrize("phi", ["relu", nn.ReLU(inplace=True), lambda u: u.clamp_min(0)], ids=str)
+@pytest.mark.parametrize("phi", ["relu", nn.ReLU(inplace=True), lambda u: u.clamp_min(0)])
 def test_relu_and_leaky_relu_are_recognized(phi: Any) -> None:
     assert shape_activation(phi, psi=1.01) == shape_activation("relu", psi=1.01)
     assert shape_activation(nn.LeakyReLU(0.2), psi=1.01) == shape_activation("leaky_relu", psi=1.01)
