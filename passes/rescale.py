@@ -47,7 +47,7 @@ class Rescale(Pass):
         only_gates: leave everything but gated products alone.
     """
 
-    tolerance: float = 1e-9
+    tolerance: float = 1e-7
     only_gates: bool = False
 
     def rewrite(self, work: Workspace) -> None:

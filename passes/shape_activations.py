@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import fx, nn
@@ -11,6 +12,7 @@ from torch._ops import OpOverload
 
 from kgraph.canonical import operation_name
 from kgraph.errors import KGraphError
+from kgraph.maps import Pointwise
 from kgraph.methods import DKS, TAT, Method
 from kgraph.modules import FunctionModule, ShapedActivation
 from kgraph.nonlinear import Region, find_regions
@@ -92,10 +94,10 @@ class ShapeActivations(Pass):
         assert self.targets is not None
         if isinstance(self.method, DKS):
             phi = "leaky_relu" if leaky and not self.method.keep_relu else region.fn
-            return shape_activation(phi, psi=self.targets.psi)
+            return _solved(phi, psi=self.targets.psi)
         if leaky:
-            return shape_activation("leaky_relu", negative_slope=self.targets.negative_slope)
-        return shape_activation(region.fn, kappa=self.targets.kappa)
+            return _solved("leaky_relu", negative_slope=self.targets.negative_slope)
+        return _solved(region.fn, kappa=self.targets.kappa)
 
 
 def keep_learnable(work: Workspace) -> None:
@@ -104,6 +106,14 @@ def keep_learnable(work: Workspace) -> None:
         if operation_name(node) in _LEARNABLE and work.is_random(node):
             work.keep(node, operation_name(node), "it learns its own shape; only q is restored behind it")
             work.unmet.append(f"{node.name}: {operation_name(node)} is not shaped, and its slope is not counted")
+
+
+@lru_cache(maxsize=256)
+def _solved(
+    phi: str | Pointwise, psi: float | None = None, kappa: float | None = None, negative_slope: float | None = None
+) -> ShapedConstants:
+    """`shape_activation`, once for each function and target: a network has many sites of few functions."""
+    return shape_activation(phi, psi, kappa, negative_slope)
 
 
 def is_leaky(region: Region) -> bool:
