@@ -16,6 +16,7 @@ from kgraph.errors import (
     RuleError,
     TargetError,
 )
+from kgraph.gram import Kernels, NodeGram, kernels, nngp, ntk
 from kgraph.methods import DKS, TAT
 from kgraph.montecarlo import montecarlo
 from kgraph.shaping import ShapedConstants, shape_activation
@@ -29,7 +30,9 @@ __all__ = [
     "ExportError",
     "InputError",
     "KGraphError",
+    "Kernels",
     "ModelError",
+    "NodeGram",
     "PassError",
     "RuleError",
     "ShapedConstants",
@@ -37,7 +40,10 @@ __all__ = [
     "TransformRecord",
     "analyze",
     "export_onnx",
+    "kernels",
     "montecarlo",
+    "nngp",
+    "ntk",
     "shape_activation",
     "shaping_targets",
     "transform",

@@ -1,0 +1,186 @@
+"""Making fields: scaled, shifted, mapped, moved, cut. Each looks at what it is given, so that laws stay simple."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kgraph.gram.field import (
+    Affine,
+    Attended,
+    Drawn,
+    Field,
+    Grouped,
+    Joined,
+    Known,
+    Leaf,
+    Located,
+    Mapped,
+    Masked,
+    Moved,
+    Product,
+    Scores,
+    Sliced,
+    Sum,
+)
+from kgraph.gram.places import Gather, PlaceMap, apply
+from kgraph.kernel import Root
+from kgraph.maps import Pointwise
+
+
+def scaled(u: Field, factor: float) -> Field:
+    """``factor * u``."""
+    if factor == 1.0:
+        return u
+    if isinstance(u, Known):
+        return Known(u.places, u.roots, u.how, u.data * factor, u.gain * factor**2)
+    if isinstance(u, Sum):
+        return Sum(u.places, u.roots, u.how, tuple((w * factor, t) for w, t in u.terms))
+    if isinstance(u, Mapped):
+        return Mapped(u.places, u.roots, u.how, _output_scaled(u.fn, factor), u.arg)
+    return Sum(u.places, u.roots, u.how, ((factor, u),))
+
+
+_scaled_maps: dict[tuple[Any, ...], Pointwise] = {}
+
+
+def _output_scaled(fn: Pointwise, factor: float) -> Pointwise:
+    if (fn, factor) not in _scaled_maps:
+        _scaled_maps[fn, factor] = fn.affine(output_scale=factor)
+    return _scaled_maps[fn, factor]
+
+
+def as_function(u: Field) -> tuple[Pointwise | None, Field]:
+    """``u`` as a function (None: the identity) of one other field, where it is one."""
+    match u:
+        case Mapped(fn=fn, arg=arg):
+            return fn, arg
+        case Sum(terms=terms):
+            functions = [(w, *as_function(t)) for w, t in terms]
+            base = functions[0][2]
+            if all(b is base for _, _, b in functions) and any(fn is not None for _, fn, _ in functions):
+                return Pointwise(_linear_combination([(w, fn) for w, fn, _ in functions])), base
+    return None, u
+
+
+def _linear_combination(terms: list[tuple[float, Pointwise | None]]) -> Callable[[Tensor], Tensor]:
+    def combined(z: Tensor) -> Tensor:
+        first, *rest = (w * (z if fn is None else fn(z)) for w, fn in terms)
+        return sum(rest, first)
+
+    return combined
+
+
+def mapped(fn: Pointwise, u: Field) -> Field:
+    """``fn(u)``: one function of what ``u`` itself is a function of; a known tensor is mapped at once."""
+    match u:
+        case Known():
+            return Known(u.places, u.roots, u.how, fn(u.data.clone()).double())
+        case Moved(arg=arg, op=op) if not op.mixes and not isinstance(op, Gather):
+            return moved(mapped(fn, arg), op)
+        case Masked(arg=arg, keep=keep, mask=mask):
+            return _mapped_mask(fn, u, arg, keep, mask)
+    inner, base = as_function(u)
+    composed = fn if inner is None else _composed(fn, inner)
+    return Mapped(u.places, base.roots, u.how, composed, base)
+
+
+_compositions: dict[tuple[Pointwise, Pointwise], Pointwise] = {}
+
+
+def _composed(outer: Pointwise, inner: Pointwise) -> Pointwise:
+    if (outer, inner) not in _compositions:
+        _compositions[outer, inner] = Pointwise(lambda z: outer(inner(z)))
+    return _compositions[outer, inner]
+
+
+def _mapped_mask(fn: Pointwise, u: Field, arg: Field, keep: float, mask: Root) -> Field:
+    """``fn(m u / keep) = fn(0) + (m / keep) keep (fn(u / keep) - fn(0))`` for a mask m of zeros and ones."""
+    at_zero = float(fn(torch.zeros(1, dtype=torch.float64)))
+    jump = mapped(fn.affine(1 / keep, 0.0, -at_zero, keep), arg)
+    masked = Masked(u.places, u.roots, u.how, jump, keep, mask)
+    return shifted(masked, at_zero)
+
+
+def shifted(u: Field, constant: float) -> Field:
+    """``u + constant``."""
+    if constant == 0.0:
+        return u
+    if isinstance(u, Known):
+        return Known(u.places, u.roots, u.how, u.data + constant, u.gain)
+    if isinstance(u, Mapped):
+        return Mapped(u.places, u.roots, u.how, _output_shifted(u.fn, constant), u.arg)
+    one = torch.ones((1,) * (1 + len(u.places)), dtype=torch.float64)
+    return Located(u.places, u.roots, u.how, u, one, constant * one)
+
+
+def _output_shifted(fn: Pointwise, constant: float) -> Pointwise:
+    if (fn, -1, constant) not in _scaled_maps:
+        _scaled_maps[fn, -1, constant] = fn.affine(output_shift=constant)
+    return _scaled_maps[fn, -1, constant]
+
+
+def moved(u: Field, op: PlaceMap) -> Field:
+    """A linear map of positions, applied to a known tensor at once."""
+    places = op.places(u.places)
+    if isinstance(u, Known) and not u.gain:  # a trained tensor keeps its own positions: its NTK is about them
+        return Known(places, u.roots, u.how, apply(op, u.data, 2, u.places))
+    return Moved(places, u.roots, u.how, u, op)
+
+
+def arguments(u: Field) -> tuple[Field, ...]:
+    """The fields that ``u`` is made of."""
+    match u:
+        case Sum(terms=terms):
+            return tuple(term for _, term in terms)
+        case Grouped(args=args):
+            return tuple(arg for _, arg in args)
+        case Product(left=left, right=right):
+            return left, right
+        case Joined(args=args) | Drawn(args=args):
+            return args
+        case Scores(query=query, key=key):
+            return query, key
+        case Attended(weights=weights, value=value):
+            return weights, value
+        case Known() | Leaf():
+            return ()
+    return (u.arg,)  # type: ignore[attr-defined]
+
+
+def sliced(u: Field, low: int, high: int, total: int) -> Field:
+    """Channels ``low:high`` of ``total``: the cut is pushed down to the leaves."""
+    if (low, high) == (0, total):
+        return u
+    return _cut(u, (f"of {total}", low, high), {})
+
+
+def _cut(u: Field, cut: tuple[str, int, int], seen: dict[Field, Field]) -> Field:
+    if u not in seen:
+        seen[u] = _cut_once(u, cut, seen)
+    return seen[u]
+
+
+def _cut_once(u: Field, cut: tuple[str, int, int], seen: dict[Field, Field]) -> Field:
+    roots = frozenset(Root(r.name, (*r.cuts, cut)) for r in u.roots)
+    match u:
+        case Known():
+            low, high = cut[1:]
+            whole = u.data.shape[1] == 1 or u.constant is not None
+            return replace(u, roots=roots, data=u.data if whole else u.data[:, low:high])
+        case Affine() | Leaf() | Sliced() | Scores():
+            return Sliced(u.places, roots, u.how, u)
+        case Attended():
+            return replace(u, roots=roots, weights=_cut(u.weights, cut, seen), value=_cut(u.value, cut, seen))
+        case Sum():
+            return replace(u, roots=roots, terms=tuple((w, _cut(t, cut, seen)) for w, t in u.terms))
+        case Product():
+            return replace(u, roots=roots, left=_cut(u.left, cut, seen), right=_cut(u.right, cut, seen))
+        case Joined() | Drawn():
+            return replace(u, roots=roots, args=tuple(_cut(a, cut, seen) for a in u.args))
+        case _:
+            return replace(u, roots=roots, arg=_cut(u.arg, cut, seen))  # type: ignore[attr-defined]

@@ -1,0 +1,182 @@
+"""The engine: covariance and NTK of any two fields, from how they are made.
+
+    pair(W u, W v)       = sum over taps of sw2 pair(u, v) at the tap + sb2      (one weight; else 0)
+    pair(f(u), f(v))     = E[f f],  NTK = E[f' f'] NTK(u, v)                     (Gaussian u, v)
+    pair(f(u), v)        = E[f'(u)] pair(u, v)                                   (Stein's lemma)
+    pair(sum, v)         = sum of pairs;  pair of maps of positions = the maps on either side
+    pair(u v, u' v')     = pair(u, u') pair(v, v')                               (u, u' independent of v, v')
+
+Whatever fits none of these is measured on joint draws (`kgraph.gram.joint`).
+"""
+
+from __future__ import annotations
+
+import weakref
+
+from torch import Tensor
+
+from kgraph.gram import field as f
+from kgraph.gram.attention import attended_block, scores_block
+from kgraph.gram.block import Block, nothing
+from kgraph.gram.build import arguments
+from kgraph.gram.field import Field
+from kgraph.gram.joint import JointDraws
+from kgraph.gram.layout import Layout
+from kgraph.gram.means import mean_of, shaped
+from kgraph.gram.pairs import (
+    affine_block,
+    both_joined_block,
+    folded_block,
+    grouped_block,
+    joined_block,
+    known_block,
+    located_block,
+    mapped_block,
+    masked_block,
+    products_block,
+    sliced_block,
+    stein_block,
+)
+from kgraph.gram.places import total_places
+from kgraph.gram.rows import Rows
+from kgraph.how import EXACT, QUADRATURE, How, sampled
+
+
+class Engine:
+    """Blocks of pairs of fields for fixed rows and layout; computed once each, kept while the fields live.
+
+    Args:
+        rows: pairs of inputs.
+        layout: position model.
+        parametrization: of the NTK, "standard" or "ntk".
+        with_ntk: whether to carry the NTK.
+        seed: of the joint draws.
+    """
+
+    def __init__(self, rows: Rows, layout: Layout, parametrization: str, with_ntk: bool, seed: int = 0) -> None:
+        self.rows, self.layout, self.parametrization, self.with_ntk = rows, layout, parametrization, with_ntk
+        self.draws = JointDraws(self, seed)
+        self._blocks: weakref.WeakKeyDictionary[Field, weakref.WeakKeyDictionary[Field, Block]]
+        self._blocks = weakref.WeakKeyDictionary()
+        self._means: weakref.WeakKeyDictionary[Field, Tensor] = weakref.WeakKeyDictionary()
+        self._how: weakref.WeakKeyDictionary[Field, How] = weakref.WeakKeyDictionary()
+        self._second: weakref.WeakKeyDictionary[Field, Tensor] = weakref.WeakKeyDictionary()
+
+    def pair(self, u: Field, v: Field) -> Block:
+        """Block of u at the first input of every row with v at the second."""
+        known = self._blocks.setdefault(u, weakref.WeakKeyDictionary())
+        if v not in known:
+            known[v] = self._pair(u, v)
+        return known[v]
+
+    def second(self, u: Field) -> Tensor:
+        """q value at every input and position, [N, *places]."""
+        if u not in self._second:
+            self._second[u] = self.layout.own(self.rows, self.pair(u, u).cov, u.places)
+        return self._second[u]
+
+    def variance(self, u: Field) -> Tensor:
+        """q minus the squared mean, [N, *places]."""
+        return (self.second(u) - self.mean(u).square()).clamp_min(0)
+
+    def mean(self, u: Field) -> Tensor:
+        """E[u], [N or 1, *places], or a 0-d tensor where it is one number."""
+        if u not in self._means:
+            self._means[u] = mean_of(self, u)
+        return self._means[u]
+
+    def outer_means(self, u: Field, v: Field) -> Block:
+        """Block of fields that share nothing: the product of their means."""
+        mean_u, mean_v = self.mean(u), self.mean(v)
+        zero = nothing(self.with_ntk)
+        if not (mean_u.any() and mean_v.any()):
+            return zero
+        x, y = shaped(mean_u, u.places), shaped(mean_v, v.places)
+        return Block(self.layout.outer(self.rows, x, y, u.places, v.places), zero.ntk)
+
+    def _pair(self, u: Field, v: Field) -> Block:
+        if isinstance(u, f.Known) and isinstance(v, f.Known):
+            return known_block(self, u, v)
+        if isinstance(u, f.Sliced) and isinstance(v, f.Sliced):
+            return sliced_block(self, u, v)
+        if u.independent(v):
+            return self.outer_means(u, v)
+        for one, two, swapped in ((u, v, False), (v, u, True)):
+            found = self._linear(one, two, swapped)
+            if found is not None:
+                return found
+        found = self._alike(u, v)
+        return self.draws.pair(u, v) if found is None else found
+
+    def _linear(self, u: Field, v: Field, swapped: bool) -> Block | None:
+        """Fields that are linear in others; ``swapped`` says that u stands at the second input."""
+
+        def pair(one: Field, two: Field) -> Block:
+            return self.pair(two, one) if swapped else self.pair(one, two)
+
+        match u:
+            case f.Sum(terms=terms):
+                total = nothing(self.with_ntk)
+                for weight, term in terms:
+                    total = total + pair(term, v).times(weight)
+                return total
+            case f.Located():
+                return located_block(self, u, v, swapped)
+            case f.Moved(arg=arg, op=op) if isinstance(v, f.Moved) and not swapped:
+                inner = self.pair(arg, v.arg)
+                return inner.each(lambda x: self.layout.move(x, (op, v.op), arg.places, v.arg.places))
+            case f.Moved(arg=arg, op=op) if not isinstance(v, f.Moved):
+                ops = (None, op) if swapped else (op, None)
+                places = (v.places, arg.places) if swapped else (arg.places, v.places)
+                return pair(arg, v).each(lambda x: self.layout.move(x, ops, *places))
+            case f.Joined() if not isinstance(v, f.Joined):
+                return joined_block(self, u, v, swapped)
+            case f.Masked(arg=arg, mask=mask) if not any(r.name == mask.name for r in v.roots):
+                return pair(arg, v)
+            case f.Product(left=left, right=f.Known() as right) if right.constant is not None and not right.gain:
+                return pair(left, v).times(right.constant)
+        return None
+
+    def _alike(self, u: Field, v: Field) -> Block | None:
+        """Two fields of one kind."""
+        match u, v:
+            case f.Leaf(), f.Leaf() if u is v:
+                return u.block
+            case f.Affine(), f.Affine():
+                return affine_block(self, u, v)
+            case f.Folded(), f.Folded() if u.axes == v.axes:
+                return folded_block(self, u, v)
+            case f.Grouped(), f.Grouped() if len(u.args) == len(v.args):
+                return grouped_block(self, u, v)
+            case f.Joined(), f.Joined() if u.axis == v.axis:
+                return both_joined_block(self, u, v)
+            case f.Masked(), f.Masked():
+                return masked_block(self, u, v)
+            case f.Product(), f.Product():
+                return products_block(self, u, v)
+            case f.Mapped(), f.Mapped() if u.fn is v.fn:
+                return mapped_block(self, u, v)
+            case f.Mapped(), _ if v.gaussian:
+                return stein_block(self, u, v, swapped=False)
+            case _, f.Mapped() if u.gaussian:
+                return stein_block(self, v, u, swapped=True)
+            case f.Scores(), f.Scores():
+                return scores_block(self, u, v)
+            case f.Attended(), f.Attended():
+                return attended_block(self, u, v)
+        return None
+
+    def how(self, u: Field) -> How:
+        """How the field's kernel was obtained: its own way, or that of what it is made of."""
+        if u not in self._how:
+            parts = [self.how(arg) for arg in arguments(u)]
+            own = QUADRATURE if isinstance(u, f.Mapped) and u.fn.how == "quadrature" else EXACT
+            if u in self.draws.used:
+                own = sampled(self.draws.standard_error(u))
+            self._how[u] = max((u.how, own, *parts), key=lambda how: how.level)
+        return self._how[u]
+
+    def entries(self, u: Field) -> int:
+        """Entries of the field's own block."""
+        count = total_places(u.places)
+        return len(self.rows.first) * (count * count if self.layout.name == "full" else count)

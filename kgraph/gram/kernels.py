@@ -1,0 +1,252 @@
+"""NNGP and NTK of a model on real inputs: the calls `nngp`, `ntk` and `kernels`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from kgraph.capture import Graph, capture, check_model
+from kgraph.errors import InputError
+from kgraph.gram.block import Block
+from kgraph.gram.engine import Engine
+from kgraph.gram.joint import NeedsAllPairs
+from kgraph.gram.layout import Diagonal, Full, Layout, NeedsFull
+from kgraph.gram.places import total_places
+from kgraph.gram.rows import Rows
+from kgraph.gram.rules.affine import averaged, fold
+from kgraph.gram.value import Axes, Value, place_start, places_of, roles
+from kgraph.gram.walk import Options, Walk
+from kgraph.inputs import Inputs
+
+LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "auto": (Diagonal(), Full()),
+    "full": (Full(),),
+    "diagonal": (Diagonal(),),
+}
+
+
+@dataclass(frozen=True)
+class NodeGram:
+    """Kernels of one node.
+
+    Attributes:
+        name: fx node name.
+        nngp: E[u_a u_b] averaged over channels, [n1, n2, *places] or [n1, n2, *places, *places] (full).
+        ntk: NTK block, alike; None if not asked for.
+        places: sizes of the position axes.
+        how: how the numbers were obtained.
+    """
+
+    name: str
+    nngp: Tensor
+    ntk: Tensor | None
+    places: tuple[int, ...]
+    how: str
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Gram matrices of a model's output and of named nodes.
+
+    Attributes:
+        nngp, ntk: of the output, [n1, n2] (with positions, if the output has some: as in `NodeGram`).
+        nodes: by name, those asked for.
+        positions: position model used.
+        how: how the output's numbers were obtained.
+    """
+
+    nngp: Tensor
+    ntk: Tensor | None
+    nodes: dict[str, NodeGram]
+    positions: str
+    parametrization: str
+    how: str
+
+
+def kernels(
+    model: nn.Module | Graph,
+    x1: Any,
+    x2: Any = None,
+    *,
+    nodes: Sequence[str] | str = (),
+    parametrization: str = "standard",
+    positions: str = "auto",
+    mode: str | None = None,
+    with_ntk: bool = True,
+    variances: Mapping[str, float] | None = None,
+    multipliers: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> Kernels:
+    """NNGP and NTK of a model as it is initialized, in the limit of many channels, on real inputs.
+
+        NNGP(x, x') = E[(1/C) sum_c f_c(x) f_c(x')],   NTK(x, x') = E[(1/C) sum_c <df_c(x)/dp, df_c(x')/dp>]
+
+    Args:
+        model: any bare module (or a captured graph).
+        x1, x2: inputs, [n, ...]: a tensor, or a tuple or dict of the model's arguments. x2 None: x1.
+        nodes: graph nodes to report too, or "all".
+        parametrization: of the NTK, "standard" (what PyTorch trains) or "ntk".
+        positions: "auto", "diagonal" (equal positions only) or "full" (every pair of positions).
+        mode: "train" (batch statistics, dropout) or "eval"; the model's own when None.
+        with_ntk: False computes the NNGP alone.
+        variances: declared E[w^2] by parameter name; the others are measured on the tensors.
+        multipliers: learning-rate multipliers by parameter name: factors on its part of the NTK.
+        seed: of the draws that operations without a closed form are measured on.
+
+    Raises:
+        ModelError, InputError, CaptureError, RuleError: see `kgraph.errors`.
+    """
+    _check("parametrization", parametrization, ("standard", "ntk"))
+    _check("positions", positions, tuple(LAYOUTS))
+    first, n1 = _batched(x1)
+    second, n2 = _batched(x2) if x2 is not None else (None, n1)
+    graph = model if isinstance(model, Graph) else _captured(model, first)
+    mode = mode or ("train" if graph.root.training else "eval")
+    _check("mode", mode, ("train", "eval"))
+    inputs, rows = _joined(first, second, n1, n2)
+    options = Options(mode, variances or {}, multipliers or {})
+    request = _Request(graph, inputs, options, parametrization, with_ntk, nodes, seed)
+    with torch.no_grad():
+        return _escalating(request, rows, LAYOUTS[positions], n1, n2 if x2 is not None else None)
+
+
+def nngp(model: nn.Module | Graph, x1: Any, x2: Any = None, **options: Any) -> Tensor:
+    """NNGP Gram matrix of the model's output, [n1, n2]; options as for `kernels`."""
+    return kernels(model, x1, x2, with_ntk=False, **options).nngp
+
+
+def ntk(model: nn.Module | Graph, x1: Any, x2: Any = None, parametrization: str = "standard", **options: Any) -> Tensor:
+    """NTK Gram matrix of the model's output, [n1, n2]; options as for `kernels`."""
+    result = kernels(model, x1, x2, parametrization=parametrization, **options).ntk
+    assert result is not None
+    return result
+
+
+def _check(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"{name} is {value!r}", hint=f"Choose one of {', '.join(known)}")
+
+
+def _arguments(x: Any) -> Inputs:
+    if isinstance(x, Tensor):
+        return Inputs((x,), {})
+    if isinstance(x, Mapping):
+        return Inputs((), dict(x))
+    if isinstance(x, (tuple, list)):
+        return Inputs(tuple(x), {})
+    raise InputError(f"inputs are a {type(x).__name__}", hint="Pass a tensor, a tuple or a dict of arguments")
+
+
+def _batched(x: Any) -> tuple[Inputs, int]:
+    inputs = _arguments(x)
+    sizes = {leaf.shape[0] for leaf in pytree.tree_leaves(tuple(inputs)) if isinstance(leaf, Tensor) and leaf.ndim}
+    if len(sizes) != 1:
+        raise InputError("the inputs have no common first dimension", hint="Pass tensors with one row an input")
+    return inputs, sizes.pop()
+
+
+def _captured(model: nn.Module, inputs: Inputs) -> Graph:
+    check_model(model)
+    reference = next((p for p in model.parameters() if p.is_floating_point()), None)
+
+    def example(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.ndim:
+            return value
+        value = value[:2] if len(value) > 1 else torch.cat([value, value])
+        return value.to(reference.dtype) if value.is_floating_point() and reference is not None else value
+
+    return capture(model, Inputs(*pytree.tree_map(example, tuple(inputs))))
+
+
+def _joined(first: Inputs, second: Inputs | None, n1: int, n2: int) -> tuple[list[Any], Rows]:
+    """Placeholders' values for all inputs, and the pairs asked for. A single input is doubled."""
+    leaves = pytree.tree_leaves(tuple(first))
+    if second is None:
+        if n1 > 1:
+            return leaves, Rows.square(n1)
+        return [torch.cat([x, x]) if isinstance(x, Tensor) else x for x in leaves], Rows.square(2)
+    others = pytree.tree_leaves(tuple(second))
+    both = [torch.cat([x, y]) if isinstance(x, Tensor) else x for x, y in zip(leaves, others, strict=True)]
+    return both, Rows.cross(n1, n2)
+
+
+@dataclass(frozen=True)
+class _Request:
+    graph: Graph
+    inputs: list[Any]
+    options: Options
+    parametrization: str
+    with_ntk: bool
+    nodes: Sequence[str] | str
+    seed: int
+
+
+def _escalating(request: _Request, rows: Rows, layouts: tuple[Layout, ...], n1: int, n2: int | None) -> Kernels:
+    """The cheapest layout and the fewest pairs that the graph's operations can do with."""
+    layout, *rest = layouts
+    try:
+        return _run(request, rows, layout, n1, n2)
+    except NeedsFull:
+        if not rest:
+            raise InputError(
+                "the model averages or moves positions, which equal positions alone do not determine",
+                hint='Pass positions="auto" or "full"',
+            ) from None
+        return _escalating(request, rows, tuple(rest), n1, n2)
+    except NeedsAllPairs:
+        return _escalating(request, Rows.square(rows.inputs, rows.batches), layouts, n1, n2)
+
+
+def _run(request: _Request, rows: Rows, layout: Layout, n1: int, n2: int | None) -> Kernels:
+    engine = Engine(rows, layout, request.parametrization, request.with_ntk, request.seed)
+    wanted: dict[str, NodeGram] = {}
+
+    def take(node: fx.Node, value: Value) -> None:
+        if request.nodes == "all" or node.name in request.nodes:
+            wanted[node.name] = _gram(engine, node.name, value, n1, n2)
+
+    output = Walk(request.graph, engine, request.options, take).run(request.inputs)
+    final = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Value)), None)
+    if final is None:
+        raise InputError("the model's output does not depend on its inputs", hint="There is no kernel to compute")
+    missing = [] if isinstance(request.nodes, str) else [name for name in request.nodes if name not in wanted]
+    if missing:
+        raise InputError(f"the graph has no node {missing[0]!r}", hint="kgraph.analyze lists the names")
+    gram = _gram(engine, "output", final, n1, n2)
+    return Kernels(gram.nngp, gram.ntk, wanted, layout.name, request.parametrization, gram.how)
+
+
+def _gram(engine: Engine, name: str, value: Value, n1: int, n2: int | None) -> NodeGram:
+    u = averaged([(size, fold(field, _read_as_channels(value.axes))) for size, field in value.groups])
+    block = engine.pair(u, u)
+    shape = (*u.places, *u.places) if engine.layout.name == "full" else u.places
+    full = block.each(lambda x: x.expand(len(engine.rows.first), *shape) if x.ndim == 0 or len(x) == 1 else x)
+    matrix = full.each(lambda x: _matrix(engine.rows, x, u.places, engine.layout.name, n1, n2))
+    return NodeGram(name, matrix.cov, matrix.ntk, u.places, engine.how(u).name)
+
+
+def _read_as_channels(axes: Axes) -> tuple[int, ...]:
+    """Place axes that share a dimension with channels (after a flatten): the kernel is their average."""
+    mixed = [d for d, axis in enumerate(axes) if {"c", "p"} <= roles(axis)]
+    return tuple(place_start(axes, d) + i for d in mixed for i in range(len(places_of((axes[d],)))))
+
+
+def _matrix(rows: Rows, x: Tensor, places: tuple[int, ...], layout: str, n1: int, n2: int | None) -> Tensor:
+    """[R, ...] -> [n1, n2, ...]."""
+    n = rows.inputs
+    whole = x.new_full((n, n, *x.shape[1:]), float("nan"))
+    turned = x
+    if layout == "full" and places:
+        count = total_places(places)
+        turned = x.reshape(len(x), count, count).transpose(1, 2).reshape(x.shape)
+    whole[rows.second, rows.first] = turned
+    whole[rows.first, rows.second] = x
+    return whole[:n1, :n1] if n2 is None else whole[:n1, n1 : n1 + n2]
+
+
+__all__ = ["Block", "Kernels", "NodeGram", "kernels", "nngp", "ntk"]

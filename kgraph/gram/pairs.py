@@ -1,0 +1,201 @@
+"""Blocks of two fields of known make, one function a pair of kinds. The engine chooses among them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kgraph.gram import field as f
+from kgraph.gram.block import Block, nothing
+from kgraph.gram.field import Field
+from kgraph.gram.layout import NeedsFull
+from kgraph.gram.means import centred, mean_slope, shaped
+from kgraph.gram.taps import convolve, count_taps
+
+if TYPE_CHECKING:
+    from kgraph.gram.engine import Engine
+
+
+def located_block(engine: Engine, u: f.Located, v: Field, swapped: bool) -> Block:
+    one = torch.ones(1, *v.places, dtype=torch.float64)
+    sides = (one, u.gain) if swapped else (u.gain, one)
+    inner = engine.pair(v, u.arg) if swapped else engine.pair(u.arg, v)
+    places = (v.places, u.places) if swapped else (u.places, v.places)
+    left, right = engine.layout.sides(engine.rows, *sides, *places)
+    block = inner if inner.zero else inner.times(left * right)
+    if not u.shift.any():
+        return block
+    mean = shaped(engine.mean(v), v.places)
+    first, second = (mean, u.shift) if swapped else (u.shift, mean)
+    constant = engine.layout.outer(engine.rows, first, second, *places)
+    return Block(block.cov + constant, block.ntk)
+
+
+def joined_block(engine: Engine, u: f.Joined, v: Field, swapped: bool) -> Block:
+    """Parts on one side only: the layout must hold every pair of positions."""
+    parts = [engine.pair(v, arg) if swapped else engine.pair(arg, v) for arg in u.args]
+
+    def join(name: str) -> Tensor | None:
+        tensors = [getattr(part, name) for part in parts]
+        if tensors[0] is None:
+            return None
+        start = 1 + (len(v.places) if swapped else 0) + u.axis
+        shapes = [(*v.places, *arg.places) if swapped else (*arg.places, *v.places) for arg in u.args]
+        count = len(engine.rows.first)
+        wide = [
+            (t.expand(count, *s) if t.ndim == 0 else t.expand(count, *t.shape[1:]))
+            for t, s in zip(tensors, shapes, strict=True)
+        ]
+        return torch.cat(wide, start)
+
+    cov = join("cov")
+    assert cov is not None
+    if engine.layout.name != "full":
+        raise NeedsFull
+    return Block(cov, join("ntk"))
+
+
+def folded_block(engine: Engine, u: f.Folded, v: f.Folded) -> Block:
+    """Average over equal positions of the folded axes."""
+    inner = engine.pair(u.arg, v.arg)
+    places = u.arg.places, v.arg.places
+    return inner.each(lambda x: x if x.ndim == 0 else engine.layout.fold(x, u.axes, *places))
+
+
+def grouped_block(engine: Engine, u: f.Grouped, v: f.Grouped) -> Block:
+    """Channel-weighted average of the groups' blocks."""
+    total = sum(size for size, _ in u.args)
+    pairs = zip(u.args, v.args, strict=True)
+    blocks = [engine.pair(a, b).times(size / total) for (size, a), (_, b) in pairs]
+    return sum(blocks[1:], blocks[0])
+
+
+def known_block(engine: Engine, u: f.Known, v: f.Known) -> Block:
+    """<x, y> / C; a trained parameter's own NTK is 1 (times its gain)."""
+    if u.data.shape[1] != v.data.shape[1] and 1 not in (u.data.shape[1], v.data.shape[1]):
+        return engine.outer_means(u, v)
+    channels = max(u.data.shape[1], v.data.shape[1])
+    x, y = (t.expand(t.shape[0], channels, *t.shape[2:]) for t in (u.data, v.data))
+    zero = nothing(engine.with_ntk)
+    ntk = zero.ntk
+    if engine.with_ntk and u.roots and u.roots == v.roots and u.gain:
+        ntk = u.gain * engine.layout.alike(u.places)
+    return Block(engine.layout.known(engine.rows, x, y), ntk)
+
+
+def sliced_block(engine: Engine, u: f.Sliced, v: f.Sliced) -> Block:
+    """Same range of the channels: the pair of the whole. Another range: other random numbers."""
+    mine = {(cut[0], cut[1]) for root in u.roots for cut in root.cuts}
+    theirs = {(cut[0], cut[1]) for root in v.roots for cut in root.cuts}
+    return engine.pair(u.arg, v.arg) if mine == theirs else engine.outer_means(u, v)
+
+
+def affine_block(engine: Engine, u: f.Affine, v: f.Affine) -> Block | None:
+    one, two = u.layer, v.layer
+    if one.root != two.root:
+        return engine.outer_means(u, v)
+    same = (one.geometry is None and two.geometry is None) or (
+        one.geometry is not None and two.geometry is not None and one.geometry.key == two.geometry.key
+    )
+    return _through_layer(engine, engine.pair(u.arg, v.arg), u, v) if same else None
+
+
+def both_joined_block(engine: Engine, u: f.Joined, v: f.Joined) -> Block:
+    places = [arg.places for arg in u.args]
+    if places != [arg.places for arg in v.args]:
+        return joined_block(engine, u, v, False)
+    if engine.layout.name == "diagonal":
+        grid = [
+            [engine.pair(a, b) if i == j else nothing(engine.with_ntk) for j, b in enumerate(v.args)]
+            for i, a in enumerate(u.args)
+        ]
+    else:
+        grid = [[engine.pair(a, b) for b in v.args] for a in u.args]
+    cov = engine.layout.join([[b.cov for b in line] for line in grid], u.axis, engine.rows, places)
+    if not engine.with_ntk:
+        return Block(cov)
+    ntk = [[b.ntk for b in line] for line in grid]
+    return Block(cov, engine.layout.join(ntk, u.axis, engine.rows, places))  # type: ignore[arg-type]
+
+
+def masked_block(engine: Engine, u: f.Masked, v: f.Masked) -> Block | None:
+    if u.mask.name != v.mask.name:
+        return engine.pair(u.arg, v.arg)
+    if u.places != v.places:
+        return None
+    inner = engine.pair(u.arg, v.arg)
+    growth = 1 + (1 / u.keep - 1) * engine.layout.identity(engine.rows, u.places)
+    return inner if inner.zero else inner.times(growth)
+
+
+def products_block(engine: Engine, u: f.Product, v: f.Product) -> Block | None:
+    groups = ((u.left, v.left), (u.right, v.right))
+    if not all(a.independent(b) for a in groups[0] for b in groups[1]):
+        groups = ((u.left, v.right), (u.right, v.left))
+        if not all(a.independent(b) for a in groups[0] for b in groups[1]):
+            return None
+    one, two = (engine.pair(*group) for group in groups)
+    ntk = None if one.ntk is None or two.ntk is None else one.ntk * two.cov + one.cov * two.ntk
+    return Block(one.cov * two.cov, ntk)
+
+
+def mapped_block(engine: Engine, u: f.Mapped, v: f.Mapped) -> Block | None:
+    if not (u.arg.gaussian and v.arg.gaussian):
+        return None
+    mean_u, mean_v = engine.mean(u.arg), engine.mean(v.arg)
+    shift = float(mean_u.reshape(-1)[0])
+    if shift != float(mean_v.reshape(-1)[0]):
+        return None
+    fn = centred(u.fn, shift)
+    inner = engine.pair(u.arg, v.arg)
+    q1, q2 = engine.layout.sides(
+        engine.rows, engine.variance(u.arg), engine.variance(v.arg), u.arg.places, v.arg.places
+    )
+    cov, slope = fn.dual(q1, q2, inner.cov - shift**2)
+    return Block(cov, None if inner.ntk is None else slope * inner.ntk)
+
+
+def stein_block(engine: Engine, u: f.Mapped, v: Field, swapped: bool) -> Block | None:
+    """``E[f(u) v] = E[f'(u)] cov(u, v) + E[f] E[v]``."""
+    if not u.arg.gaussian:
+        return None
+    shift = float(engine.mean(u.arg).reshape(-1)[0])
+    slope = mean_slope(centred(u.fn, shift), engine.variance(u.arg))
+    inner = engine.pair(v, u.arg) if swapped else engine.pair(u.arg, v)
+    one = torch.ones(1, *v.places, dtype=torch.float64)
+    sides = (one, slope) if swapped else (slope, one)
+    places = (v.places, u.places) if swapped else (u.places, v.places)
+    left, right = engine.layout.sides(engine.rows, *sides, *places)
+    factor = left * right
+    mean_v = float(engine.mean(v).reshape(-1)[0])
+    cov = (inner.cov - shift * mean_v) * factor
+    if mean_v:
+        means = (engine.mean(v), engine.mean(u)) if swapped else (engine.mean(u), engine.mean(v))
+        wide = [shaped(m, p) for m, p in zip(means, places, strict=True)]
+        cov = cov + engine.layout.outer(engine.rows, wide[0], wide[1], *places)
+    return Block(cov, None if inner.ntk is None else inner.ntk * factor)
+
+
+def _through_layer(engine: Engine, inner: Block, u: f.Affine, v: f.Affine) -> Block:
+    """K' = sum_o sw2_o K at tap o + sb2; T' = own K + own + sum_o sw2_o T at tap o."""
+    layer = u.layer
+    weight_own, bias_own = layer.own
+    if inner.cov.ndim == 0:
+        places = (*u.arg.places, *v.arg.places) if engine.layout.name == "full" else u.arg.places
+        inner = Block(inner.cov.expand(len(engine.rows.first), *places), inner.ntk)
+    geometry = layer.geometry
+    if geometry is None:
+        summed, counted = inner.times(layer.weight), inner.cov
+    else:
+        summed = inner.each(lambda x: convolve(engine.layout, x, geometry, len(u.arg.places)))
+        counted = torch.zeros(())
+    cov = summed.cov + layer.bias
+    if inner.ntk is None or summed.ntk is None:
+        return Block(cov)
+    if engine.parametrization == "ntk":
+        return Block(cov, weight_own * summed.cov + bias_own * layer.bias + summed.ntk)
+    if geometry is not None:
+        counted = count_taps(engine.layout, inner.cov, summed.cov, geometry, len(u.arg.places))
+    return Block(cov, weight_own * counted + bias_own + summed.ntk)

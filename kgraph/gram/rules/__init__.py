@@ -1,0 +1,18 @@
+"""Rules on fields, one file a family."""
+
+from kgraph.gram.rules import (  # noqa: F401  (each registers its rules)
+    affine,
+    attention,
+    embedding,
+    merge,
+    norm,
+    pointwise,
+    pool,
+    recurrent,
+    reindex,
+)
+from kgraph.gram.rules.pointwise import unary
+from kgraph.gram.rules.sampled import sample
+from kgraph.gram.rules.table import Context, find_rule
+
+__all__ = ["Context", "find_rule", "sample", "unary"]

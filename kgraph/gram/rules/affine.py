@@ -1,0 +1,253 @@
+"""Affine layers: linear maps of the channels, and convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kgraph.canonical import aten
+from kgraph.gram import field as f
+from kgraph.gram.build import moved
+from kgraph.gram.field import Affine, Field, Layer, Leaf
+from kgraph.gram.places import Relabel
+from kgraph.gram.rules.table import Context, rule
+from kgraph.gram.taps import axis_runs, geometry_of, tap_shares
+from kgraph.gram.value import Axes, CannotFollow, Value, place_start, places_of, roles, size_of
+from kgraph.how import How, assumed
+from kgraph.kernel import Root
+
+
+def second_moment(context: Context, name: str, tensor: Tensor) -> float:
+    """E[x^2]: declared for this parameter, or measured on its entries."""
+    if name in context.variances:
+        return context.variances[name]
+    x = tensor.detach().double()
+    return float(x.square().mean()) if x.numel() else 0.0
+
+
+def contracted(x: Value, dims: Sequence[int]) -> tuple[Field, Axes]:
+    """What a layer that sums over ``dims`` sees: one field (groups averaged) and the axes that stay."""
+    axes = [() if d in dims else axis for d, axis in enumerate(x.axes)]
+    if any("c" in roles(axis) for axis in axes):
+        raise CannotFollow("a layer that sums over positions and keeps channels")
+    if any("b" in roles(x.axes[d]) for d in dims):
+        raise CannotFollow("a layer that sums over inputs")
+    folded = tuple(place_start(x.axes, d) + i for d in dims for i in range(len(places_of((x.axes[d],)))))
+    fields = [(size, fold(field, folded)) for size, field in x.groups]
+    return averaged(fields), tuple(axes)
+
+
+def fold(u: Field, axes: tuple[int, ...]) -> Field:
+    """Position axes read as channels."""
+    if not axes:
+        return u
+    places = tuple(s for i, s in enumerate(u.places) if i not in axes)
+    if isinstance(u, f.Known) and not u.gain:
+        data = u.data
+        kept = [i for i in range(len(u.places)) if i not in axes]
+        data = data.permute(0, 1, *(2 + i for i in axes), *(2 + i for i in kept))
+        return f.Known(places, u.roots, u.how, data.reshape(len(data), -1, *places))
+    return f.Folded(places, u.roots, u.how, u, axes)
+
+
+def averaged(fields: list[tuple[int, Field]]) -> Field:
+    """Channel groups read together by a layer: their kernels' average."""
+    if len(fields) == 1:
+        return fields[0][1]
+    roots = frozenset().union(*(u.roots for _, u in fields))
+    return f.Grouped(fields[0][1].places, roots, args=tuple(fields))
+
+
+def layer_output(context: Context, u: Field, layer: Layer, places: tuple[int, ...], how: How | None = None) -> Field:
+    """``W u + b``; kept as a leaf where its weight is read once, so that what came before can be forgotten."""
+    roots = frozenset({Root(layer.root)})
+    output = Affine(places, roots, how or u.how, arg=u, layer=layer)
+    if context.uses[layer.root] > 1:
+        return output
+    block = context.engine.pair(output, output)
+    return Leaf(places, roots, context.engine.how(output), block, layer.bias_mean)
+
+
+def make_layer(
+    context: Context, names: tuple[str, str], weight: Tensor, bias: Tensor | None, fan_in: int, geometry: Any = None
+) -> Layer:
+    """Moments of a layer and its NTK's own factors: (fan_in, 1) as PyTorch trains, (sw2, sb2) in NTK form."""
+    sb2 = second_moment(context, names[1], bias) if bias is not None else 0.0
+    mean = float(bias.detach().double().mean()) if bias is not None and names[1] not in context.variances else 0.0
+    sw2 = fan_in * second_moment(context, names[0], weight)
+    per_weight = context.multipliers.get(names[0], 1.0)
+    per_bias = context.multipliers.get(names[1], 1.0)
+    if context.engine.parametrization == "ntk":
+        own = (per_weight, per_bias)
+    else:
+        count = float(fan_in if geometry is None else geometry.channels)
+        own = (count * per_weight, per_bias if bias is not None else 0.0)
+    return Layer(names[0], sw2, sb2, mean, own, geometry)
+
+
+def _linear(context: Context, x: Value, weight: Tensor, bias: Tensor | None, out: int, at: tuple[int, int]) -> Value:
+    u, axes = contracted(x, [len(x.axes) - 1])
+    names = (context.name(at[0]), context.name(at[1]))
+    layer = make_layer(context, names, weight, bias, weight.numel() // max(out, 1))
+    result = layer_output(context, u, layer, u.places)
+    return Value(((out, result),), (*axes[:-1], (("c", out),) if out > 1 else ()))
+
+
+@rule(aten.linear.default)
+def linear(context: Context, x: Value, weight: Tensor, bias: Tensor | None = None) -> Value:
+    return _linear(context, x, weight, bias, weight.shape[0], (1, 2))
+
+
+@rule(aten.addmm.default)
+def addmm(context: Context, bias: Tensor, x: Value, weight: Tensor, **scales: float) -> Value:
+    if scales or not isinstance(x, Value) or not isinstance(weight, Tensor):
+        raise CannotFollow("a scaled addmm")
+    return _linear(context, x, weight, bias, weight.shape[1], (2, 0))
+
+
+def weight_product(context: Context, x: Value, weight: Tensor) -> Value:
+    """``x @ weight`` with a known matrix."""
+    if weight.ndim != 2:
+        raise CannotFollow("a product with a known tensor that is no matrix")
+    return _linear(context, x, weight, None, weight.shape[1], (1, 99))
+
+
+def _each(value: int | Sequence[int], dims: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return [int(v) for v in (values * dims if len(values) == 1 else values)]
+
+
+def _paddings(padding: int | Sequence[int] | str, taps: Sequence[int], dilations: Sequence[int]) -> list[int]:
+    if padding == "valid":
+        return [0] * len(taps)
+    if padding == "same":  # PyTorch pads the odd one at the end, so the front gets the floor
+        return [dilation * (size - 1) // 2 for size, dilation in zip(taps, dilations, strict=True)]
+    assert not isinstance(padding, str)
+    return _each(padding, len(taps))
+
+
+def _with_axes(x: Value, dims: int) -> Value:
+    """Every convolved dimension as exactly one position axis (sizes of one included)."""
+    places: list[int] = []
+    axes = list(x.axes)
+    for i, axis in enumerate(x.axes):
+        if i < len(axes) - dims:
+            places += places_of((axis,))
+            continue
+        if roles(axis) - {"p"}:
+            raise CannotFollow("a convolution over channels or inputs")
+        axes[i] = (("p", size_of(axis)),)
+        places.append(size_of(axis))
+    if tuple(places) == x.places:
+        return Value(x.groups, tuple(axes), x.split)
+    op = Relabel(tuple(places), tuple(range(len(places))))
+    return x.each(lambda u: moved(u, op), tuple(axes), x.split)
+
+
+def _convolve(
+    context: Context,
+    x: Value,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: tuple[Any, Any, Any],
+    groups: int,
+    output_padding: Any = 0,
+    transposed: bool = False,
+) -> Value:
+    dims = weight.ndim - 2
+    stride, dilation = _each(options[0], dims), _each(options[2], dims)
+    padding = _paddings(options[1], weight.shape[2:], dilation)
+    x = _with_axes(x, dims)
+    sizes_in = x.shape[-dims:]
+    extra = _each(output_padding, dims)
+    sizes = tuple(
+        out_size(
+            sizes_in[i],
+            weight.shape[2 + i],
+            stride[i],
+            padding[i],
+            dilation[i],
+            extra[i],
+            transposed,
+            options[1] == "same",
+        )
+        for i in range(dims)
+    )
+    runs = [
+        axis_runs(sizes_in[i], sizes[i], weight.shape[2 + i], stride[i], padding[i], dilation[i], transposed)
+        for i in range(dims)
+    ]
+    channels = weight.shape[0] // groups if transposed else weight.shape[1]
+    taps, equal = tap_shares(weight)
+    if context.name(1) in context.variances:
+        taps, equal = torch.full_like(taps, context.variances[context.name(1)]), True
+    key = (tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(weight.shape[2:]), sizes)
+    geometry = geometry_of(taps, equal, runs, sizes, channels, key)
+    u, axes = contracted(x, [len(x.axes) - dims - 1])
+    layer = make_layer(context, (context.name(1), context.name(2)), weight, bias, channels * taps.numel(), geometry)
+    places = (*u.places[:-dims], *sizes)
+    how = u.how | assumed("Gaussian after a convolution of one channel each") if channels == 1 < x.channels else None
+    result = layer_output(context, u, layer, places, how)
+    out = weight.shape[1] * groups if transposed else weight.shape[0]
+    lead = axes[: -dims - 1]
+    return _without_ones(Value(((out, result),), (*lead, (("c", out),), *((("p", s),) for s in sizes))))
+
+
+def _without_ones(x: Value) -> Value:
+    axes = tuple(tuple(factor for factor in axis if factor[1] > 1 or factor[0] == "b") for axis in x.axes)
+    places = places_of(axes)
+    if places == x.places:
+        return Value(x.groups, axes, x.split)
+    op = Relabel(places, tuple(range(len(places))))
+    return x.each(lambda u: moved(u, op), axes, x.split)
+
+
+def out_size(
+    size: int, taps: int, stride: int, padding: int, dilation: int, extra: int, transposed: bool, same: bool
+) -> int:
+    """Output size of a convolution along one axis, as PyTorch computes it."""
+    if same:
+        return size
+    reach = dilation * (taps - 1) + 1
+    if transposed:
+        return (size - 1) * stride - 2 * padding + reach + extra
+    return (size + 2 * padding - reach) // stride + 1
+
+
+@rule(
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+)
+def conv(
+    context: Context,
+    x: Value,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Value:
+    return _convolve(context, x, weight, bias, (stride, padding, dilation), groups)
+
+
+@rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+def conv_transpose(
+    context: Context,
+    x: Value,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Value:
+    return _convolve(context, x, weight, bias, (stride, padding, dilation), groups, output_padding, transposed=True)

@@ -1,0 +1,35 @@
+"""Embeddings: rows of a table are independent; the same token has the same row."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kgraph.canonical import aten
+from kgraph.gram.block import Block
+from kgraph.gram.field import Leaf
+from kgraph.gram.rules.affine import second_moment
+from kgraph.gram.rules.table import Context, rule
+from kgraph.gram.value import Value
+from kgraph.kernel import Root
+
+
+@rule(aten.embedding.default)
+def embedding(context: Context, table: Tensor, ids: Tensor, *_: object) -> Value:
+    """K = E[w^2] for equal tokens, E[w]^2 for different ones; NTK 1 for equal ones."""
+    engine, name = context.engine, context.name(0)
+    q, mean = second_moment(context, name, table), float(table.detach().double().mean())
+    ids = ids.expand(max(len(ids), engine.rows.inputs), *ids.shape[1:]) if len(ids) == 1 else ids
+    sizes = tuple(ids.shape[1:])
+    places = tuple(s for s in sizes if s > 1)
+    ids = ids.reshape(len(ids), *places)
+    first, second = ids[engine.rows.first], ids[engine.rows.second]
+    if engine.layout.name == "full":
+        first = first.reshape(len(first), *places, *(1 for _ in places))
+        second = second.reshape(len(second), *(1 for _ in places), *places)
+    equal = (first == second).double()
+    own = (1.0 if engine.parametrization == "standard" else q) * context.multipliers.get(name, 1.0)
+    block = Block(mean**2 + (q - mean**2) * equal, own * equal if engine.with_ntk else None)
+    leaf = Leaf(places, frozenset({Root(name)}), block=block, mean=mean)
+    width = table.shape[1]
+    spatial = tuple((("p", s),) if s > 1 else () for s in sizes)
+    return Value(((width, leaf),), ((("b", len(ids)),), *spatial, (("c", width),)))

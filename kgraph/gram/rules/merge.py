@@ -1,0 +1,241 @@
+"""Where values meet: sums, products, concatenations, and known tensors on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kgraph.canonical import aten
+from kgraph.gram import field as f
+from kgraph.gram.align import aligned, known_value
+from kgraph.gram.build import as_function, mapped, scaled, shifted
+from kgraph.gram.field import Field
+from kgraph.gram.rules.pointwise import unary
+from kgraph.gram.rules.table import Context, rule
+from kgraph.gram.value import Axes, CannotFollow, Value, expanded, place_start, roles, single_place, size_of
+from kgraph.maps import Pointwise
+from kgraph.modules import WeightedSum
+
+
+def combine(x: Value, y: Value, meet: Callable[[Field, Field], Field]) -> Value:
+    """``meet`` of the fields that stand side by side."""
+    ranges, axes, split = aligned(x, y)
+    groups = tuple((size, meet(u, v)) for size, u, v in ranges)
+    return Value(groups, axes, split if len(groups) > 1 else None)
+
+
+def plus(u: Field, v: Field) -> Field:
+    """``u + v``."""
+    if isinstance(u, f.Known) and isinstance(v, f.Known) and not (u.gain or v.gain) and _fits(u.data, v.data):
+        return f.Known(u.places, u.roots | v.roots, u.how | v.how, u.data + v.data)
+    return f.Sum(u.places, u.roots | v.roots, u.how | v.how, ((1.0, u), (1.0, v)))
+
+
+def _fits(x: Tensor, y: Tensor) -> bool:
+    return x.shape[1] == y.shape[1] or 1 in (x.shape[1], y.shape[1])
+
+
+def times(u: Field, v: Field) -> Field:
+    """``u v``: one function where both are functions of one and the same field."""
+    if isinstance(u, f.Known) and isinstance(v, f.Known) and not (u.gain or v.gain) and _fits(u.data, v.data):
+        return f.Known(u.places, u.roots | v.roots, u.how | v.how, u.data * v.data)
+    one, base = as_function(u)
+    two, other = as_function(v)
+    if base is other:
+        return mapped(_product_of(one, two), base)
+    return f.Product(u.places, u.roots | v.roots, u.how | v.how, u, v)
+
+
+_products: dict[tuple[Pointwise | None, Pointwise | None], Pointwise] = {}
+
+
+def _product_of(one: Pointwise | None, two: Pointwise | None) -> Pointwise:
+    def both(z: Tensor) -> Tensor:
+        return (z if one is None else one(z)) * (z if two is None else two(z))
+
+    if (one, two) not in _products:
+        _products[one, two] = Pointwise(both)
+    return _products[one, two]
+
+
+def known(context: Context, tensor: Any, like: Value, index: int) -> Value:
+    """A known operand as a value; a parameter is trained, so it has an NTK of its own."""
+    x = torch.as_tensor(tensor)
+    argument = context.node.args[index] if index < len(context.node.args) else None
+    return as_known(context, x, like, context.parameter(argument))
+
+
+def as_known(context: Context, x: Tensor, like: Value, name: str | None) -> Value:
+    """A known tensor laid out like ``like``; ``name`` says which parameter it is."""
+    trained = name is not None and isinstance(x, Tensor) and context.trained(name)
+    gain = 0.0
+    if trained and name is not None:
+        own = 1.0 if context.engine.parametrization == "standard" else float(x.detach().double().square().mean())
+        gain = own * context.multipliers.get(name, 1.0)
+    return known_value(x, like, name if trained else None, gain)
+
+
+def _sum(context: Context, x: Any, y: Any, wx: float, wy: float) -> Value:
+    if isinstance(x, Value) and isinstance(y, Value):
+        return combine(_scaled(x, wx), _scaled(y, wy), plus)
+    random, other, weight, at = (_scaled(x, wx), y, wy, 1) if isinstance(x, Value) else (_scaled(y, wy), x, wx, 0)
+    if not isinstance(other, Tensor) or (other.numel() == 1 and not isinstance(context.node.args[at], torch.fx.Node)):
+        return random.each(lambda u: shifted(u, weight * float(other)))
+    return combine(random, _scaled(known(context, other, random, at), weight), plus)
+
+
+def _scaled(x: Value, factor: float) -> Value:
+    return x.each(lambda u: scaled(u, factor))
+
+
+@rule(aten.add.Tensor, aten.add.Scalar)
+def add(context: Context, x: Any, y: Any, alpha: float = 1.0) -> Value:
+    return _sum(context, x, y, 1.0, float(alpha))
+
+
+@rule(aten.sub.Tensor, aten.sub.Scalar)
+def sub(context: Context, x: Any, y: Any, alpha: float = 1.0) -> Value:
+    return _sum(context, x, y, 1.0, -float(alpha))
+
+
+@rule(aten.rsub.Scalar, aten.rsub.Tensor)
+def rsub(context: Context, x: Any, y: Any, alpha: float = 1.0) -> Value:
+    return _sum(context, x, y, -float(alpha), 1.0)
+
+
+@rule(aten.neg.default)
+def neg(context: Context, x: Value) -> Value:
+    return _scaled(x, -1.0)
+
+
+@rule(WeightedSum)
+def weighted_sum(context: Context, module: WeightedSum, *terms: Value) -> Value:
+    total = _scaled(terms[0], module.weights[0])
+    for term, weight in zip(terms[1:], module.weights[1:], strict=True):
+        total = combine(total, _scaled(term, weight), plus)
+    return total
+
+
+@rule(aten.mul.Tensor, aten.mul.Scalar)
+def mul(context: Context, x: Any, y: Any) -> Value:
+    if isinstance(x, Value) and isinstance(y, Value):
+        return combine(x, y, times)
+    random, other, at = (x, y, 1) if isinstance(x, Value) else (y, x, 0)
+    if not isinstance(other, Tensor) or (other.numel() == 1 and context.parameter(context.node.args[at]) is None):
+        return _scaled(random, float(other))
+    return combine(random, known(context, other, random, at), times)
+
+
+@rule(aten.div.Tensor, aten.div.Scalar)
+def div(context: Context, x: Any, y: Any) -> Value:
+    if isinstance(x, Value) and not isinstance(y, Value):
+        inverse = 1.0 / (y.double() if isinstance(y, Tensor) else float(y))
+        if not isinstance(inverse, Tensor) or inverse.numel() == 1:
+            return _scaled(x, float(inverse))
+        return combine(x, known_value(inverse, x, None, 0.0), times)
+    if isinstance(y, Value) and not isinstance(x, Value) and torch.as_tensor(x).numel() == 1:
+        return unary(aten.div.Tensor, (torch.as_tensor(float(x), dtype=torch.float64), y), {})
+    return combine(x, y.each(lambda u: mapped(_reciprocal, u)), times)
+
+
+_reciprocal = Pointwise(torch.reciprocal)
+
+
+@rule(aten.cat.default, aten.concat.default)
+def cat(context: Context, tensors: list[Any], dim: int = 0) -> Value:
+    like = next(t for t in tensors if isinstance(t, Value))
+    values = [t if isinstance(t, Value) else _neighbour(context, t, like, dim, i) for i, t in enumerate(tensors)]
+    dim %= len(like.axes)
+    kinds = {role for v in values for role in roles(v.axes[dim])}
+    if "b" in kinds:
+        raise CannotFollow("a concatenation of batches")
+    if kinds == {"p"} or (not kinds and any("c" in roles(a) for v in values for a in v.axes)):
+        return _beside(values, dim)
+    return _stacked_channels(values, dim)
+
+
+def _neighbour(context: Context, tensor: Tensor, like: Value, dim: int, index: int) -> Value:
+    """A known tensor (a class token) laid out like its neighbour, with a size of its own along ``dim``."""
+    dim %= len(like.axes)
+    role = "c" if "c" in roles(like.axes[dim]) else "p"
+    size = tensor.shape[dim]
+    axis = ((role, size),) if size > 1 else ()
+    shaped = Value(like.groups, (*like.axes[:dim], axis, *like.axes[dim + 1 :]))
+    listed: Any = context.node.args[0]
+    argument = listed[index]
+    name = _behind_views(argument)
+    if name is not None and tensor.ndim and tensor.stride(0) == 0:
+        tensor = tensor[:1]  # one parameter, expanded over the batch
+    return as_known(context, tensor, shaped, name)
+
+
+def _behind_views(node: Any) -> str | None:
+    """Name of the parameter that a node only views or expands."""
+    while (
+        isinstance(node, torch.fx.Node)
+        and node.op == "call_function"
+        and node.target
+        in (
+            aten.expand.default,
+            aten.view.default,
+            aten.unsqueeze.default,
+        )
+    ):
+        node = node.args[0]
+    is_parameter = isinstance(node, torch.fx.Node) and node.op == "get_attr"
+    return str(node.target) if is_parameter else None
+
+
+def _stacked_channels(values: list[Value], dim: int) -> Value:
+    """Channels of several values side by side: groups, each with its own law."""
+    groups: list[tuple[int, Field]] = []
+    axis_rest = next((v.axes[dim][1:] for v in values if v.axes[dim]), ())
+    total = 0
+    for v in values:
+        if v.split not in (None, dim):
+            raise CannotFollow("channel groups along two dimensions")
+        if v.axes[dim][1:] != axis_rest and v.axes[dim]:
+            raise CannotFollow("a concatenation through positions and channels")
+        own = v.shape[dim] // size_of(axis_rest)
+        groups += [(own, v.groups[0][1])] if len(v.groups) == 1 else list(v.groups)
+        total += own
+    axes = (*values[0].axes[:dim], (("c", total), *axis_rest), *values[0].axes[dim + 1 :])
+    return Value(tuple(groups), axes, dim if len(groups) > 1 else None)
+
+
+def _beside(values: list[Value], dim: int) -> Value:
+    """Positions of several values side by side."""
+    lined = []
+    for v in values:
+        v = single_place(v, dim)
+        lined.append(v if v.axes[dim] else expanded(v, dim, 1))
+    width = max(len(v.groups) for v in lined)
+    if width > 1:
+        raise CannotFollow("a concatenation of positions through channel groups")
+    fields = tuple(v.groups[0][1] for v in lined)
+    axis = place_start(lined[0].axes, dim)
+    places = list(fields[0].places)
+    places[axis] = sum(u.places[axis] for u in fields)
+    roots = frozenset().union(*(u.roots for u in fields))
+    how = max((u.how for u in fields), key=lambda h: h.level)
+    if all(isinstance(u, f.Known) and not u.gain for u in fields):
+        count = max(len(u.data) for u in fields)  # type: ignore[attr-defined]
+        data = torch.cat([u.data.expand(count, *u.data.shape[1:]) for u in fields], 2 + axis)  # type: ignore[attr-defined]
+        joined: Field = f.Known(tuple(places), roots, how, data)
+    else:
+        joined = f.Joined(tuple(places), roots, how, fields, axis)
+    axes: Axes = (*lined[0].axes[:dim], (("p", places[axis]),), *lined[0].axes[dim + 1 :])
+    return Value(((lined[0].channels, joined),), axes)
+
+
+@rule(aten.stack.default)
+def stack(context: Context, tensors: list[Any], dim: int = 0) -> Value:
+    values = [t for t in tensors if isinstance(t, Value)]
+    if len(values) != len(tensors):
+        raise CannotFollow("a stack of random and known tensors")
+    dim %= len(values[0].axes) + 1
+    widened = [Value(v.groups, (*v.axes[:dim], (), *v.axes[dim:])) for v in values]
+    return _beside(widened, dim)

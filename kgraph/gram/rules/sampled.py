@@ -1,0 +1,111 @@
+"""Any other operation: run it as it is on joint draws, channels side by side as the operation expects them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from kgraph.gram.field import Drawn
+from kgraph.gram.rules.table import Context
+from kgraph.gram.value import Axes, Value, size_of
+from kgraph.rules.sampled import for_mode
+
+
+def sample(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Value:
+    """The node's result as a field measured on draws.
+
+    Raises:
+        RuleError: the operation mixes inputs or channels in a way that draws of channels cannot show.
+    """
+    values = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Value)]
+    if any(len(v.groups) > 1 for v in values):
+        raise context.error(f"no exact kernel rule ({reason}), and its operands have several groups of channels")
+    template, tree = pytree.tree_flatten((args, kwargs))
+    node, mode, module = context.node, context.mode, context.module
+
+    def call(*tensors: Tensor) -> Any:
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(leaf, Value) else _double(leaf) for leaf in template]
+        own_args, own_kwargs = pytree.tree_unflatten(leaves, tree)
+        own_args = for_mode(node, own_args, mode)
+        if node.op == "call_module":
+            return module.get_submodule(str(node.target))(*own_args, **own_kwargs)
+        return node.target(*own_args, **own_kwargs)  # type: ignore[operator]
+
+    axes = _result_axes(context, call, values)
+    fields = tuple(v.one() for v in values)
+    roots = frozenset().union(*(u.roots for u in fields))
+    how = max((u.how for u in fields), key=lambda h: h.level)
+    places = tuple(s for axis in axes for role, s in axis if role == "p")
+    run = _Run(call, tuple(v.axes for v in values), axes)
+    channels = size_of(tuple(t for axis in axes for t in axis if t[0] == "c"))
+    return Value(((channels, Drawn(places, roots, how, fields, run)),), axes)
+
+
+class _Run:
+    """Draws [S, N, *places] of the operands, laid out as tensors of their axes, through the operation, and back."""
+
+    def __init__(self, call: Any, operands: tuple[Axes, ...], result: Axes) -> None:
+        self.call, self.operands, self.result = call, operands, result
+
+    def __call__(self, *draws: Tensor) -> Tensor:
+        channels = size_of(tuple(t for axis in self.operands[0] for t in axis if t[0] == "c"))
+        rounds = max(1, len(draws[0]) // channels)
+        outputs = []
+        for at in range(rounds):
+            tensors = [
+                _as_tensor(x[at * channels : (at + 1) * channels], axes)
+                for x, axes in zip(draws, self.operands, strict=True)
+            ]
+            outputs.append(_as_draws(self.call(*tensors), self.result))
+        result = torch.cat(outputs)
+        missing = len(draws[0]) - len(result)
+        return result if missing <= 0 else torch.cat([result, result[:missing]])
+
+
+def _as_tensor(x: Tensor, axes: Axes) -> Tensor:
+    """[C, N, *places] -> the tensor those axes describe."""
+    factors = [factor for axis in axes for factor in axis]
+    order: list[int] = []
+    sizes = {role: [s for r, s in factors if r == role] for role in "cbp"}
+    starts = {"c": 0, "b": len(sizes["c"]), "p": len(sizes["c"]) + len(sizes["b"])}
+    for role, _ in factors:
+        order.append(starts[role])
+        starts[role] += 1
+    split = x.reshape(*sizes["c"], *sizes["b"], *sizes["p"])
+    return split.permute(order).reshape([size_of(axis) for axis in axes])
+
+
+def _as_draws(y: Tensor, axes: Axes) -> Tensor:
+    factors = [factor for axis in axes for factor in axis]
+    order = [i for want in "cbp" for i, (role, _) in enumerate(factors) if role == want]
+    split = y.reshape([s for _, s in factors]).permute(order)
+    sizes = {role: [s for r, s in factors if r == role] for role in "cbp"}
+    return split.reshape(size_of(tuple(("c", s) for s in sizes["c"])), -1, *sizes["p"])
+
+
+def _result_axes(context: Context, call: Any, values: list[Value]) -> Axes:
+    """Axes of the result: an operand's where the layout is kept."""
+    probe = call(*(torch.zeros(v.shape, dtype=torch.float64) for v in values))
+    if not isinstance(probe, Tensor):
+        raise context.error(
+            "no exact kernel rule, and its result is not one tensor", "Use kgraph.analyze for this model"
+        )
+    for v in values:
+        if len(v.axes) != probe.ndim:
+            continue
+        axes = tuple(
+            axis if size_of(axis) == size else ((("p", size),) if size > 1 else ())
+            for axis, size in zip(v.axes, probe.shape, strict=True)
+        )
+        kept = [role for axis in axes for role, _ in axis]
+        if "b" in kept and "c" in kept:
+            return axes
+    raise context.error("no exact kernel rule, and its result mixes channels or inputs", "Use kgraph.analyze")
+
+
+def _double(value: Any) -> Any:
+    return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value

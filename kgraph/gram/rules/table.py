@@ -1,0 +1,90 @@
+"""The table of rules on fields: one function an operation, found by its canonical overload or module type."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from kgraph.errors import RuleError
+from kgraph.gram.engine import Engine
+from kgraph.gram.value import Value
+from kgraph.site import site_of
+
+Rule = Callable[..., Any]
+_RULES: dict[object, Rule] = {}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a rule may know besides its arguments.
+
+    Attributes:
+        node: the graph node being computed.
+        engine: computes blocks.
+        mode: "train" or "eval".
+        module: the graph's module.
+        uses: how often each parameter is read.
+        variances: declared variances by parameter name; measured where a name is not in it.
+        multipliers: learning-rate multipliers by parameter name.
+    """
+
+    node: fx.Node
+    engine: Engine
+    mode: str
+    module: nn.Module
+    uses: Counter[str]
+    variances: dict[str, float] = field(default_factory=dict)
+    multipliers: dict[str, float] = field(default_factory=dict)
+
+    def parameter(self, value: Any) -> str | None:
+        """Name of the parameter that an argument of the node is, else None."""
+        is_parameter = isinstance(value, fx.Node) and value.op == "get_attr"
+        return str(value.target) if is_parameter else None
+
+    def name(self, index: int) -> str:
+        """Name of the parameter (or node) behind argument ``index``."""
+        argument = self.node.args[index] if index < len(self.node.args) else None
+        if isinstance(argument, fx.Node):
+            return self.parameter(argument) or argument.name
+        return self.node.name
+
+    def trained(self, name: str) -> bool:
+        """Whether a tensor of the module is a parameter."""
+        owner, _, leaf = name.rpartition(".")
+        return leaf in dict(self.module.get_submodule(owner).named_parameters(recurse=False))
+
+    def error(self, what: str, hint: str = "") -> RuleError:
+        return RuleError(what, node=self.node.name, source=site_of(self.node).source, hint=hint)
+
+
+def rule(*targets: object) -> Callable[[Rule], Rule]:
+    """Register a rule.
+
+    Raises:
+        RuleError: a target has a rule already.
+    """
+
+    def register(function: Rule) -> Rule:
+        for target in targets:
+            if target in _RULES:
+                raise RuleError(f"{target} has two rules")
+            _RULES[target] = function
+        return function
+
+    return register
+
+
+def find_rule(target: object) -> Rule | None:
+    return _RULES.get(target)
+
+
+def is_value(x: object) -> bool:
+    return isinstance(x, Value)
+
+
+def is_tensor(x: object) -> bool:
+    return isinstance(x, Tensor)

@@ -1,0 +1,188 @@
+"""The walk: every node of a captured graph gets its field, in order, on real inputs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from kgraph.canonical import aten
+from kgraph.capture import Graph
+from kgraph.gram import field as f
+from kgraph.gram.engine import Engine
+from kgraph.gram.rules import Context, find_rule, sample, unary
+from kgraph.gram.value import Axis, CannotFollow, Value
+from kgraph.propagate import TOKEN_VIEWS, channel_dim
+from kgraph.rules.pointwise import is_pointwise
+
+Progress = Callable[[int, int], None]
+Taker = Callable[[fx.Node, Value], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a walk.
+
+    Attributes:
+        mode: "train" or "eval".
+        variances: declared E[w^2] by parameter name; measured where absent.
+        multipliers: learning-rate multipliers by parameter name.
+    """
+
+    mode: str
+    variances: Mapping[str, float] = field(default_factory=dict)
+    multipliers: Mapping[str, float] = field(default_factory=dict)
+
+
+class Walk:
+    """Evaluates a graph on fields.
+
+    Args:
+        graph: a captured model.
+        engine: computes blocks.
+        options: mode and declared values.
+        take: called with every node whose value is random.
+    """
+
+    def __init__(self, graph: Graph, engine: Engine, options: Options, take: Taker) -> None:
+        self.graph, self.engine, self.options, self.take = graph, engine, options, take
+        self.values: dict[fx.Node, Any] = {}
+        self.tokens: set[fx.Node] = set()
+        self.uses = _uses(graph.module.graph)
+
+    def run(self, inputs: list[Any]) -> Any:
+        """Value of the model's output; ``inputs`` are the placeholders' values, [N, ...] each."""
+        given = iter(inputs)
+        last_reader = _last_readers(self.graph.module.graph)
+        result: Any = None
+        for node in self.graph.module.graph.nodes:
+            if node.op == "output":
+                result = fx.map_arg(node.args[0], lambda n: self.values[n])
+                break
+            value = self._evaluate(node, given)
+            self.values[node] = value
+            if isinstance(value, Value):
+                self.take(node, value)
+            for done in last_reader.get(node, ()):
+                self.values.pop(done, None)
+        return result
+
+    def _evaluate(self, node: fx.Node, given: Any) -> Any:
+        if node.op == "placeholder":
+            return self._placeholder(node, next(given))
+        if node.op == "get_attr":
+            return self._attribute(node)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])  # type: ignore[misc]
+        if node.op == "call_module":
+            return self._module(node, args, kwargs)
+        return self._function(node, args, kwargs)
+
+    def _placeholder(self, node: fx.Node, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return known_input(node, value)
+        if isinstance(value, Tensor):
+            self.tokens.add(node)
+        return value
+
+    def _attribute(self, node: fx.Node) -> Any:
+        value: Any = self.graph.module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value.detach() if isinstance(value, Tensor) else value
+
+    def _module(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        module = self.graph.module.get_submodule(str(node.target))
+        if not _random(args, kwargs):
+            return module(*args, **kwargs)
+        rule = find_rule(type(module))
+        return self._apply(node, rule and (lambda c, *a, **k: rule(c, module, *a, **k)), args, kwargs)
+
+    def _function(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        target: Any = node.target
+        if target is aten.sym_size.int and isinstance(args[0], Value):
+            return args[0].shape[args[1]]
+        if target is aten.embedding.default and any(n in self.tokens for n in node.all_input_nodes):
+            return self._apply(node, find_rule(target), args, kwargs)
+        if not _random(args, kwargs):
+            return self._known(node, target, args, kwargs)
+        rule = find_rule(target)
+        if rule is None and is_pointwise(target) and _one_random(args, kwargs):
+            return unary(target, args, kwargs)
+        return self._apply(node, rule, args, kwargs)
+
+    def _apply(self, node: fx.Node, rule: Any, args: Any, kwargs: Any) -> Any:
+        context = Context(
+            node,
+            self.engine,
+            self.options.mode,
+            self.graph.module,
+            self.uses,
+            dict(self.options.variances),
+            dict(self.options.multipliers),
+        )
+        if rule is None:
+            return sample(context, args, kwargs, "no rule for this operation")
+        try:
+            return rule(context, *args, **kwargs)
+        except CannotFollow as reason:
+            return sample(context, args, kwargs, str(reason))
+
+    def _known(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:
+        """Nothing random comes in: compute the value itself (but never advance the user's buffers)."""
+        if any(n in self.tokens for n in node.all_input_nodes) and target in TOKEN_VIEWS:
+            self.tokens.add(node)
+        schema = getattr(target, "_schema", None)
+        first = node.args[0] if node.args else None
+        if schema is not None and schema.is_mutable and isinstance(first, fx.Node) and first.op == "get_attr":
+            return args[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            return target(*args, **kwargs)
+
+
+def known_input(node: fx.Node, x: Tensor) -> Value:
+    """Real inputs: a known field [N, C, *places]."""
+    channel = channel_dim(node, x.ndim)
+    data = x.detach().double().movedim(channel, 1)
+    sizes = [s for i, s in enumerate(x.shape) if i not in (0, channel) and s > 1]
+    axes: list[Axis] = []
+    for i, size in enumerate(x.shape):
+        role = "b" if i == 0 else "c" if i == channel else "p"
+        axes.append(((role, size),) if size > 1 or role == "b" else ())
+    known = f.Known(tuple(sizes), data=data.reshape(len(x), x.shape[channel], *sizes))
+    return Value(((x.shape[channel], known),), tuple(axes))
+
+
+def _random(args: Any, kwargs: Any) -> bool:
+    return any(isinstance(leaf, Value) for leaf in pytree.tree_leaves((args, kwargs)))
+
+
+def _one_random(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, (Value, Tensor))]
+    return len(tensors) == 1 and any(isinstance(value, Value) for value in args)
+
+
+def _uses(graph: fx.Graph) -> Counter[str]:
+    """How many operations read each parameter."""
+    count: Counter[str] = Counter()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            count[str(node.target)] += len(node.users)
+    return count
+
+
+def _last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For every node, the nodes that nobody reads after it."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for before in node.all_input_nodes:
+            last[before] = node
+    result: dict[fx.Node, list[fx.Node]] = {}
+    for node, reader in last.items():
+        result.setdefault(reader, []).append(node)
+    return result
