@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -21,30 +21,33 @@ _NOISE = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, ate
 _COPIES = {aten.alias.default, aten.lift_fresh_copy.default, aten.detach.default, aten.detach_.default}
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default}
 _VIEWS = {
-    "view",
-    "reshape",
-    "select",
-    "slice",
-    "transpose",
-    "permute",
-    "expand",
-    "unsqueeze",
-    "squeeze",
-    "unbind",
+    *("view", "reshape", "flatten", "unflatten", "select", "slice", "narrow", "transpose", "t", "numpy_T", "permute"),
+    *("expand", "unsqueeze", "squeeze", "contiguous", "getitem", "unbind", "chunk", "split", "split_with_sizes"),
 }
+_SCATTERS = {
+    aten.select.int: aten.select_scatter.default,
+    aten.slice.Tensor: aten.slice_scatter.default,
+}
+"""What puts a changed view back into its base."""
 
 
 def canonicalize(module: fx.GraphModule) -> None:
     """Rewrite ``module.graph`` in place into the canonical vocabulary."""
     _inline_grad_mode(module)
-    for node in list(module.graph.nodes):
+    canonicalize_graph(module.graph)
+
+
+def canonicalize_graph(graph: fx.Graph) -> None:
+    """The same for a graph without grad-mode regions, which are submodules."""
+    for node in list(graph.nodes):
         if (node.op == "call_module" and node.target == "_guards_fn") or node.target in _NOISE:
-            module.graph.erase_node(node)
-    _drop_no_op_copies(module.graph)
-    _functionalize(module.graph)
-    _inline_numbers(module.graph)
-    _fuse_rms_norms(module.graph)
-    _contiguous_views(module.graph)
+            graph.erase_node(node)
+    _drop_no_op_copies(graph)
+    _functionalize(graph)
+    _drop_whole_copies(graph)
+    _inline_numbers(graph)
+    _fuse_rms_norms(graph)
+    _contiguous_views(graph)
 
 
 def _inline_grad_mode(module: fx.GraphModule) -> None:
@@ -125,8 +128,8 @@ def _functional_overload(target: OpOverload) -> OpOverload | None:
 def _functionalize(graph: fx.Graph) -> None:
     """Replace ``x.op_(y)`` by ``op(x, y)``; whoever read ``x`` afterwards reads the result.
 
-    Left alone: counters and other buffers (a write to a ``get_attr`` is meant), and writes through a view,
-    which stay exact because such nodes are executed in order where they are constants.
+    A write through ``x[...]`` becomes a scatter into ``x``. Left alone: counters and other buffers (a write to a
+    ``get_attr`` is meant), and writes that other views of the same memory read, which run in order.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
@@ -134,19 +137,70 @@ def _functionalize(graph: fx.Graph) -> None:
         if not isinstance(target, OpOverload) or not node.args or not isinstance(node.args[0], fx.Node):
             continue
         functional, source = _functional_overload(target), node.args[0]
-        if functional is None or source.op == "get_attr" or _is_view(source):
+        if functional is None or source.op == "get_attr":
+            continue
+        chain = _scattered(source) if _bases_read(source, node, order) else [source]
+        if chain is None or any(_views_read(tensor, node, order, chain) for tensor in chain):
             continue
         node.target = functional
-        for user in list(source.users):
-            if user is not node and order.get(user, 0) > order[node]:
-                user.replace_input_with(source, node)
+        result = node
+        for index, tensor in enumerate(chain):
+            if index:
+                result = _scatter(graph, chain[index - 1], result)
+            for user in [u for u in tensor.users if u is not node and order.get(u, 0) > order[node]]:
+                user.replace_input_with(tensor, result)
+
+
+def _drop_whole_copies(graph: fx.Graph) -> None:
+    """``copy(x, y)`` is ``y`` where both are of one shape and type."""
+    for node in [n for n in graph.nodes if n.target is aten.copy.default]:
+        old, new = node.args[:2]
+        if _same_tensor_type(old, new) and str(old.meta["val"].shape) == str(new.meta["val"].shape):
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+
+
+def _scatter(graph: fx.Graph, view: fx.Node, changed: fx.Node) -> fx.Node:
+    """``view``'s base with ``changed`` in the place of the view."""
+    base, operation = cast(fx.Node, view.args[0]), cast(OpOverload, view.target)
+    with graph.inserting_after(changed):
+        result = graph.call_function(_SCATTERS[operation], (base, changed, *view.args[1:]))
+    result.meta = {**changed.meta, "val": base.meta.get("val")}
+    return result
+
+
+def _scattered(source: fx.Node) -> list[fx.Node] | None:
+    """A view and the tensors it is a part of, innermost first, if scatters lead back to memory of its own."""
+    chain = [source]
+    while chain[-1].target in _SCATTERS:
+        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
+    return chain if not _is_view(chain[-1]) and chain[-1].op != "get_attr" else None
+
+
+def _bases_read(view: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether memory that ``view`` shares with the tensor it was taken from is read after ``node``."""
+    while _is_view(view):
+        base: Any = view.args[0]
+        if base.op == "get_attr":
+            return True
+        later = any(u is not view and order.get(u, 0) > order[node] for u in base.users)
+        if later or _views_read(base, node, order, [view]):
+            return True
+        view = base
+    return False
+
+
+def _views_read(tensor: fx.Node, node: fx.Node, order: dict[fx.Node, int], chain: list[fx.Node]) -> bool:
+    """Whether a view taken before ``node``, none of ``chain``, is read after it."""
+    views = [u for u in tensor.users if u not in chain and _is_view(u) and order.get(u, 0) < order[node]]
+    return any(
+        any(order.get(u, 0) > order[node] for u in view.users) or _views_read(view, node, order, chain)
+        for view in views
+    )
 
 
 def _is_view(node: fx.Node) -> bool:
-    name = operation_name(node)
-    base = node.args[0] if node.args else None
-    # a view whose base nobody else reads is as good as a fresh tensor
-    return name in _VIEWS and isinstance(base, fx.Node) and len(base.users) > 1
+    return operation_name(node) in _VIEWS and bool(node.args) and isinstance(node.args[0], fx.Node)
 
 
 def operation_name(node: fx.Node) -> str:

@@ -1,29 +1,38 @@
 """Capture: any PyTorch model as a flat torch.fx graph of canonical ATen operations.
 
 The graph's parameters are the model's own tensors; every node knows its module call, source line and shape.
-Front ends, in order: torch.export in train mode (so that ``training`` flags are visible and can be driven),
-strict export, then eval mode with a note. The captured graph's eval output is checked against the model's.
+Front ends, in order: symbolic tracing for very deep models (see `kgraph.tracing`), kept only where the result is
+verified; torch.export in train mode (so that ``training`` flags are visible and can be driven), strict export, then
+eval mode with a note. The captured graph's eval output is checked against the model's.
 """
 
 from __future__ import annotations
 
-import logging
+import gc
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
-from kgraph.canonical import canonicalize
 from kgraph.errors import CaptureError, InputError, ModelError
-from kgraph.inputs import RECORD, Inputs, batch_size, record_of, resolve_inputs
+from kgraph.inputs import RECORD, Inputs, record_of, resolve_inputs
 from kgraph.lift import EmittedModule, emit
-from kgraph.site import read_site, source_line
+from kgraph.lowering import Untraceable
+from kgraph.torch_export import export_flat
+from kgraph.tracing import trace
+from kgraph.verify import reproduces, reproduces_everywhere
 
-DYNAMIC = torch.export.Dim.DYNAMIC
+FrontEnd = Literal["auto", "trace", "export"]
+DEEP = 300
+"""Module calls from which on symbolic tracing is tried first: torch.export takes 3 to 15 ms for each."""
+REPEATED = 8
+"""Tracing pays where calls repeat: a new kind of call costs 10 ms, one more of the same kind half a millisecond."""
 
 
 @dataclass
@@ -79,32 +88,90 @@ def check_model(model: object) -> nn.Module:
     return model
 
 
-def capture(model: nn.Module, example_inputs: object = None, *, verify: bool = True) -> Graph:
+def capture(
+    model: nn.Module, example_inputs: object = None, *, verify: bool = True, front_end: FrontEnd = "auto"
+) -> Graph:
     """Capture ``model`` as a flat graph; the model itself is left as it was.
 
     Args:
         model: any bare module.
         example_inputs: tensor, tuple of positional or dict of keyword arguments; inferred when None.
         verify: compare the graph's eval output with the model's (skipped on the meta device).
+        front_end: "auto" traces a model of many module calls of few kinds (`DEEP`, `REPEATED`), and exports the
+            others and what tracing cannot follow.
 
     Raises:
         ModelError, InputError, CaptureError: see those classes; a CaptureError names the line.
     """
     model = check_model(model)
-    inputs = resolve_inputs(model, example_inputs)
-    _check_forward(model, inputs)
+    inputs = _distinct(resolve_inputs(model, example_inputs))
+    census = _check_forward(model, inputs)
     notes: list[str] = []
     with _modes_kept(model):
-        graph = _captured(model, inputs, notes, training=True)
-        if verify and not _matches(graph):
-            notes.append("captured in eval mode: in train mode the forward takes another path")
-            graph = _captured(model, inputs, notes, training=False)
-            if not _matches(graph):
-                raise CaptureError(
-                    "the captured graph does not reproduce the model's output",
-                    hint="A forward that draws python random numbers or depends on hidden state cannot be captured",
-                )
+        if front_end == "trace" or (front_end == "auto" and census.pays):
+            try:
+                return _traced(model, inputs)
+            except Untraceable as error:
+                if front_end == "trace":
+                    raise CaptureError(f"{type(model).__name__} cannot be traced symbolically: {error}") from error
+                notes.append(f"captured by torch.export, for symbolic tracing failed: {error}")
+        return _exported(model, inputs, notes, verify)
+
+
+def _distinct(inputs: Inputs) -> Inputs:
+    """One tensor given for two arguments is two inputs; a tracer, which goes by identity, would take it for one."""
+    seen: set[int] = set()
+
+    def once(tensor: Tensor) -> Tensor:
+        again = id(tensor) in seen
+        seen.add(id(tensor))
+        return tensor.clone() if again else tensor
+
+    return Inputs(*pytree.tree_map_only(Tensor, once, tuple(inputs)))
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """A trace makes a million objects and no garbage; walking them again and again takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_collector_paused()
+def _traced(model: nn.Module, inputs: Inputs) -> Graph:
+    """Capture by symbolic tracing; only a graph verified against the model is good."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise Untraceable("parameters without values, which leave nothing to verify")
+    model.train()
+    flat = trace(model, inputs, _positional_names(model, len(inputs.args)))
+    _index_sites(flat.graph)
+    graph = Graph(flat, model, inputs)
+    if not reproduces_everywhere(graph.emit(), model, inputs):
+        raise Untraceable("another output than the model's")
     return graph
+
+
+def _exported(model: nn.Module, inputs: Inputs, notes: list[str], verify: bool) -> Graph:
+    graph = _captured(model, inputs, notes, training=True)
+    if verify and not _matches(graph):
+        notes.append("captured in eval mode: in train mode the forward takes another path")
+        graph = _captured(model, inputs, notes, training=False)
+        if not _matches(graph):
+            raise CaptureError(
+                "the captured graph does not reproduce the model's output",
+                hint="A forward that draws python random numbers or depends on hidden state cannot be captured",
+            )
+    return graph
+
+
+def _matches(graph: Graph) -> bool:
+    graph.root.eval()
+    return reproduces(graph.emit(), graph.root, graph.inputs)
 
 
 @contextmanager
@@ -114,11 +181,31 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in modes:
-            module.training = training
+            if module.training != training:
+                module.training = training
 
 
-def _check_forward(model: nn.Module, inputs: Inputs) -> None:
+class _Census:
+    """How many modules a forward calls, and how many kinds of calls: class, shapes of inputs and parameters."""
+
+    def __init__(self) -> None:
+        self.calls, self.kinds = 0, set[object]()
+
+    def note(self, module: nn.Module, inputs: tuple[object, ...]) -> None:
+        own = tuple(parameter.shape for parameter in module._parameters.values() if parameter is not None)
+        self.kinds.add((type(module), tuple(v.shape for v in inputs if isinstance(v, Tensor)), own))
+        self.calls += 1
+
+    @property
+    def pays(self) -> bool:
+        """Whether symbolic tracing is worth a try."""
+        return self.calls >= max(DEEP, REPEATED * len(self.kinds))
+
+
+def _check_forward(model: nn.Module, inputs: Inputs) -> _Census:
     """Run the model once (without touching its buffers) so that wrong inputs get a plain message."""
+    census = _Census()
+    hook = register_module_forward_pre_hook(census.note)
     with _modes_kept(model), torch.no_grad():
         model.eval()
         try:
@@ -130,63 +217,19 @@ def _check_forward(model: nn.Module, inputs: Inputs) -> None:
                 f"{type(model).__name__} does not run on the example inputs of shapes {shapes}: {first}",
                 hint="Pass example_inputs that the model's forward accepts",
             ) from error
+        finally:
+            hook.remove()
+    return census
 
 
 def _captured(model: nn.Module, inputs: Inputs, notes: list[str], *, training: bool) -> Graph:
     model.train(training)
-    program = _export(model, inputs, notes)
-    flat = program.module(check_guards=False)
-    assert isinstance(flat, fx.GraphModule)
-    _refuse_data_dependence(flat.graph, model)
-    for node in flat.graph.nodes:
-        node.meta["site"] = read_site(node)
-    canonicalize(flat)
+    flat = export_flat(model, inputs, _positional_names(model, len(inputs.args)), notes)
     _index_sites(flat.graph)
-    _share_tensors(flat, model)
-    flat.recompile()
     return Graph(flat, model, inputs, notes)
 
 
-def _export(model: nn.Module, inputs: Inputs, notes: list[str]) -> torch.export.ExportedProgram:
-    args, kwargs = inputs
-    size = batch_size(inputs)
-
-    def dynamic(value: Any) -> Any:
-        batched = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
-        return {0: DYNAMIC} if batched else None
-
-    shapes = (pytree.tree_map(dynamic, args), pytree.tree_map(dynamic, kwargs))
-    named = {**dict(zip(_positional_names(model, len(args)), shapes[0], strict=True)), **shapes[1]}
-    attempts = [(named, False), (None, False), (named, True)]
-    first: Exception | None = None
-    for dynamic_shapes, strict in attempts:
-        try:
-            with _quiet():
-                program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
-            if dynamic_shapes is None:
-                notes.append(f"the batch size is fixed at {size}: the model's forward depends on it")
-            return program
-        except Exception as error:  # torch.export raises many kinds; all mean that this front end failed
-            first = first or error
-    assert first is not None
-    raise _capture_error(model, first)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.export logs at length what the error raised afterwards says in one line."""
-    logger = logging.getLogger("torch")
-    before, logger.disabled = logger.level, False
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
 def _positional_names(model: nn.Module, count: int) -> list[str]:
-    import inspect
-
     parameters = inspect.signature(model.forward).parameters.values()
     names: list[str] = []
     for parameter in parameters:
@@ -194,43 +237,6 @@ def _positional_names(model: nn.Module, count: int) -> list[str]:
             raise CaptureError("forward takes *args", hint="Wrap the model in a module with named arguments")
         names.append(parameter.name)
     return names[:count]
-
-
-def _refuse_data_dependence(graph: fx.Graph, model: nn.Module) -> None:
-    """torch.export accepts sizes that depend on a tensor's value; a kernel has no such thing."""
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        unknown = isinstance(value, torch.SymInt) and value.node.hint is None
-        if unknown or (node.target is torch.ops.aten.item.default and _sizes_follow(node)):
-            raise CaptureError(
-                f"{type(model).__name__}.forward turns a tensor's value into a size",
-                node=node.name,
-                source=source_line(node.meta.get("stack_trace") or "") or None,
-                hint="Replace the data-dependent branch or .item() by tensor operations such as torch.where",
-            )
-
-
-def _sizes_follow(node: fx.Node) -> bool:
-    return any(isinstance(user.meta.get("val"), torch.SymInt) for user in node.users)
-
-
-def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
-    line = source_line(_user_trace(error))
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return CaptureError(
-        f"{type(model).__name__}.forward branches on a tensor's value or cannot be exported: {reason}",
-        source=line or None,
-        hint="Replace the data-dependent branch or .item() by tensor operations such as torch.where",
-    )
-
-
-def _user_trace(error: BaseException) -> str:
-    import traceback
-
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [f'File "{f.filename}", line {f.lineno}, in {f.name}' for f in frames]
-    inside = [line for line in lines if "/torch/" not in line and "kgraph/" not in line]
-    return "\n".join(inside)
 
 
 def _index_sites(graph: fx.Graph) -> None:
@@ -241,37 +247,3 @@ def _index_sites(graph: fx.Graph) -> None:
         sizes[node.meta["site"].key] = sizes.get(node.meta["site"].key, 0) + 1
     for node in nodes:
         node.meta["group_size"] = sizes[node.meta["site"].key]
-
-
-def _share_tensors(flat: fx.GraphModule, model: nn.Module) -> None:
-    """Make the flat graph's attributes the model's very tensors (export may copy buffers)."""
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors.update(dict(model.named_buffers(remove_duplicate=False)))
-    for node in flat.graph.nodes:
-        if node.op == "get_attr" and node.target in tensors:
-            owner, _, field_name = node.target.rpartition(".")
-            setattr(flat.get_submodule(owner), field_name, tensors[node.target])
-
-
-def _matches(graph: Graph) -> bool:
-    args, kwargs = graph.inputs
-    if any(p.is_meta for p in graph.root.parameters()):
-        return True
-    graph.root.eval()
-    emitted = graph.emit().eval()
-    with torch.no_grad():
-        expected = [t for t in pytree.tree_leaves(graph.root(*args, **kwargs)) if isinstance(t, Tensor)]
-        try:
-            actual = [t for t in pytree.tree_leaves(emitted(*args, **kwargs)) if isinstance(t, Tensor)]
-        except Exception:  # a graph that does not run is a mismatch
-            return False
-    return len(expected) == len(actual) and all(map(_close, actual, expected))
-
-
-def _close(actual: Tensor, expected: Tensor) -> bool:
-    if actual.shape != expected.shape:
-        return False
-    if not expected.is_floating_point():
-        return bool(torch.equal(actual, expected))
-    scale = float(expected.abs().max().clamp(min=1e-6)) if expected.numel() else 1.0
-    return bool(torch.allclose(actual, expected, rtol=1e-4, atol=1e-4 * scale))

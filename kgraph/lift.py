@@ -11,6 +11,8 @@ import inspect
 import operator
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -203,11 +205,17 @@ def _is_size(node: fx.Node) -> bool:
 def _calls_with_one_tensor(module: nn.Module) -> bool:
     if next(module.children(), None) is not None:
         return False
-    parameters = inspect.signature(module.forward).parameters.values()
-    required = [
-        p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    return len(required) == 1
+    if inspect.ismethod(module.forward):
+        return _required_arguments(module.forward.__func__) == 2  # itself and one more
+    return _required_arguments(module.forward) == 1
+
+
+@cache
+def _required_arguments(forward: Callable[..., Any]) -> int:
+    """Number of positional parameters without a default; reading a signature is slow, and classes are few."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(forward).parameters.values()
+    return sum(p.default is p.empty and p.kind in kinds for p in parameters)
 
 
 def _drive_training_flags(graph: fx.Graph, helpers: dict[str, nn.Module]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import PurePath
 from typing import Any
 
@@ -38,9 +39,12 @@ class Site:
         return self.path, self.call
 
 
+_NOWHERE = Site()
+
+
 def site_of(node: fx.Node) -> Site:
     """The node's site; an empty one for nodes that a pass made."""
-    return node.meta.get("site", Site())
+    return node.meta.get("site", _NOWHERE)
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
@@ -73,9 +77,15 @@ def _call_index(key: str) -> int:
 def source_line(trace: str) -> str:
     """Innermost ``file.py:line`` of a stack trace that lies outside PyTorch itself."""
     frames = [(file, line) for file, line, _ in _SOURCE.findall(trace)]
-    own = [frame for frame in frames if not any(part in frame[0] for part in _TORCH)]
+    own = [frame for frame in frames if not is_torch_file(frame[0])]
     file, line = (own or frames or [("", "")])[-1]
     return f"{PurePath(file).name}:{line}" if file else ""
+
+
+@cache
+def is_torch_file(file: str) -> bool:
+    """Whether a source file is part of PyTorch."""
+    return any(part in file for part in _TORCH)
 
 
 def concrete_shape(value: Any) -> tuple[int, ...]:

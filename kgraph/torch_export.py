@@ -1,0 +1,122 @@
+"""The general front end: torch.export of the model in its present mode, as a flat graph over the model's tensors."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from kgraph.canonical import aten, canonicalize
+from kgraph.errors import CaptureError
+from kgraph.inputs import Inputs, batch_size
+from kgraph.site import read_site, source_line
+
+DYNAMIC = torch.export.Dim.DYNAMIC
+
+
+def export_flat(model: nn.Module, inputs: Inputs, names: list[str], notes: list[str]) -> fx.GraphModule:
+    """Export ``model`` with a dynamic batch, or with a fixed one and a note; every node knows its site.
+
+    Args:
+        names: parameter names of ``forward`` for the positional inputs.
+
+    Raises:
+        CaptureError: no attempt succeeds; names the line.
+    """
+    flat = _export(model, inputs, names, notes).module(check_guards=False)
+    assert isinstance(flat, fx.GraphModule)
+    _refuse_data_dependence(flat.graph, model)
+    for node in flat.graph.nodes:
+        node.meta["site"] = read_site(node)
+    canonicalize(flat)
+    _share_tensors(flat, model)
+    flat.recompile()
+    return flat
+
+
+def _export(model: nn.Module, inputs: Inputs, names: list[str], notes: list[str]) -> torch.export.ExportedProgram:
+    args, kwargs = inputs
+    size = batch_size(inputs)
+
+    def dynamic(value: Any) -> Any:
+        batched = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
+        return {0: DYNAMIC} if batched else None
+
+    shapes = (pytree.tree_map(dynamic, args), pytree.tree_map(dynamic, kwargs))
+    named = {**dict(zip(names, shapes[0], strict=True)), **shapes[1]}
+    attempts = [(named, False), (None, False), (named, True)]
+    first: Exception | None = None
+    for dynamic_shapes, strict in attempts:
+        try:
+            with _quiet():
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
+            if dynamic_shapes is None:
+                notes.append(f"the batch size is fixed at {size}: the model's forward depends on it")
+            return program
+        except Exception as error:  # torch.export raises many kinds; all mean that this front end failed
+            first = first or error
+    assert first is not None
+    raise _capture_error(model, first)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export logs at length what the error raised afterwards says in one line."""
+    logger = logging.getLogger("torch")
+    before, logger.disabled = logger.level, False
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _refuse_data_dependence(graph: fx.Graph, model: nn.Module) -> None:
+    """torch.export accepts sizes that depend on a tensor's value; a kernel has no such thing."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        unknown = isinstance(value, torch.SymInt) and value.node.hint is None
+        if unknown or (node.target is aten.item.default and _sizes_follow(node)):
+            raise CaptureError(
+                f"{type(model).__name__}.forward turns a tensor's value into a size",
+                node=node.name,
+                source=source_line(node.meta.get("stack_trace") or "") or None,
+                hint="Replace the data-dependent branch or .item() by tensor operations such as torch.where",
+            )
+
+
+def _sizes_follow(node: fx.Node) -> bool:
+    return any(isinstance(user.meta.get("val"), torch.SymInt) for user in node.users)
+
+
+def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
+    line = source_line(_user_trace(error))
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return CaptureError(
+        f"{type(model).__name__}.forward branches on a tensor's value or cannot be exported: {reason}",
+        source=line or None,
+        hint="Replace the data-dependent branch or .item() by tensor operations such as torch.where",
+    )
+
+
+def _user_trace(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f'File "{f.filename}", line {f.lineno}, in {f.name}' for f in frames]
+    inside = [line for line in lines if "/torch/" not in line and "kgraph/" not in line]
+    return "\n".join(inside)
+
+
+def _share_tensors(flat: fx.GraphModule, model: nn.Module) -> None:
+    """Make the flat graph's attributes the model's very tensors (export may copy buffers)."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(dict(model.named_buffers(remove_duplicate=False)))
+    for node in flat.graph.nodes:
+        if node.op == "get_attr" and node.target in tensors:
+            owner, _, field_name = node.target.rpartition(".")
+            setattr(flat.get_submodule(owner), field_name, tensors[node.target])
