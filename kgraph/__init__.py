@@ -19,6 +19,7 @@ from kgraph.errors import (
 from kgraph.gram import Kernels, NodeGram, kernels, nngp, ntk
 from kgraph.methods import DKS, TAT
 from kgraph.montecarlo import montecarlo
+from kgraph.ntk_report import NTKReport, ntk_report
 from kgraph.shaping import ShapedConstants, shape_activation
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "KGraphError",
     "Kernels",
     "ModelError",
+    "NTKReport",
     "NodeGram",
     "PassError",
     "RuleError",
@@ -44,6 +46,7 @@ __all__ = [
     "montecarlo",
     "nngp",
     "ntk",
+    "ntk_report",
     "shape_activation",
     "shaping_targets",
     "transform",

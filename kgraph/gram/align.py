@@ -108,7 +108,7 @@ def _range(x: Value, low: int, high: int) -> Field:
     raise CannotFollow("channel groups that do not meet")
 
 
-def known_value(tensor: Tensor, like: Value, root: str | None, gain: float) -> Value:
+def known_value(tensor: Tensor, like: Value, root: str | None, gain: float | Tensor) -> Value:
     """A known tensor as a value, its dimensions meaning what they mean in ``like`` (its last ones, broadcast).
 
     Args:

@@ -62,7 +62,7 @@ class Known(Field):
     """A known tensor [N or 1, C, *places]: an input, or a parameter used entrywise (``gain`` is its NTK)."""
 
     data: Tensor = field(default_factory=lambda: torch.zeros(1, 1))
-    gain: float = 0.0
+    gain: float | Tensor = 0.0
 
     @cached_property
     def constant(self) -> float | None:
@@ -110,7 +110,7 @@ class Layer:
     weight: float
     bias: float
     bias_mean: float
-    own: tuple[float, float]
+    own: tuple[float | Tensor, float | Tensor]
     geometry: Geometry | None = None
 
 

@@ -79,7 +79,7 @@ def kernels(
     mode: str | None = None,
     with_ntk: bool = True,
     variances: Mapping[str, float] | None = None,
-    multipliers: Mapping[str, float] | None = None,
+    multipliers: Mapping[str, float | Tensor] | None = None,
     seed: int = 0,
 ) -> Kernels:
     """NNGP and NTK of a model as it is initialized, in the limit of many channels, on real inputs.
@@ -95,7 +95,8 @@ def kernels(
         mode: "train" (batch statistics, dropout) or "eval"; the model's own when None.
         with_ntk: False computes the NNGP alone.
         variances: declared E[w^2] by parameter name; the others are measured on the tensors.
-        multipliers: learning-rate multipliers by parameter name: factors on its part of the NTK.
+        multipliers: learning-rate multipliers by parameter name: factors on its part of the NTK. Tensors that
+            require gradients get them (the NTK is linear in every multiplier).
         seed: of the draws that operations without a closed form are measured on.
 
     Raises:
@@ -111,7 +112,8 @@ def kernels(
     inputs, rows = _joined(first, second, n1, n2)
     options = Options(mode, variances or {}, multipliers or {})
     request = _Request(graph, inputs, options, parametrization, with_ntk, nodes, seed)
-    with torch.no_grad():
+    differentiated = any(isinstance(m, Tensor) and m.requires_grad for m in options.multipliers.values())
+    with torch.set_grad_enabled(differentiated):
         return _escalating(request, rows, LAYOUTS[positions], n1, n2 if x2 is not None else None)
 
 

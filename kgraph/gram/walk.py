@@ -36,7 +36,7 @@ class Options:
 
     mode: str
     variances: Mapping[str, float] = field(default_factory=dict)
-    multipliers: Mapping[str, float] = field(default_factory=dict)
+    multipliers: Mapping[str, float | Tensor] = field(default_factory=dict)
 
 
 class Walk:

@@ -71,7 +71,7 @@ def known(context: Context, tensor: Any, like: Value, index: int) -> Value:
 def as_known(context: Context, x: Tensor, like: Value, name: str | None) -> Value:
     """A known tensor laid out like ``like``; ``name`` says which parameter it is."""
     trained = name is not None and isinstance(x, Tensor) and context.trained(name)
-    gain = 0.0
+    gain: float | Tensor = 0.0
     if trained and name is not None:
         own = 1.0 if context.engine.parametrization == "standard" else float(x.detach().double().square().mean())
         gain = own * context.multipliers.get(name, 1.0)

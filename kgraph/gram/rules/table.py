@@ -38,7 +38,7 @@ class Context:
     module: nn.Module
     uses: Counter[str]
     variances: dict[str, float] = field(default_factory=dict)
-    multipliers: dict[str, float] = field(default_factory=dict)
+    multipliers: dict[str, float | Tensor] = field(default_factory=dict)
 
     def parameter(self, value: Any) -> str | None:
         """Name of the parameter that an argument of the node is, else None."""
