@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,7 +50,18 @@ def bias_moments(bias: Tensor | None) -> tuple[float, float]:
     """(E[b^2], E[b])."""
     if bias is None or bias.is_meta:
         return 0.0, 0.0
-    return mean_square(bias), float(bias.detach().double().mean())
+    return mean_square(bias), real_mean(bias)
+
+
+def real_mean(x: Tensor) -> float:
+    """E[x], taken as 0 where it differs from it by no more than sampling noise (five standard errors).
+
+    A bias drawn around 0 has a mean of its size over sqrt(n); as a shift it would cost every closed form after it.
+    """
+    values = x.detach().double()
+    mean = values.mean()
+    noise = 5 * values.square().mean().sqrt() / math.sqrt(max(values.numel(), 1))
+    return float(mean) if bool(mean.abs() > noise) else 0.0
 
 
 def affine_part(context: Context, part: Part, layer: Affine, size: int) -> Part:

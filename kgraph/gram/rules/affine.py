@@ -18,6 +18,7 @@ from kgraph.gram.taps import axis_runs, geometry_of, tap_shares
 from kgraph.gram.value import Axes, CannotFollow, Value, place_start, places_of, roles, size_of
 from kgraph.how import How, assumed
 from kgraph.kernel import Root
+from kgraph.rules.linear import real_mean
 
 
 def second_moment(context: Context, name: str, tensor: Tensor) -> float:
@@ -76,7 +77,7 @@ def make_layer(
 ) -> Layer:
     """Moments of a layer and its NTK's own factors: (fan_in, 1) as PyTorch trains, (sw2, sb2) in NTK form."""
     sb2 = second_moment(context, names[1], bias) if bias is not None else 0.0
-    mean = float(bias.detach().double().mean()) if bias is not None and names[1] not in context.variances else 0.0
+    mean = real_mean(bias) if bias is not None and names[1] not in context.variances else 0.0
     sw2 = fan_in * second_moment(context, names[0], weight)
     per_weight = context.multipliers.get(names[0], 1.0)
     per_bias = context.multipliers.get(names[1], 1.0)
