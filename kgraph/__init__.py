@@ -6,6 +6,7 @@ kgraph.export_onnx(shaped, "model.onnx")
 """
 
 from kgraph.api import TransformRecord, analyze, export_onnx, shaping_targets, transform
+from kgraph.empirical import EmpiricalNTK, empirical_ntk
 from kgraph.errors import (
     CaptureError,
     ExportError,
@@ -17,6 +18,7 @@ from kgraph.errors import (
     TargetError,
 )
 from kgraph.gram import Kernels, NodeGram, kernels, nngp, ntk
+from kgraph.kernel_comparison import KernelComparison, NodeComparison, compare
 from kgraph.methods import DKS, TAT
 from kgraph.montecarlo import montecarlo
 from kgraph.ntk_report import NTKReport, ntk_report
@@ -28,12 +30,15 @@ __all__ = [
     "DKS",
     "TAT",
     "CaptureError",
+    "EmpiricalNTK",
     "ExportError",
     "InputError",
     "KGraphError",
+    "KernelComparison",
     "Kernels",
     "ModelError",
     "NTKReport",
+    "NodeComparison",
     "NodeGram",
     "PassError",
     "RuleError",
@@ -41,6 +46,8 @@ __all__ = [
     "TargetError",
     "TransformRecord",
     "analyze",
+    "compare",
+    "empirical_ntk",
     "export_onnx",
     "kernels",
     "montecarlo",
