@@ -15,6 +15,8 @@ from kgraph.gram.places import Relabel
 from kgraph.gram.value import Axes, Axis, CannotFollow, Value, expanded, places_of, roles, size_of
 from kgraph.kernel import Root
 
+CHANNELS = Root("channels of known tensors")
+
 
 def aligned(x: Value, y: Value) -> tuple[list[tuple[int, Field, Field]], Axes, int | None]:
     """(channels, field of x, field of y) of every range, the axes of the result and its split dimension."""
@@ -138,5 +140,7 @@ def known_value(tensor: Tensor, like: Value, root: str | None, gain: float | Ten
     channels = int(torch.tensor(sizes["c"] or [1]).prod())
     data = data.reshape(inputs, channels, *sizes["p"])
     roots = frozenset({Root(root)}) if root is not None else frozenset()
+    if bool((data != data[:, :1]).any()):  # two known tensors that vary over channels do so over the same ones
+        roots |= {CHANNELS}
     known = f.Known(tuple(sizes["p"]), roots, data=data, gain=gain)
     return Value(((channels, known),), tuple(axes))

@@ -29,7 +29,7 @@ def _four(engine: Engine, x: Tensor, u: f.Field, v: f.Field, shared: int) -> Ten
     if engine.layout.name != "full":
         raise NeedsFull
     count = total_places(u.places[:shared])
-    whole = x.expand(len(engine.rows.first), *u.places, *v.places) if x.ndim == 0 else x
+    whole = x.expand(len(engine.rows.first), *u.places, *v.places) if x.ndim == 0 or len(x) == 1 else x
     return whole.reshape(-1, count, u.places[shared], count, v.places[shared])
 
 

@@ -159,6 +159,12 @@ def sliced(u: Field, low: int, high: int, total: int) -> Field:
     return _cut(u, (f"of {total}", low, high), {})
 
 
+def _after(cuts: tuple[tuple[str, int, int], ...], cut: tuple[str, int, int]) -> tuple[tuple[str, int, int], ...]:
+    """A cut of what is cut already: another axis, even where it is as long as an earlier one."""
+    label, low, high = cut
+    return (*cuts, (f"{label} at {len(cuts)}", low, high))
+
+
 def _cut(u: Field, cut: tuple[str, int, int], seen: dict[Field, Field]) -> Field:
     if u not in seen:
         seen[u] = _cut_once(u, cut, seen)
@@ -166,7 +172,7 @@ def _cut(u: Field, cut: tuple[str, int, int], seen: dict[Field, Field]) -> Field
 
 
 def _cut_once(u: Field, cut: tuple[str, int, int], seen: dict[Field, Field]) -> Field:
-    roots = frozenset(Root(r.name, (*r.cuts, cut)) for r in u.roots)
+    roots = frozenset(Root(r.name, _after(r.cuts, cut)) for r in u.roots)
     match u:
         case Known():
             low, high = cut[1:]

@@ -30,6 +30,7 @@ from kgraph.gram.pairs import (
     grouped_block,
     joined_block,
     known_block,
+    known_factor_block,
     located_block,
     mapped_block,
     masked_block,
@@ -154,6 +155,10 @@ class Engine:
                 return masked_block(self, u, v)
             case f.Product(), f.Product():
                 return products_block(self, u, v)
+            case f.Product(), f.Known():
+                return known_factor_block(self, u, v, swapped=False)
+            case f.Known(), f.Product():
+                return known_factor_block(self, v, u, swapped=True)
             case f.Mapped(), f.Mapped() if u.fn is v.fn:
                 return mapped_block(self, u, v)
             case f.Mapped(), _ if v.gaussian:

@@ -16,7 +16,9 @@ from torch import Tensor
 from kgraph.errors import InputError
 from kgraph.gram import field as f
 from kgraph.gram.block import Block
+from kgraph.gram.build import arguments
 from kgraph.gram.field import Field
+from kgraph.gram.layout import NeedsFull
 from kgraph.gram.places import apply, total_places
 from kgraph.maps.quadrature import value_and_slope
 
@@ -70,9 +72,11 @@ class JointDraws:
         rows = self.engine.rows
         first, second = x[:, rows.first], y[:, rows.second]
         if self.engine.layout.name == "diagonal":
+            if x.shape[2:] != y.shape[2:]:
+                raise NeedsFull
             return (first * second).mean(0)
-        left = first.flatten(2).permute(1, 2, 0)
-        right = second.flatten(2).permute(1, 0, 2)
+        left = first.reshape(*first.shape[:2], -1).permute(1, 2, 0)
+        right = second.reshape(*second.shape[:2], -1).permute(1, 0, 2)
         return (torch.bmm(left, right) / len(x)).reshape(len(rows.first), *x.shape[2:], *y.shape[2:])
 
     def of(self, u: Field) -> tuple[Tensor, Tensor | None]:
@@ -96,6 +100,8 @@ class JointDraws:
             )
 
     def _draw(self, u: Field) -> tuple[Tensor, Tensor | None]:
+        if self.engine.layout.name == "diagonal" and _moves(u):
+            raise NeedsFull  # positions are drawn one by one
         match u:
             case f.Known():
                 return self._known(u)
@@ -256,6 +262,11 @@ class JointDraws:
             return z
         chol = torch.linalg.cholesky(z.mT @ z / self.count)
         return torch.linalg.solve_triangular(chol, z.mT, upper=False).mT
+
+
+def _moves(u: Field) -> bool:
+    """Whether the field at one position is made of others at several, or elsewhere."""
+    return isinstance(u, (f.Moved, f.Joined, f.Attended, f.Scores, f.Drawn)) and any(arg.places for arg in arguments(u))
 
 
 def _total(terms: list[Tensor | None]) -> Tensor | None:

@@ -141,6 +141,17 @@ def products_block(engine: Engine, u: f.Product, v: f.Product) -> Block | None:
     return Block(one.cov * two.cov, ntk)
 
 
+def known_factor_block(engine: Engine, u: f.Product, v: f.Known, swapped: bool) -> Block | None:
+    """``E[l k v]`` for known k and v and an independent field l: its mean times the pair of k and v."""
+    if not isinstance(u.right, f.Known) or not (u.left.independent(u.right) and u.left.independent(v)):
+        return None
+    inner = engine.pair(v, u.right) if swapped else engine.pair(u.right, v)
+    one = torch.ones(1, *v.places, dtype=torch.float64)
+    mean = shaped(engine.mean(u.left), u.places)
+    sides, places = ((one, mean), (v.places, u.places)) if swapped else ((mean, one), (u.places, v.places))
+    return inner.times(engine.layout.outer(engine.rows, *sides, *places))
+
+
 def mapped_block(engine: Engine, u: f.Mapped, v: f.Mapped) -> Block | None:
     if not (u.arg.gaussian and v.arg.gaussian):
         return None

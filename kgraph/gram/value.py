@@ -137,7 +137,14 @@ def reshaped(x: Value, shape: Sequence[int]) -> Value:
 
 
 def permuted(x: Value, dims: Sequence[int]) -> Value:
-    """The value with its dimensions in another order."""
+    """The value with its dimensions in another order; channels keep theirs.
+
+    Raises:
+        CannotFollow: a channel would meet others than before, which a law of channels alike does not show.
+    """
+    mixing = [d for d in dims if "c" in roles(x.axes[d]) and x.shape[d] > 1]
+    if mixing != sorted(mixing):
+        raise CannotFollow("channels in another order")
     axes = tuple(x.axes[d] for d in dims)
     starts = [place_start(x.axes, d) for d in range(len(x.axes))]
     order = tuple(starts[d] + i for d in dims for i in range(len(places_of((x.axes[d],)))))

@@ -129,6 +129,23 @@ def mul(context: Context, x: Any, y: Any) -> Value:
     return combine(random, known(context, other, random, at), times)
 
 
+@rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+def where(context: Context, condition: Any, x: Any, y: Any) -> Value:
+    """``1[c] x + 1[not c] y``; the gradient is that of what is chosen."""
+    if not isinstance(condition, Value):
+        raise CannotFollow("a choice by a known mask")
+    other = condition.each(lambda u: shifted(scaled(u, -1.0), 1.0))
+    return combine(_chosen(context, condition, x, 1), _chosen(context, other, y, 2), plus)
+
+
+def _chosen(context: Context, mask: Value, x: Any, at: int) -> Value:
+    if isinstance(x, Value):
+        return combine(mask, x, times)
+    if not isinstance(x, Tensor) or x.numel() == 1:
+        return _scaled(mask, float(x))
+    return combine(mask, known(context, x, mask, at), times)
+
+
 @rule(aten.div.Tensor, aten.div.Scalar)
 def div(context: Context, x: Any, y: Any) -> Value:
     if isinstance(x, Value) and not isinstance(y, Value):

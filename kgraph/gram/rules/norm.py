@@ -6,6 +6,7 @@ Statistics over positions or a batch of *one* channel fluctuate from channel to 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,22 +94,49 @@ def per_location_norm(context: Context, module: PerLocationNorm, x: Value) -> Va
 def group_norm(
     context: Context, x: Value, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: object
 ) -> Value:
-    channels = x.shape[1]
-    if channels == groups:
-        result = _by_draws(x, eps, _over(x, range(2, len(x.axes))))
+    over, width = _over(x, range(2, len(x.axes))), x.shape[1] // groups
+    if width <= FEW:
+        if any(size % width for size, _ in x.groups):
+            raise CannotFollow("a GroupNorm across channel groups")
+        result = _by_draws(x, eps, over, width)
     else:
-        result = normalized(context, x, _over(x, range(2, len(x.axes))), eps)
+        parts = [normalized(context, part, over, eps) for part in _parts(x, width)]
+        result = replace(x, groups=tuple(group for part in parts for group in part.groups))
     return gain_and_bias(context, result, weight, bias, (2, 3), 1)
 
 
-def _by_draws(x: Value, eps: float, over: tuple[int, ...]) -> Value:
-    """Every channel by its own mean and variance over positions."""
-    dims = tuple(2 + axis for axis in over)
+FEW = 16
+"""Channels of a group up to which its statistics count as random; those of many channels are numbers."""
+
+
+def _parts(x: Value, width: int) -> list[Value]:
+    """Channel groups cut where the norm's groups (``width`` channels each) end as well."""
+    if len(x.groups) == 1:
+        return [x]
+    parts: list[Value] = []
+    held: list[tuple[int, Field]] = []
+    for group in x.groups:
+        held.append(group)
+        total = sum(size for size, _ in held)
+        if total % width == 0:
+            if len(held) > 1 and total > width:
+                raise CannotFollow("a GroupNorm across channel groups")
+            parts.append(replace(x, groups=tuple(held)))
+            held = []
+    return parts
+
+
+def _by_draws(x: Value, eps: float, over: tuple[int, ...], width: int = 1) -> Value:
+    """Every ``width`` channels by their own mean and variance over positions."""
+    dims = (1, *(3 + axis for axis in over))
 
     def run(draws: Tensor) -> Tensor:
-        mean = draws.mean(dims, keepdim=True)
-        variance = (draws - mean).square().mean(dims, keepdim=True)
-        return (draws - mean) * (variance + eps).rsqrt()
+        whole = len(draws) // width * width
+        grouped = draws[:whole].reshape(-1, width, *draws.shape[1:])
+        mean = grouped.mean(dims, keepdim=True)
+        variance = (grouped - mean).square().mean(dims, keepdim=True)
+        result = ((grouped - mean) * (variance + eps).rsqrt()).reshape(whole, *draws.shape[1:])
+        return torch.cat([result, result[: len(draws) - whole]])
 
     return x.each(lambda u: Drawn(u.places, u.roots, u.how, (u,), run))
 

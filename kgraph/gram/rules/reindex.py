@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -29,12 +30,8 @@ from kgraph.gram.value import (
 
 def _sizes(x: Value, shape: Sequence[int]) -> list[int]:
     """Sizes with -1 filled in."""
-    total = 1
-    for size in x.shape:
-        total *= size
-    known = 1
-    for size in shape:
-        known *= size if size != -1 else 1
+    total = math.prod(x.shape)
+    known = math.prod(size for size in shape if size != -1)
     return [total // known if size == -1 else size for size in shape]
 
 
@@ -55,10 +52,7 @@ def flatten(context: Context, x: Value, start: int = 0, end: int = -1) -> Value:
 
 
 def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
+    return math.prod(sizes)
 
 
 @rule(aten.unflatten.int)
@@ -120,10 +114,14 @@ def t(context: Context, x: Value) -> Value:
     aten._to_copy.default,
     aten.alias.default,
     aten.detach.default,
-    aten.channel_shuffle.default,
 )
 def unchanged(context: Context, x: Value, *_: object, **__: object) -> Value:
     return x
+
+
+@rule(aten.channel_shuffle.default)
+def channel_shuffle(context: Context, x: Value, groups: int) -> Value:
+    raise CannotFollow("channels in another order")
 
 
 @rule(aten.expand.default)

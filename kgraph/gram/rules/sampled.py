@@ -8,10 +8,25 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from kgraph.canonical import aten
 from kgraph.gram.field import Drawn
 from kgraph.gram.rules.table import Context
 from kgraph.gram.value import Axes, Value, size_of
 from kgraph.rules.sampled import for_mode
+
+MOVES = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.movedim.int,
+    aten.movedim.intlist,
+    aten.t.default,
+    aten.pixel_shuffle.default,
+)
 
 
 def sample(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Value:
@@ -21,6 +36,8 @@ def sample(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any], reas
         RuleError: the operation mixes inputs or channels in a way that draws of channels cannot show.
     """
     values = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Value)]
+    if context.node.target in MOVES:  # what the result's dimensions mean cannot be told from their sizes
+        raise context.error(f"cannot follow {reason}")
     if any(len(v.groups) > 1 for v in values):
         raise context.error(f"no exact kernel rule ({reason}), and its operands have several groups of channels")
     template, tree = pytree.tree_flatten((args, kwargs))
@@ -89,7 +106,10 @@ def _as_draws(y: Tensor, axes: Axes) -> Tensor:
 
 def _result_axes(context: Context, call: Any, values: list[Value]) -> Axes:
     """Axes of the result: an operand's where the layout is kept."""
-    probe = call(*(torch.zeros(v.shape, dtype=torch.float64) for v in values))
+    try:
+        probe = call(*(torch.zeros(v.shape, dtype=torch.float64) for v in values))
+    except (RuntimeError, TypeError, ValueError, IndexError) as reason:
+        raise context.error(f"no exact kernel rule, and it does not run on draws: {reason}") from reason
     if not isinstance(probe, Tensor):
         raise context.error(
             "no exact kernel rule, and its result is not one tensor", "Use kgraph.analyze for this model"

@@ -1,0 +1,121 @@
+"""Attention, and transformers' embeddings, against brute force.
+
+The logits are sums over the channels of one head: its size is the width that the allowance is about.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from gram_montecarlo import Case, Net, check_nngp, dense, sequences, tokens
+from torch import Tensor, nn
+from torch.nn.functional import relu, scaled_dot_product_attention
+
+HEADS, SIZE = 2, 256
+EMBED = HEADS * SIZE
+
+
+def split(x: Tensor) -> Tensor:
+    return x.reshape(*x.shape[:2], HEADS, SIZE).transpose(1, 2)
+
+
+def joined(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).reshape(x.shape[0], -1, EMBED)
+
+
+def attention(kind: str, *, causal: bool = False) -> Net:
+    """Embedded sequences, one attention, and the mean over positions. Kinds: fused, written, uniform, linear."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = m.a(x)
+        q, k, v = (split(t) for t in (m.q(y), m.k(y), m.v(y)))
+        if kind == "fused":
+            mixed = scaled_dot_product_attention(q, k, v, is_causal=causal)
+        elif kind == "uniform":
+            mixed = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=1e-9)
+        else:
+            mixed = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(SIZE), -1) @ v
+        return m.o(joined(mixed))[:, :2].mean(1)
+
+    layers = {name: dense(EMBED, EMBED) for name in "qkvo"}
+    return Net(forward, a=dense(6, EMBED), **layers)
+
+
+def case(right: Net, wrong: Net, layers: int = 3) -> Case:
+    return Case(lambda: right, lambda: wrong, sequences, layers, SIZE, 150)
+
+
+def test_fused() -> None:
+    check_nngp(case(attention("fused"), attention("uniform")))
+
+
+def test_causal() -> None:
+    check_nngp(case(attention("fused", causal=True), attention("fused")))
+
+
+def test_written_out() -> None:
+    check_nngp(case(attention("written"), attention("uniform")))
+
+
+def test_queries_are_the_keys() -> None:
+    """Tied: logits of a position with itself have a mean of sqrt(d) q; over small inputs it is not yet a maximum."""
+
+    def net(tied: bool) -> Net:
+        def forward(m: Net, x: Tensor) -> Tensor:
+            y = 0.2 * m.a(x)
+            q, k, v = (split(t) for t in (m.q(y), (m.q if tied else m.k)(y), m.v(m.a(x))))
+            return joined(scaled_dot_product_attention(q, k, v)).mean(1)
+
+        return Net(forward, a=dense(6, EMBED, bias=False), **{n: dense(EMBED, EMBED, bias=False) for n in "qkv"})
+
+    check_nngp(case(net(True), net(False), 2))
+
+
+def test_multihead_attention() -> None:
+    def net(right: bool) -> Net:
+        def forward(m: Net, x: Tensor) -> Tensor:
+            y = m.a(x)
+            return (m.mha(y, y, y, need_weights=False)[0] if right else m.o(m.v(y)))[:, :2].mean(1)
+
+        layers = {"o": dense(EMBED, EMBED), "v": dense(EMBED, EMBED)}
+        mha = nn.MultiheadAttention(EMBED, HEADS, batch_first=True)
+        return Net(forward, a=dense(6, EMBED), mha=mha, **layers)
+
+    check_nngp(case(net(True), net(False)))
+
+
+def test_residual_attention_and_norm() -> None:
+    """x + attention(x), LayerNorm, relu, mean over positions."""
+
+    def net(right: bool) -> Net:
+        def forward(m: Net, x: Tensor) -> Tensor:
+            y = m.a(x)
+            q, k, v = (split(m.q(y)), split(m.k(y)), split(m.v(y)))
+            z = joined(scaled_dot_product_attention(q, k, v, scale=None if right else 1e-9))
+            return relu(m.norm(y + m.o(z))).mean(1)
+
+        layers = {name: dense(EMBED, EMBED) for name in "qkvo"}
+        return Net(forward, a=dense(6, EMBED), norm=nn.LayerNorm(EMBED), **layers)
+
+    check_nngp(case(net(True), net(False)))
+
+
+class Positions(nn.Module):
+    """Token and position embeddings, LayerNorm, a linear layer."""
+
+    def __init__(self, positions: bool) -> None:
+        super().__init__()
+        self.token, self.place = nn.Embedding(5, EMBED), nn.Embedding(4, EMBED)
+        self.norm, self.out = nn.LayerNorm(EMBED), nn.Linear(EMBED, EMBED)
+        self.positions = positions
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.token(ids)
+        if self.positions:
+            x = x + self.place(torch.arange(ids.shape[1]))
+        return relu(self.out(self.norm(x))).mean(1)
+
+
+def test_embeddings() -> None:
+    check_nngp(Case(lambda: Positions(True), lambda: Positions(False), tokens, 2, EMBED))
