@@ -6,6 +6,7 @@ none of it depends on how the numbers were obtained.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -45,6 +46,9 @@ class NodeKernel:
     """e.g. "+-1.2e-03" for sampled, the reason for assumed, else ""."""
     inputs: tuple[str, ...]
     """Names of the nodes it reads (only those that are rows)."""
+    ntk: float = math.nan
+    """NTK block of an input with itself at one position, E[sum over parameters of (dv/dp)^2] averaged over
+    channels, in `Analysis.parametrization`; nan where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,9 @@ class Analysis:
     """The subnetwork "u -> v" that attains it, or ""."""
     notes: tuple[str, ...]
     """Remarks about capture or assumptions, in plain words."""
+    parametrization: str = "standard"
+    """What the NTK is with respect to: "standard" (the parameters that PyTorch trains) or "ntk" (unit normal
+    parameters with the variance as a factor)."""
 
     def __getitem__(self, name: str) -> NodeKernel:
         """The node called `name`, or an InputError that names the nearest ones."""

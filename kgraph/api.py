@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from os import PathLike
 
+import torch
 from torch import Tensor, nn
 
 from kgraph.analysis import Ledger
@@ -15,13 +18,35 @@ from kgraph.export import export_onnx as _export_onnx
 from kgraph.inputs import resolve_inputs
 from kgraph.lift import EmittedModule
 from kgraph.methods import Method, resolve_method
-from kgraph.passes.fold_parametrizations import fold_parametrizations
+from kgraph.passes.fold_parametrizations import fold_hooks, fold_parametrizations, has_hooks
 from kgraph.passes.remove_norms import NORMS
 from kgraph.propagate import Propagation, propagate, summarize
 from kgraph.recipe import Plan, is_free, prepare, rewrite
 from kgraph.report import Comparison, Report
 from kgraph.subnetworks import find_subnetworks
 from kgraph.targets import ShapingTargets, solve_targets
+
+STALE = (
+    "a state dict was loaded after the transform: the report describes the module as it was emitted; "
+    "kgraph.analyze(module) describes it as it is"
+)
+
+
+class LoadWatch:
+    """A post hook of ``load_state_dict`` that remembers that it was called."""
+
+    def __init__(self) -> None:
+        self.loaded = False
+
+    def __call__(self, module: nn.Module, incompatible_keys: object) -> None:
+        self.loaded = True
+
+    def over(self, emitted: EmittedModule) -> LoadWatch:
+        """Watch a module and the modules that it calls: copies and pickles of it keep the hooks of the latter only."""
+        called = {str(node.target) for node in emitted.graph.nodes if node.op == "call_module"}
+        for module in (emitted, *(emitted.get_submodule(path) for path in sorted(called))):
+            module.register_load_state_dict_post_hook(self)
+        return self
 
 
 @dataclass(frozen=True)
@@ -33,8 +58,9 @@ class TransformRecord:
         shortcut_weight: weight of shortcuts, as given or chosen.
         targets: local targets, None where none could be solved.
         ledger: every change, what was kept and why, what is unmet.
-        before, after: reports of the model as given (in its own mode) and as emitted (in eval mode: without norms
+        before, emitted: reports of the model as given (in its own mode) and as emitted (in eval mode: without norms
             the modes differ by dropout only, whose noise is no part of the kernel's shape).
+        watch: whether a state dict was loaded since.
     """
 
     method: Method
@@ -42,12 +68,27 @@ class TransformRecord:
     targets: ShapingTargets | None
     ledger: Ledger
     before: Report
-    after: Report
+    emitted: Report
+    watch: LoadWatch = field(default_factory=LoadWatch, compare=False, repr=False)
+
+    @property
+    def stale(self) -> str:
+        """Why the report no longer describes the module, or ""."""
+        return STALE if self.watch.loaded else ""
+
+    @property
+    def after(self) -> Report:
+        """The module as it was emitted; with a note where a state dict was loaded since."""
+        if not self.stale:
+            return self.emitted
+        analysis = self.emitted.analysis
+        return Report(replace(analysis, notes=(self.stale, *analysis.notes)))
 
     @property
     def comparison(self) -> Comparison:
         """Before and after side by side."""
-        return Comparison(self.before, self.after, self.ledger)
+        notes = (self.stale, *self.ledger.notes) if self.stale else self.ledger.notes
+        return Comparison(self.before, self.after, replace(self.ledger, notes=notes))
 
 
 def analyze(
@@ -56,21 +97,48 @@ def analyze(
     *,
     positions: str = "exchangeable",
     mode: str | None = None,
+    parametrization: str = "standard",
 ) -> Report:
-    """Kernel report of a model as it is: q, c and slope at every node.
+    """Kernel report of a model as it is: q, c, slope and NTK at every node.
 
     Args:
         model: any bare module; left as it was.
         example_inputs: tensor, tuple or dict; inferred when None.
         positions: position model.
         mode: "train" (batch statistics, dropout) or "eval"; the model's own when None.
+        parametrization: of the NTK: "standard" (the parameters as PyTorch trains them) or "ntk".
 
     Raises:
         ModelError, InputError, CaptureError: see `kgraph.errors`.
     """
     check_model(model)
-    graph = capture(model, example_inputs)
-    return _report(graph, propagate(graph, mode=mode or _mode(model), positions=positions))
+    graph = _captured(model, example_inputs)
+    result = propagate(graph, mode=mode or _mode(model), positions=positions, parametrization=parametrization)
+    return _report(graph, result)
+
+
+def _captured(model: nn.Module, example_inputs: object) -> Graph:
+    """The model's graph; of a copy with plain weights where forward hooks compute them, which none can capture."""
+    if not has_hooks(model):
+        with _buffers_kept(model):
+            return capture(model, example_inputs)
+    owned = _copied(model)
+    names = ", ".join(fold_hooks(owned))
+    graph = capture(owned, example_inputs)
+    graph.notes.append(f"{names}: computed by a forward hook, analysed at the present value as a plain weight")
+    return graph
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put back what a run of the model advances even in eval mode (spectral norm's power iteration, in export)."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
 
 
 def _mode(model: nn.Module) -> str:
@@ -133,17 +201,13 @@ def transform(
     plan = Plan(chosen, shortcut_weight, seed, distribution, per_location_norm)
     outcome = rewrite(graph, plan, first)
     ledger = _with_folded(outcome.ledger, folded)
-    record = TransformRecord(
-        chosen,
-        outcome.shortcut_weight,
-        outcome.targets,
-        ledger,
-        before,
-        after=_report(outcome.graph, outcome.propagation),
-    )
+    after = _report(outcome.graph, outcome.propagation)
     shaped = outcome.graph.emit()
     shaped.train(model.training)
-    shaped.meta["kgraph"] = record
+    watch = LoadWatch().over(shaped)
+    shaped.meta["kgraph"] = TransformRecord(
+        chosen, outcome.shortcut_weight, outcome.targets, ledger, before, after, watch
+    )
     return shaped
 
 
@@ -195,7 +259,10 @@ def export_onnx(
     check_model(model)
     inputs = resolve_inputs(model, example_inputs)
     record = model.kgraph if isinstance(model, EmittedModule) else None
-    report = record.after.to_dict() if isinstance(record, TransformRecord) else None
+    report = None
+    if isinstance(record, TransformRecord):
+        current = analyze(model, inputs, mode="eval") if record.stale else record.emitted
+        report = current.to_dict()
     return _export_onnx(model, path, inputs.args or inputs.kwargs, opset=opset, report=report)
 
 

@@ -50,7 +50,7 @@ def affine(x: Tensor, scale: float, shift: float) -> Tensor:
 
 
 class FunctionModule(nn.Module):
-    """A pointwise function as a module: ``forward(x) = function(x, *args, **kwargs)``.
+    """A pointwise function as a module: ``forward(x, *more) = function(x, *more, *args, **kwargs)``.
 
     Exists so that a captured call such as ``aten.gelu.default(x, approximate="tanh")`` can be pickled:
     torch's operator overloads cannot, so they are stored by name.
@@ -70,9 +70,9 @@ class FunctionModule(nn.Module):
             function, kwargs = function.func, {**function.keywords, **kwargs}
         self.function, self.args, self.kwargs = function, args, kwargs
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``function(x, *args, **kwargs)``; shape as the function gives it."""
-        return self.function(x, *self.args, **self.kwargs)
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        """``function(x, *more, *args, **kwargs)``; shape as the function gives it."""
+        return self.function(x, *more, *self.args, **self.kwargs)
 
     def extra_repr(self) -> str:
         name = getattr(self.function, "__name__", str(self.function))
@@ -108,6 +108,9 @@ class ShapedActivation(nn.Module):
             `FunctionModule`.
         input_scale, input_shift, output_shift, output_scale: finite numbers, kept exactly.
 
+    A learnable slope (PReLU's) that another module owns is handed to ``forward`` after u, so that its name in the
+    state dict stays what it was.
+
     Shapes: any; the output has the input's shape and dtype.
     Raises: InputError for a constant that is not finite, or a zero scale.
     Source: Martens et al. 2021, arXiv 2110.01765; Zhang et al. 2022, arXiv 2203.08120.
@@ -140,13 +143,15 @@ class ShapedActivation(nn.Module):
             "output_scale": self.output_scale,
         }
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Tensor, *slopes: Tensor) -> Tensor:
         """phi_hat(u), of u's shape and dtype."""
         x = affine(_widen(u), self.input_scale, self.input_shift)
-        y = affine(self._activate(x), self.output_scale, self.output_scale * self.output_shift)
+        y = affine(self._activate(x, slopes), self.output_scale, self.output_scale * self.output_shift)
         return _cast(y, u.dtype)
 
-    def _activate(self, x: Tensor) -> Tensor:
+    def _activate(self, x: Tensor, slopes: tuple[Tensor, ...]) -> Tensor:
+        if slopes:
+            return self.activation(x, *(_cast(slope, x.dtype) for slope in slopes))
         # A learnable activation (PReLU) of a half-precision model takes only its own parameters' dtype.
         for parameter in self.activation.parameters():
             return _cast(self.activation(_cast(x, parameter.dtype)), x.dtype)

@@ -2,22 +2,25 @@
 
 A region is a set of pointwise nodes that are functions of one and the same tensor (x * sigmoid(x),
 relu6(x + 3) * x / 6, a single relu). Its end is the node that others read. A region whose end only multiplies
-another tensor, and which is bounded like a sigmoid, is a gate: it scales, it does not shape.
+another tensor, and which is bounded like a sigmoid, is a gate: it scales, it does not shape. A learnable slope
+(PReLU) counts as the numbers that it holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from kgraph.canonical import aten
 from kgraph.maps import Pointwise
 from kgraph.modules import ShapedActivation
-from kgraph.rules.pointwise import function_of, is_pointwise, pointwise_of_module, shaped_map
+from kgraph.rules.pointwise import function_of, is_pointwise, leaky, pointwise_of_module, shaped_map
+from kgraph.rules.prelu import average, spread
 
 _LINEAR = {
     aten.add.Tensor,
@@ -32,6 +35,8 @@ _LINEAR = {
     aten.div.Tensor,
     aten.div.Scalar,
 }
+_RANDOM = {aten.rrelu.default}
+"""Tagged pointwise, but no function: drawn anew at every call."""
 _GATES = {aten.sigmoid.default, aten.hardsigmoid.default}
 _NOT_FLOATING = ("eq", "ne", "lt", "le", "gt", "ge", "logical_not", "bitwise_not", "isnan", "to", "_to_copy")
 
@@ -55,35 +60,86 @@ class Region:
     gate: bool
 
     @cached_property
+    def learnable(self) -> tuple[fx.Node, ...]:
+        """The nodes of its learnable slopes, in order."""
+        return tuple(weight for node in self.nodes for weight in _slopes_of(node))
+
+    @cached_property
+    def slopes(self) -> dict[fx.Node, tuple[float, float]]:
+        """Mean and standard deviation over channels of every learnable slope."""
+        return {weight: spread(known_value(weight, self.module)) for weight in self.learnable}
+
+    @cached_property
     def fn(self) -> Pointwise:
-        """The region as a pointwise map, with a closed form where it is a single known function."""
+        """The region as a pointwise map, with a closed form where it is a single known function.
+
+        Slopes that differ from channel to channel are averaged over: see `kgraph.rules.prelu`.
+        """
+        middle = self._map(0.0)
+        if not any(deviation for _, deviation in self.slopes.values()):
+            return middle
+        return average(self._map(-1.0), self._map(1.0), middle)
+
+    def _map(self, at: float) -> Pointwise:
+        """The map whose slopes lie ``at`` standard deviations from their mean."""
         node = self.end
-        if len(self.nodes) == 1 and node.op == "call_module":
-            activation = self.module.get_submodule(str(node.target))
-            return (
-                shaped_map(activation) if isinstance(activation, ShapedActivation) else pointwise_of_module(activation)
-            )
-        if len(self.nodes) == 1:
+        if len(self.nodes) > 1:
+            return Pointwise(partial(self._run, at))
+        own = tuple(self._slope(weight, at) for weight in self.learnable)
+        if node.op != "call_module":
+            if own:
+                return leaky(own[0])
             index = node.args.index(self.source)
             return function_of(node.target, node.args, dict(node.kwargs), index)  # type: ignore[arg-type]
-        return Pointwise(self.evaluate)
+        activation = self.module.get_submodule(str(node.target))
+        if isinstance(activation, ShapedActivation):
+            return shaped_map(activation, own)
+        return pointwise_of_module(activation)
 
-    def evaluate(self, u: Tensor) -> Tensor:
+    def _slope(self, weight: fx.Node, at: float) -> float:
+        mean, deviation = self.slopes[weight]
+        return mean + at * deviation
+
+    def _run(self, at: float, u: Tensor) -> Tensor:
         """Run the region's own nodes on ``u``."""
         known: dict[fx.Node, Any] = {self.source: u}
+        known |= {weight: u.new_tensor([self._slope(weight, at)]) for weight in self.learnable}
         for node in self.nodes:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)  # type: ignore[misc]
             if node.op == "call_module":
                 known[node] = self.module.get_submodule(str(node.target))(*args, **kwargs)
+            elif node.target is aten.prelu.default:
+                known[node] = torch.where(args[0] > 0, args[0], args[1] * args[0])
             else:
                 known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return known[self.end]
+
+
+def known_value(node: fx.Node, module: fx.GraphModule) -> Tensor:
+    """Value of a node that depends on no input: a parameter, or computed from parameters."""
+    if node.op != "get_attr":
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known_value(n, module))  # type: ignore[misc]
+        with torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+    value: Any = module
+    for name in str(node.target).split("."):
+        value = getattr(value, name)
+    return value.detach()
+
+
+def _slopes_of(node: fx.Node) -> tuple[fx.Node, ...]:
+    """What a node takes besides its input: the slope of a prelu, those of a shaped activation."""
+    if node.target is aten.prelu.default or node.op == "call_module":
+        return tuple(weight for weight in node.args[1:] if isinstance(weight, fx.Node))
+    return ()
 
 
 def is_activation(node: fx.Node) -> bool:
     """Whether a single node is a nonlinear pointwise function of one tensor (used to count depth)."""
     if node.op == "call_module":
         return isinstance(_submodule(node), (ShapedActivation, *_ACTIVATION_MODULES))
+    if node.target is aten.prelu.default:
+        return True
     if not is_pointwise(node.target) or node.target in _LINEAR or not _is_floating(node):
         return False
     return len(node.all_input_nodes) == 1
@@ -114,7 +170,7 @@ def find_regions(module: fx.GraphModule, random: Callable[[fx.Node], bool]) -> l
     source: dict[fx.Node, fx.Node] = {}
     members: dict[fx.Node, list[fx.Node]] = {}
     for node in module.graph.nodes:
-        root = _source_of(node, source, random)
+        root = _source_of(module, node, source, random)
         if root is not None:
             source[node] = root
             members.setdefault(root, []).append(node)
@@ -139,12 +195,17 @@ def _repeats(node: fx.Node) -> int:
     return len(tensors) - len(set(tensors))
 
 
-def _source_of(node: fx.Node, source: dict[fx.Node, fx.Node], random: Callable[[fx.Node], bool]) -> fx.Node | None:
+def _source_of(
+    module: fx.GraphModule, node: fx.Node, source: dict[fx.Node, fx.Node], random: Callable[[fx.Node], bool]
+) -> fx.Node | None:
     if not random(node) or not _pointwise_node(node):
         return None
-    inputs = node.all_input_nodes
-    if not inputs or not all(random(n) for n in inputs):
+    weights = _slopes_of(node)
+    inputs = [n for n in node.all_input_nodes if n not in weights]
+    if not inputs or not all(random(n) for n in inputs) or not all(_is_known(weight, random) for weight in weights):
         return None
+    if any(spread(known_value(weight, module))[1] for weight in weights):
+        return inputs[0]  # channels differ from here on: what came before is one function for all of them
     roots = {source.get(n, n) for n in inputs}
     if len(roots) == 1:
         return roots.pop()
@@ -152,10 +213,17 @@ def _source_of(node: fx.Node, source: dict[fx.Node, fx.Node], random: Callable[[
     return direct.pop() if len(direct) == 1 else None
 
 
+def _is_known(node: fx.Node, random: Callable[[fx.Node], bool]) -> bool:
+    """Whether a slope depends on no input and can be read off the graph."""
+    inward = node.op == "call_function" and all(_is_known(n, random) for n in node.all_input_nodes)
+    return not random(node) and (node.op == "get_attr" or inward)
+
+
 def _pointwise_node(node: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(_submodule(node), (ShapedActivation, *_ACTIVATION_MODULES))
-    return node.op == "call_function" and is_pointwise(node.target) and _is_floating(node)
+    named = (is_pointwise(node.target) and node.target not in _RANDOM) or node.target is aten.prelu.default
+    return node.op == "call_function" and named and _is_floating(node)
 
 
 def _ends(nodes: list[fx.Node]) -> list[fx.Node]:

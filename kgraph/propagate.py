@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +22,7 @@ from kgraph.errors import InputError
 from kgraph.kernel import DIFF, SAME, Kernel, Pairs, Part
 from kgraph.rules import Context, Sampler, find_rule
 from kgraph.rules.pointwise import is_pointwise, unary
+from kgraph.rules.unallocated import Unallocated
 from kgraph.site import shape_of, site_of
 
 TOKEN_VIEWS = {
@@ -45,16 +48,25 @@ class Propagation:
     Attributes:
         values: value of every node.
         pairs: the input pairs.
+        mode: "train" or "eval".
         seconds: time the walk took.
+        parametrization: of the NTK.
+        notes: what was assumed of tensors without values.
     """
 
     values: dict[fx.Node, Any]
     pairs: Pairs
     mode: str
     seconds: float
+    parametrization: str = "standard"
+    notes: tuple[str, ...] = ()
 
     def kernels(self) -> dict[fx.Node, Kernel]:
         """Nodes whose value is one kernel."""
+        return self._kernels
+
+    @cached_property
+    def _kernels(self) -> dict[fx.Node, Kernel]:
         return {node: value for node, value in self.values.items() if isinstance(value, Kernel)}
 
 
@@ -88,7 +100,9 @@ def propagate(
     walk = _Walk(graph, pairs or Pairs(), mode, parametrization, adjust)
     with torch.no_grad():
         values = walk.run()
-    return Propagation(values, walk.pairs, mode, time.perf_counter() - start)
+    values |= walk.unallocated.values
+    seconds, notes = time.perf_counter() - start, walk.unallocated.notes()
+    return Propagation(values, walk.pairs, mode, seconds, parametrization, notes)
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -104,7 +118,9 @@ class _Walk:
         self.graph, self.pairs, self.mode, self.parametrization = graph, pairs, mode, parametrization
         self.values: dict[fx.Node, Any] = {}
         self.tokens: set[fx.Node] = set()
-        self.sampler = Sampler(self.values, graph.module, pairs, mode)
+        self.unallocated = Unallocated()
+        seen = cast(dict[fx.Node, Any], ChainMap(self.unallocated.values, self.values))
+        self.sampler = Sampler(seen, graph.module, pairs, mode)
         leaves, _ = pytree.tree_flatten(graph.inputs)
         self.inputs = iter(leaves)
 
@@ -137,6 +153,7 @@ class _Walk:
         args, kwargs = self._arguments(node)
         if not _random(args, kwargs):
             return module(*args, **kwargs)
+        args, kwargs = self.unallocated.filled(node, self.values)
         context = self._context(node)
         rule = find_rule(type(module))
         return rule(context, module, *args, **kwargs) if rule else context.sample()
@@ -147,9 +164,11 @@ class _Walk:
         if target is aten.sym_size.int and isinstance(args[0], Kernel):
             return args[0].shape[args[1]]
         if target is aten.embedding.default and self._reads_tokens(node):
+            args, kwargs = self.unallocated.filled(node, self.values)
             return find_rule(target)(self._context(node), *args, **kwargs)  # type: ignore[misc]
         if not _random(args, kwargs):
             return self._known(node, target, args, kwargs)
+        args, kwargs = self.unallocated.filled(node, self.values)
         context = self._context(node)
         rule = find_rule(target)
         if rule is not None:
@@ -234,7 +253,8 @@ def summarize(graph: Graph, result: Propagation) -> Analysis:
         seconds=result.seconds,
         max_slope=None,
         max_slope_at="",
-        notes=tuple(graph.notes),
+        notes=(*graph.notes, *result.notes),
+        parametrization=result.parametrization,
     )
 
 
@@ -275,4 +295,5 @@ def _row(node: fx.Node, kernel: Kernel, pairs: Pairs, depth: int, kernels: dict[
         how=kernel.how.name,
         note=kernel.how.note,
         inputs=tuple(n.name for n in node.all_input_nodes if n in kernels),
+        ntk=float(part.ntk[Pairs.SELF, SAME]),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,8 +12,9 @@ from kgraph.analysis import Ledger
 from kgraph.canonical import operation_name
 from kgraph.capture import Graph
 from kgraph.errors import TargetError
-from kgraph.kernel import Kernel
-from kgraph.methods import DKS, Method
+from kgraph.kernel import SAME, Kernel, Pairs
+from kgraph.methods import DKS, TAT, Method
+from kgraph.modules import ShapedActivation
 from kgraph.nonlinear import Region, find_regions
 from kgraph.passes.base import Pass, Pipeline, Workspace
 from kgraph.passes.per_location_norm import InsertPerLocationNorm
@@ -20,7 +22,7 @@ from kgraph.passes.reinitialize import Reinitialize
 from kgraph.passes.remove_norms import RemoveNorms
 from kgraph.passes.rescale import Rescale
 from kgraph.passes.scale_residuals import ScaleResiduals, reweight
-from kgraph.passes.shape_activations import ShapeActivations, is_kinked, is_leaky, keep_learnable, kept_reason
+from kgraph.passes.shape_activations import ShapeActivations, is_kinked, is_leaky, keep_unshaped, kept_reason
 from kgraph.propagate import Propagation
 from kgraph.subnetworks import Subnetworks, find_subnetworks
 from kgraph.targets import ShapingTargets, solve_kind, solve_targets
@@ -31,6 +33,7 @@ SHAPED_MODE = "eval"
 _RAISED = (0.8, 0.9, 0.95, 0.98)
 _Q_TOLERANCE = 1e-6
 _SAMPLED_TOLERANCE = 0.05
+_PLAN_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,11 @@ def rewrite(graph: Graph, plan: Plan, first: Propagation | None = None) -> Outco
     if targets is not None:
         plan.shaping(method, targets).run(work)
     else:
-        keep_learnable(work)
+        keep_unshaped(work, find_regions(work.graph.module, work.is_random))
         Rescale().run(work)
     _check(work, method)
+    if targets is not None:
+        _compare(work, method)
     return Outcome(graph, weight, targets, work.ledger(repr(plan.method)), work.propagation())
 
 
@@ -181,6 +186,57 @@ def _check(work: Workspace, method: Method) -> None:
         largest = find_subnetworks(work.graph, work.propagation(), free=is_free).max_slope()
         if largest.value > method.zeta * (1 + 1e-6):
             work.unmet.append(f"max slope is {largest.value:.6g} > zeta = {method.zeta:g} in the subnetwork {largest}")
+
+
+def _compare(work: Workspace, method: Method) -> None:
+    """Say what the local maps promise at the output and what the propagation finds there, where they differ.
+
+    The targets are about local maps at q = 1 of Gaussian inputs, and pooling counts as keeping c.
+    """
+    own = find_subnetworks(work.graph, work.propagation(), free=lambda region: False)
+    leaky = isinstance(method, TAT) and any(is_leaky(region) for region in own.regions if is_free(region))
+    planned = own.c_values() if leaky else own.slopes()
+    found = {node: _measure(kernel, leaky) for node, kernel in work.kernels().items()}
+    apart = {node for node in planned if node in found and _differ(planned[node], found[node])}
+    output = next(node for node in work.nodes if node.op == "output")
+    final = next((node for node in output.all_input_nodes if node in apart), None)
+    if final is None:
+        return
+    first = next((n for n in planned if n in apart and not any(b in apart for b in n.all_input_nodes)), final)
+    quantity, definition = _definition(method, leaky)
+    shaped = isinstance(work.module(first), ShapedActivation)
+    why = "its input is not Gaussian" if shaped else f"{operation_name(first)} changes c by itself"
+    work.notes.append(
+        f"{quantity} from input to output is planned to be {planned[final]:.4g}, and the analysis finds "
+        f"{found[final]:.4g} at {final.name}; they part first at {first.name}: {why}{_not_gaussian(work, own)}. "
+        f"{definition} is about local maps of Gaussian inputs, with pooling counted as keeping c"
+    )
+
+
+def _not_gaussian(work: Workspace, own: Subnetworks) -> str:
+    kernels = work.kernels()
+    sources = [region.source for region in own.regions if not region.gate and region.source in kernels]
+    other = sum(not all(part.gaussian for part in kernels[source].parts) for source in sources)
+    return f"; the inputs of {other} of {len(sources)} activations are not Gaussian" if other else ""
+
+
+def _definition(method: Method, leaky: bool) -> tuple[str, str]:
+    if isinstance(method, DKS):
+        return "the slope C'(1)", f"The target zeta = {method.zeta:g}"
+    if leaky:
+        return "C(0)", f"The target eta = {method.eta:g}"
+    return "the slope C'(1)", f"The target tau = {method.tau:g}"
+
+
+def _measure(kernel: Kernel, leaky: bool) -> float:
+    part = kernel.merged
+    value = part.cov[Pairs().cosines.index(0.0), SAME] if leaky else part.slope[Pairs.UNIT, SAME]
+    return float(value / part.q) if float(part.q) > 0 else math.nan
+
+
+def _differ(planned: float, found: float) -> bool:
+    """By more than one percent; a c value near 0 by more than .01."""
+    return abs(found - planned) > _PLAN_TOLERANCE * max(abs(planned), 1.0 if abs(planned) < _PLAN_TOLERANCE else 0.0)
 
 
 def _named(work: Workspace, end: str) -> Region:

@@ -153,7 +153,8 @@ class _Builder:
         terms = [n for n in node.args[:2] if isinstance(n, fx.Node) and n in self.index]
         if len(terms) == 1 and not _adds_tensor(node, self.values):
             return Step(node, "pass", (self.index[terms[0]],))
-        q = [self._q(n) for n in terms]
+        scale = float(node.kwargs.get("alpha", 1.0)) ** 2  # type: ignore[arg-type]
+        q = [self._q(n) * (scale if n is node.args[1] else 1.0) for n in terms]
         total = (
             float(self.values[node].merged.q) if len(terms) == 1 and isinstance(self.values[node], Kernel) else sum(q)
         )

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import fx
 
 from kgraph.capture import Graph
 from kgraph.maps import Pointwise
@@ -74,6 +75,22 @@ class Subnetworks:
     def max_c(self, negative_slope: float) -> Extreme:
         """Largest C(0) when free layers are leaky relus of this negative slope (scaled to Q(1) = 1)."""
         return self._largest([s[0] for s in self._sweep(_LeakyMaps(self, negative_slope))])
+
+    def c_values(self) -> dict[fx.Node, float]:
+        """C(0) from the inputs, all of them at c = 0, to every node, every layer with its own map at q = 1."""
+        return self._from_inputs(_LeakyMaps(self, 0.0))
+
+    def slopes(self) -> dict[fx.Node, float]:
+        """Slope at c = 1 from the inputs, all of them together, to every node."""
+        return self._from_inputs(_SlopeMaps(self, None))
+
+    def _from_inputs(self, maps: _Maps) -> dict[fx.Node, float]:
+        values: list[tuple[Array, ...]] = []
+        start = tuple(np.array([value]) for value in maps.start)
+        for step in self.steps:
+            arguments = [values[i] for i in step.inputs]
+            values.append(_combine(step, arguments, maps) if arguments else start)
+        return {step.node: float(value[0][0]) for step, value in zip(self.steps, values, strict=True)}
 
     def _sweep(self, maps: _Maps) -> list[tuple[Array, ...]]:
         values: list[tuple[Array, ...]] = []

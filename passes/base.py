@@ -186,7 +186,10 @@ def _taken(root: nn.Module, path: str) -> bool:
     """Whether a module, parameter, buffer or plain attribute has this name."""
     holder, _, name = path.rpartition(".")
     owner = find_module(root, holder)
-    return owner is not None and name in dir(owner)
+    if owner is None:
+        return False
+    own = (owner._modules, owner._parameters, owner._buffers, owner.__dict__)  # dir() would list all children
+    return any(name in names for names in own) or hasattr(type(owner), name)
 
 
 def _label(node: fx.Node) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -17,17 +20,30 @@ def fold_parametrizations(model: nn.Module) -> list[str]:
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
                 folded.append(f"{path}.{name}" if path else name)
-        folded += _fold_hooks(path, module)
-    return folded
+    return folded + fold_hooks(model)
 
 
-def _fold_hooks(path: str, module: nn.Module) -> list[str]:
-    """The older weight_norm and spectral_norm live in forward hooks."""
+def fold_hooks(model: nn.Module) -> list[str]:
+    """The same for the older weight_norm and spectral_norm, which live in forward hooks and cannot be captured."""
     folded = []
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if type(hook).__name__ in ("WeightNorm", "SpectralNorm"):
-            name = hook.name  # type: ignore[attr-defined]
-            hook.remove(module)  # type: ignore[attr-defined]
-            del module._forward_pre_hooks[key]
-            folded.append(f"{path}.{name}" if path else name)
+    for path, module, key, hook in _hooks(model):
+        with torch.no_grad():
+            hook(module, ())  # what the next forward would do: spectral norm first improves its estimate
+        hook.remove(module)
+        del module._forward_pre_hooks[key]
+        folded.append(f"{path}.{hook.name}" if path else hook.name)
     return folded
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether `fold_hooks` would find any."""
+    return bool(_hooks(model))
+
+
+def _hooks(model: nn.Module) -> list[tuple[str, nn.Module, int, Any]]:
+    return [
+        (path, module, key, hook)
+        for path, module in model.named_modules()
+        for key, hook in module._forward_pre_hooks.items()
+        if type(hook).__name__ in ("WeightNorm", "SpectralNorm")
+    ]

@@ -18,7 +18,7 @@ from kgraph import algebra
 from kgraph.canonical import operation_name
 from kgraph.kernel import Kernel
 from kgraph.modules import Scale, ShapedActivation
-from kgraph.nonlinear import find_regions
+from kgraph.nonlinear import Region, find_regions
 from kgraph.passes.base import Pass, Workspace
 from kgraph.propagate import propagate
 
@@ -35,6 +35,7 @@ _CHANGERS = {
     "embedding": "embedding",
     "upsample_bilinear2d": "interpolation",
     "prelu": "an activation that is not shaped",
+    "rrelu": "an activation that is not shaped",
 }
 
 
@@ -88,7 +89,7 @@ class Rescale(Pass):
         """Nodes that may be corrected and lead to an activation, with the reason."""
         regions = find_regions(work.graph.module, work.is_random)
         gates = {region.end for region in regions if region.gate}
-        inside = {n for r in regions for n in r.nodes if not isinstance(work.module(r.end), ShapedActivation)}
+        inside = {n for r in regions for n in r.nodes if not _ends_here(work, r, n)}
         wanted = _upstream([region.source for region in regions])
         found = {}
         for node in filter(work.is_random, wanted - inside):
@@ -110,6 +111,11 @@ class Rescale(Pass):
         if name == "add" and _adds_table(work, node):
             return "an added table"
         return _CHANGERS.get(name, "")
+
+
+def _ends_here(work: Workspace, region: Region, node: fx.Node) -> bool:
+    """A shaped activation, or one that was not shaped for its slope: what comes out of it may be scaled."""
+    return node is region.end and (isinstance(work.module(node), ShapedActivation) or bool(region.learnable))
 
 
 def _adds_table(work: Workspace, node: fx.Node) -> bool:

@@ -10,19 +10,20 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 
-from kgraph.canonical import operation_name
+from kgraph.canonical import aten, operation_name
 from kgraph.errors import KGraphError
 from kgraph.maps import Pointwise
 from kgraph.methods import DKS, TAT, Method
 from kgraph.modules import FunctionModule, ShapedActivation
-from kgraph.nonlinear import Region, find_regions
+from kgraph.nonlinear import Region, find_regions, known_value
 from kgraph.passes.base import Pass, Workspace, find_module, owner_path
 from kgraph.shaping import ShapedConstants, shape_activation
+from kgraph.shaping.leaky import leaky_centred
 from kgraph.site import site_of
 from kgraph.targets import ShapingTargets
 
 _AFFINE = ("linear", "addmm", "matmul", "mm", "bmm", "einsum", "scaled_dot_product_attention", "lstm", "gru")
-_LEARNABLE = ("prelu", "_prelu_kernel", "rrelu", "rrelu_with_noise")
+_LEARNABLE = ("prelu", "rrelu", "rrelu_with_noise")
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,12 @@ class ShapeActivations(Pass):
 
     def rewrite(self, work: Workspace) -> None:
         assert self.targets is not None
-        keep_learnable(work)
-        for region in find_regions(work.graph.module, work.is_random):
-            reason = kept_reason(region)
-            if reason:
-                work.keep(region.end, operation_name(region.end), reason)
-            else:
-                self._shape(work, region)
+        regions = find_regions(work.graph.module, work.is_random)
+        keep_unshaped(work, regions)
+        free = [region for region in regions if not kept_reason(region)]
+        named = [_name(region) for region in free]  # before any slope changes: several may share one
+        for region, before in zip(free, named, strict=True):
+            self._shape(work, region, before)
 
     def broken(self, work: Workspace) -> str:
         said = {line.partition(":")[0] for line in work.unmet}
@@ -57,8 +57,7 @@ class ShapeActivations(Pass):
         ]
         return f"{', '.join(left)} still unshaped" if left else ""
 
-    def _shape(self, work: Workspace, region: Region) -> None:
-        assert self.targets is not None
+    def _shape(self, work: Workspace, region: Region, before: str) -> None:
         leaky = is_leaky(region)
         try:
             constants = self._constants(region, leaky)
@@ -66,7 +65,10 @@ class ShapeActivations(Pass):
             work.unmet.append(f"{region.end.name}: {error}")
             return
         activation = _activation(work, region)
-        if constants.negative_slope is not None:
+        if constants.negative_slope is not None and region.learnable:
+            activation = FunctionModule(aten.prelu.default)
+            constants = _set_slope(work, region, constants)
+        elif constants.negative_slope is not None:
             activation = nn.LeakyReLU(constants.negative_slope)
         shaped = ShapedActivation(
             activation,
@@ -75,37 +77,45 @@ class ShapeActivations(Pass):
             constants.output_shift,
             constants.output_scale,
         )
-        before = " ".join(dict.fromkeys(operation_name(n) for n in region.nodes))
-        work.record(region.end, "shape activation", self._why(), before, _describe(constants))
+        work.record(region.end, "shape activation", self._why(leaky), before, _describe(constants, region))
         _swap(work, region, shaped)
 
-    def _why(self) -> str:
+    def _why(self, leaky: bool) -> str:
+        """The local value that was solved, and the target of the whole network it was solved for."""
         assert self.targets is not None
         t = self.targets
-        if t.psi is not None:
-            return f"local slope {t.psi:.6g}"
-        return (
-            "TAT: "
-            + (f"negative slope {t.negative_slope:.4g}" if t.negative_slope is not None else "")
-            + (f" curvature {t.kappa:.4g}" if t.kappa is not None else "")
-        )
+        if isinstance(self.method, DKS):
+            return f"DKS: local slope C'(1) = {t.psi:.6g} for a largest slope zeta = {self.method.zeta:g}"
+        if not leaky:
+            return f"TAT: local curvature C''(1) = {t.kappa:.4g} for a largest curvature tau = {self.method.tau:g}"
+        if t.negative_slope == 0:
+            return f"TAT: negative slope 0, for relu's largest C(0) {t.attained:.4g} is below eta = {self.method.eta:g}"
+        return f"TAT: negative slope {t.negative_slope:.4g} for a largest C(0) eta = {self.method.eta:g}"
 
     def _constants(self, region: Region, leaky: bool) -> ShapedConstants:
         assert self.targets is not None
         if isinstance(self.method, DKS):
-            phi = "leaky_relu" if leaky and not self.method.keep_relu else region.fn
-            return _solved(phi, psi=self.targets.psi)
+            solved = leaky and (bool(region.learnable) or not self.method.keep_relu)
+            return _solved("leaky_relu" if solved else region.fn, psi=self.targets.psi)
         if leaky:
             return _solved("leaky_relu", negative_slope=self.targets.negative_slope)
         return _solved(region.fn, kappa=self.targets.kappa)
 
 
-def keep_learnable(work: Workspace) -> None:
-    """Activations with a parameter of their own are no fixed function: say that they stay as they are."""
+def keep_unshaped(work: Workspace, regions: list[Region]) -> None:
+    """Say which activations stay as they are, and why; a learnable one among them is a promise unmet."""
+    known = {node for region in regions for node in region.nodes}
     for node in work.nodes:
-        if operation_name(node) in _LEARNABLE and work.is_random(node):
-            work.keep(node, operation_name(node), "it learns its own shape; only q is restored behind it")
+        if operation_name(node) in _LEARNABLE and work.is_random(node) and node not in known:
+            work.keep(node, operation_name(node), "its slope is no fixed number")
             work.unmet.append(f"{node.name}: {operation_name(node)} is not shaped, and its slope is not counted")
+    for region in regions:
+        reason = kept_reason(region)
+        if not reason:
+            continue
+        work.keep(region.end, operation_name(region.end), reason)
+        if _learnable_reason(region) == reason:
+            work.unmet.append(f"{region.end.name}: {operation_name(region.end)} is not shaped: {reason}")
 
 
 @lru_cache(maxsize=256)
@@ -117,12 +127,16 @@ def _solved(
 
 
 def is_leaky(region: Region) -> bool:
-    """Whether the activation is relu or leaky relu up to a factor: positively homogeneous with a kink at 0."""
-    z = torch.tensor([-2.0, -1.0, 1.0, 2.0], dtype=torch.float64)
-    a, b, c, d = (float(v) for v in region.fn(z))
-    lines = abs(a - 2 * b) <= 1e-12 * abs(a) and abs(d - 2 * c) <= 1e-12 * abs(d)
-    small = region.fn(z * 1e-3)
-    return lines and torch.allclose(small, region.fn(z) * 1e-3, rtol=1e-9, atol=0) and abs(b + c) > 1e-12
+    """Whether the activation is relu, leaky relu or prelu up to factor and constant: two lines that meet at 0."""
+    if region.learnable and len(region.nodes) == 1 and region.end.target is aten.prelu.default:
+        return True  # even where its slope happens to be 1
+    z = torch.tensor([-2.0, -1.0, 1.0, 2.0, -2e-3, -1e-3, 1e-3, 2e-3, 0.0], dtype=torch.float64)
+    values = region.fn(z)
+    rise = values[:8] - values[8]
+    a, b, c, d = (float(v) for v in rise[:4])
+    rounding = 1e-12 * (1 + abs(float(values[8])))
+    lines = abs(a - 2 * b) <= rounding * (1 + abs(a)) and abs(d - 2 * c) <= rounding * (1 + abs(d))
+    return lines and torch.allclose(rise[4:], rise[:4] * 1e-3, rtol=1e-9, atol=rounding) and abs(b + c) > 1e-12
 
 
 def is_kinked(region: Region) -> bool:
@@ -136,7 +150,34 @@ def kept_reason(region: Region) -> str:
         return "it is a gate: it scales another tensor, its strength is normalized instead"
     if not feeds_a_layer(region.end):
         return "it is the output nonlinearity: no layer follows, its range is what the user wants"
+    return _learnable_reason(region)
+
+
+def _learnable_reason(region: Region) -> str:
+    """Why an activation with learnable slopes cannot be given others, or ""."""
+    if len(region.learnable) > 1:
+        return "it has several learnable slopes"
+    for weight, (_, deviation) in region.slopes.items():
+        if weight.op != "get_attr":
+            return "its slope is computed from other parameters"
+        if not _only_slope(weight):
+            return f"{weight.target} is more than its slope"
+        if known_value(weight, region.module).is_meta:
+            return f"{weight.target} is on the meta device, where no slope can be set"
+        if deviation and not is_leaky(region):
+            return "its slopes differ from channel to channel inside a larger function"
+        if len(_users(weight)) > 1 and not is_leaky(region):
+            return "its slope serves several activations, and this one is no leaky relu"
     return ""
+
+
+def _only_slope(weight: fx.Node) -> bool:
+    return all(user.target is aten.prelu.default or user.op == "call_module" for user in _users(weight))
+
+
+def _users(weight: fx.Node) -> list[fx.Node]:
+    same = [n for n in weight.graph.nodes if n.op == "get_attr" and n.target == weight.target]
+    return [user for node in same for user in node.users]
 
 
 def feeds_a_layer(node: fx.Node) -> bool:
@@ -153,9 +194,31 @@ def feeds_a_layer(node: fx.Node) -> bool:
     return False
 
 
-def _describe(constants: ShapedConstants) -> str:
+def _describe(constants: ShapedConstants, region: Region) -> str:
+    """The constants that do something; a leaky relu's slope first, and where it is a parameter, which."""
     named = {k: v for k, v in constants.as_dict().items() if v is not None and k != "residual"}
-    return ", ".join(f"{k} {v:.4g}" for k, v in named.items())
+    idle = {"input_scale": 1.0, "input_shift": 0.0, "output_shift": 0.0}
+    slope = named.pop("negative_slope", None)
+    words = [f"{k} {v:.4g}" for k, v in named.items() if idle.get(k) != v]
+    learned = "".join(f" ({weight.target}, still a parameter)" for weight in region.learnable)
+    return ", ".join(([f"negative_slope {slope:.4g}{learned}"] if slope is not None else []) + words)
+
+
+def _name(region: Region) -> str:
+    """The region's operations, and the learnable slopes that it had."""
+    slopes = [f"{mean:.4g}" + (f" +- {dev:.2g}" if dev else "") for mean, dev in region.slopes.values()]
+    operations = " ".join(dict.fromkeys(operation_name(n) for n in region.nodes))
+    return operations + (f" of slope {', '.join(slopes)}" if slopes else "")
+
+
+def _set_slope(work: Workspace, region: Region, constants: ShapedConstants) -> ShapedConstants:
+    """Write the solved slope into the parameter, and solve what follows from it for the number it can hold."""
+    weight = work.tensor(region.learnable[0])
+    assert constants.negative_slope is not None
+    with torch.no_grad():
+        weight.fill_(constants.negative_slope)
+    held = float(torch.tensor(constants.negative_slope, dtype=weight.dtype))
+    return _solved("leaky_relu", negative_slope=held) if constants.output_shift == 0 else leaky_centred(held)
 
 
 def _activation(work: Workspace, region: Region) -> nn.Module:
@@ -180,6 +243,7 @@ def _is_whole_call(region: Region, own: nn.Module) -> bool:
 def _as_graph(region: Region) -> nn.Module:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {region.source: graph.placeholder("u")}
+    copies |= {weight: graph.placeholder(f"slope_{i}") for i, weight in enumerate(region.learnable)}
     for node in region.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].meta = {}
@@ -188,12 +252,19 @@ def _as_graph(region: Region) -> nn.Module:
 
 
 def _swap(work: Workspace, region: Region, shaped: ShapedActivation) -> None:
+    """Call the shaped activation instead; a learnable slope is handed to it and keeps its name in the state dict."""
     node = region.end
-    site = site_of(node)
-    leaf = bool(site.path) and f"{site.path}." != owner_path(work, node)
-    path = work.add_module(site.path if leaf else f"{owner_path(work, node)}shaped", shaped, instead=leaf)
     graph = work.graph.module.graph
     with graph.inserting_before(node):
-        call = graph.call_module(path, (region.source,))
+        call = graph.call_module(_place(work, region, shaped), (region.source, *region.learnable))
     call.meta = {k: v for k, v in node.meta.items() if k != "group_size"}
     node.replace_all_uses_with(call)
+
+
+def _place(work: Workspace, region: Region, shaped: ShapedActivation) -> str:
+    """In the place of the user's activation module; beside it where that holds the slope."""
+    site, prefix = site_of(region.end), owner_path(work, region.end)
+    leaf = bool(site.path) and f"{site.path}." != prefix
+    if leaf and not region.learnable:
+        return work.add_module(site.path, shaped, instead=True)
+    return work.add_module(f"{site.path}_shaped" if leaf else f"{prefix}shaped", shaped)

@@ -21,6 +21,8 @@ class Block:
         return Block(function(self.cov), None if self.ntk is None else function(self.ntk))
 
     def __add__(self, other: Block) -> Block:
+        if self.zero or other.zero:
+            return other if self.zero else self
         ntk = None if self.ntk is None or other.ntk is None else self.ntk + other.ntk
         return Block(self.cov + other.cov, ntk)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,20 @@ from kgraph.gram.engine import Engine
 from kgraph.gram.joint import NeedsAllPairs
 from kgraph.gram.layout import Diagonal, Full, Layout, NeedsFull
 from kgraph.gram.places import total_places
+from kgraph.gram.result import Kernels, NodeGram
 from kgraph.gram.rows import Rows
 from kgraph.gram.rules.affine import averaged, fold
+from kgraph.gram.tiles import (
+    Bar,
+    Tile,
+    assembled,
+    bytes_of_a_row,
+    inputs_of,
+    needs_whole_batch,
+    tile_size,
+    tiles,
+    too_large,
+)
 from kgraph.gram.value import Axes, Value, place_start, places_of, roles
 from kgraph.gram.walk import Options, Walk
 from kgraph.inputs import Inputs
@@ -28,44 +40,6 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "full": (Full(),),
     "diagonal": (Diagonal(),),
 }
-
-
-@dataclass(frozen=True)
-class NodeGram:
-    """Kernels of one node.
-
-    Attributes:
-        name: fx node name.
-        nngp: E[u_a u_b] averaged over channels, [n1, n2, *places] or [n1, n2, *places, *places] (full).
-        ntk: NTK block, alike; None if not asked for.
-        places: sizes of the position axes.
-        how: how the numbers were obtained.
-    """
-
-    name: str
-    nngp: Tensor
-    ntk: Tensor | None
-    places: tuple[int, ...]
-    how: str
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """Gram matrices of a model's output and of named nodes.
-
-    Attributes:
-        nngp, ntk: of the output, [n1, n2] (with positions, if the output has some: as in `NodeGram`).
-        nodes: by name, those asked for.
-        positions: position model used.
-        how: how the output's numbers were obtained.
-    """
-
-    nngp: Tensor
-    ntk: Tensor | None
-    nodes: dict[str, NodeGram]
-    positions: str
-    parametrization: str
-    how: str
 
 
 def kernels(
@@ -81,6 +55,7 @@ def kernels(
     variances: Mapping[str, float] | None = None,
     multipliers: Mapping[str, float | Tensor] | None = None,
     seed: int = 0,
+    memory_gib: float = 4.0,
 ) -> Kernels:
     """NNGP and NTK of a model as it is initialized, in the limit of many channels, on real inputs.
 
@@ -98,9 +73,11 @@ def kernels(
         multipliers: learning-rate multipliers by parameter name: factors on its part of the NTK. Tensors that
             require gradients get them (the NTK is linear in every multiplier).
         seed: of the draws that operations without a closed form are measured on.
+        memory_gib: memory to stay below, by estimate: a larger Gram matrix is computed in tiles of inputs.
 
     Raises:
-        ModelError, InputError, CaptureError, RuleError: see `kgraph.errors`.
+        ModelError, InputError, CaptureError, RuleError: see `kgraph.errors`. InputError too where the matrix is over
+            ``memory_gib`` and needs all inputs at once (batch statistics, joint draws).
     """
     _check("parametrization", parametrization, ("standard", "ntk"))
     _check("positions", positions, tuple(LAYOUTS))
@@ -111,7 +88,7 @@ def kernels(
     _check("mode", mode, ("train", "eval"))
     inputs, rows = _joined(first, second, n1, n2)
     options = Options(mode, variances or {}, multipliers or {})
-    request = _Request(graph, inputs, options, parametrization, with_ntk, nodes, seed)
+    request = _Request(graph, inputs, options, parametrization, with_ntk, nodes, seed, memory_gib)
     differentiated = any(isinstance(m, Tensor) and m.requires_grad for m in options.multipliers.values())
     with torch.set_grad_enabled(differentiated):
         return _escalating(request, rows, LAYOUTS[positions], n1, n2 if x2 is not None else None)
@@ -186,13 +163,14 @@ class _Request:
     with_ntk: bool
     nodes: Sequence[str] | str
     seed: int
+    memory_gib: float
 
 
 def _escalating(request: _Request, rows: Rows, layouts: tuple[Layout, ...], n1: int, n2: int | None) -> Kernels:
     """The cheapest layout and the fewest pairs that the graph's operations can do with."""
     layout, *rest = layouts
     try:
-        return _run(request, rows, layout, n1, n2)
+        return _fitting(request, rows, layout, n1, n2)
     except NeedsFull:
         if not rest:
             raise InputError(
@@ -204,7 +182,46 @@ def _escalating(request: _Request, rows: Rows, layouts: tuple[Layout, ...], n1: 
         return _escalating(request, Rows.square(rows.inputs, rows.batches), layouts, n1, n2)
 
 
-def _run(request: _Request, rows: Rows, layout: Layout, n1: int, n2: int | None) -> Kernels:
+def _fitting(request: _Request, rows: Rows, layout: Layout, n1: int, n2: int | None) -> Kernels:
+    """At once, or in tiles where that would take too much memory."""
+    row = bytes_of_a_row(request.graph, layout.name == "full", request.with_ntk)
+    allowed, needed = request.memory_gib * 2**30, float(row * len(rows.first))
+    if needed <= allowed:
+        return _run(request, rows, layout, n1, n2)
+    if needs_whole_batch(request.graph, request.options.mode):
+        raise too_large("batch statistics need all inputs at once", needed, request.memory_gib)
+    size = tile_size(int(allowed // row))
+    if not size:
+        raise too_large("a single pair of inputs needs more than that", needed, request.memory_gib)
+    whole = too_large("joint draws need all inputs at once", needed, request.memory_gib)
+    parts: list[tuple[Tile, Kernels]] = []
+    with Bar(tiles(n1, n2, size)) as bar:
+        for tile in bar:
+            here = replace(request, inputs=inputs_of(tile, request.inputs))
+            try:
+                parts.append((tile, _run(here, tile.rows, layout, tile.n1, tile.n2, on_draws=whole)))
+            except NeedsAllPairs:
+                raise whole from None
+    return _joined_tiles(parts, n1, n2)
+
+
+def _joined_tiles(parts: list[tuple[Tile, Kernels]], n1: int, n2: int | None) -> Kernels:
+    first = parts[0][1]
+    outputs = [(tile, NodeGram("output", k.nngp, k.ntk, k.places, k.how)) for tile, k in parts]
+    nodes = {name: assembled([(tile, k.nodes[name]) for tile, k in parts], n1, n2) for name in first.nodes}
+    whole = assembled(outputs, n1, n2)
+    return replace(first, nngp=whole.nngp, ntk=whole.ntk, nodes=nodes)
+
+
+def _run(
+    request: _Request,
+    rows: Rows,
+    layout: Layout,
+    n1: int,
+    n2: int | None,
+    on_draws: InputError | None = None,
+) -> Kernels:
+    """Walk the graph once; ``on_draws`` is raised if joint draws were needed."""
     engine = Engine(rows, layout, request.parametrization, request.with_ntk, request.seed)
     wanted: dict[str, NodeGram] = {}
 
@@ -220,7 +237,9 @@ def _run(request: _Request, rows: Rows, layout: Layout, n1: int, n2: int | None)
     if missing:
         raise InputError(f"the graph has no node {missing[0]!r}", hint="kgraph.analyze lists the names")
     gram = _gram(engine, "output", final, n1, n2)
-    return Kernels(gram.nngp, gram.ntk, wanted, layout.name, request.parametrization, gram.how)
+    if on_draws is not None and engine.draws.used:
+        raise on_draws
+    return Kernels(gram.nngp, gram.ntk, wanted, layout.name, request.parametrization, gram.how, gram.places)
 
 
 def _gram(engine: Engine, name: str, value: Value, n1: int, n2: int | None) -> NodeGram:

@@ -53,6 +53,27 @@ def _by_input(rows: Rows, side: Tensor, x: Tensor) -> Tensor:
     return x if x.shape[0] == 1 else x[side.to(x.device)]
 
 
+Cut = tuple[slice, ...]
+
+
+def _add_up(block: Tensor, shape: tuple[int, ...], terms: list[tuple[float, tuple[Cut, ...]]]) -> Tensor:
+    """``result[out] += weight * block[read]`` for every (weight, (out, read)).
+
+    A term that writes everywhere goes first: it saves filling the result with zeros.
+    """
+    result = block.new_empty(shape)
+    start = next((i for i, (_, (out, _)) in enumerate(terms) if result[out].shape == result.shape), None)
+    if start is None:
+        result.zero_()
+    else:
+        weight, (_, read) = terms[start]
+        result = block[read] * weight
+    for i, (weight, (out, read)) in enumerate(terms):
+        if i != start:
+            result[out].add_(block[read], alpha=weight)
+    return result
+
+
 @dataclass(frozen=True)
 class Full:
     """Every pair of positions."""
@@ -101,14 +122,12 @@ class Full:
         dims = len(sizes)
         lead = p - dims
         shape = (*block.shape[: 1 + lead], *sizes, *block.shape[1 + p : 1 + p + lead], *sizes)
-        result = block.new_zeros(shape)
-        every = (slice(None),) * lead
-        for weight, runs in terms:
-            out, read = tuple(run[0] for run in runs), tuple(run[1] for run in runs)
-            result[(slice(None), *every, *out, *every, *out)].add_(
-                block[(slice(None), *every, *read, *every, *read)], alpha=weight
-            )
-        return result
+        every = (slice(None),) * (1 + lead)
+        cuts = [
+            (weight, tuple((*every, *cut, *every[1:], *cut) for cut in zip(*runs, strict=True)))
+            for weight, runs in terms
+        ]
+        return _add_up(block, shape, cuts)
 
     def known(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
         """<x, y> / C of known tensors [N, C, *places]."""
@@ -194,13 +213,9 @@ class Diagonal:
         return block.mean(tuple(1 + axis for axis in axes))
 
     def taps(self, block: Tensor, terms: Sequence[tuple[float, Sequence[Run]]], sizes: Places, p: int) -> Tensor:
-        lead = p - len(sizes)
-        result = block.new_zeros((*block.shape[: 1 + lead], *sizes))
-        every = (slice(None),) * (1 + lead)
-        for weight, runs in terms:
-            out, read = tuple(run[0] for run in runs), tuple(run[1] for run in runs)
-            result[(*every, *out)].add_(block[(*every, *read)], alpha=weight)
-        return result
+        every = (slice(None),) * (1 + p - len(sizes))
+        cuts = [(weight, tuple((*every, *cut) for cut in zip(*runs, strict=True))) for weight, runs in terms]
+        return _add_up(block, (*block.shape[: len(every)], *sizes), cuts)
 
     def known(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
         self._check(tuple(x.shape[2:]), tuple(y.shape[2:]))

@@ -59,9 +59,13 @@ def correlation(q1: Tensor, q2: Tensor, cov: Tensor) -> tuple[Tensor, Tensor, Te
     to be 1: a covariance computed as ``sqrt(q1) * sqrt(q2)`` means identical inputs. c = 0 where r = 0.
     """
     r = torch.sqrt(q1) * torch.sqrt(q2)
-    c = torch.where(r > 0, cov / torch.where(r > 0, r, 1.0), 0.0)
-    c = torch.where(c.abs() >= 1 - _ROUNDING, torch.sign(c), c)
-    return r, c, torch.sqrt((1 - c) * (1 + c))
+    c = cov / r
+    if not r.all():
+        c = torch.where(r > 0, c, 0.0)
+    near = c.abs() >= 1 - _ROUNDING
+    if near.any():
+        c = torch.where(near, torch.sign(c), c)
+    return r, c, ((1 - c).mul_(1 + c)).sqrt_()
 
 
 def _two_slopes(positive: float, negative: float) -> ClosedForm:
@@ -70,9 +74,10 @@ def _two_slopes(positive: float, negative: float) -> ClosedForm:
 
     def dual(q1: Tensor, q2: Tensor, cov: Tensor) -> Dual:
         r, c, s = correlation(q1, q2, cov)
-        arcsine = torch.atan2(c, s)
-        value = odd**2 * r * c + even**2 * (2 / math.pi) * r * (s + c * arcsine)
-        return value, odd**2 + even**2 * (2 / math.pi) * arcsine
+        share = even**2 * (2 / math.pi)
+        arcsine = torch.asin(c)  # as good as atan2(c, s), for c is taken as it is
+        s.mul_(share).addcmul_(c, arcsine, value=share)
+        return s.add_(c, alpha=odd**2).mul_(r), arcsine.mul_(share).add_(odd**2)
 
     return ClosedForm(dual, lambda q: even * torch.sqrt(2 * q / math.pi))
 

@@ -11,11 +11,15 @@ from torch import Tensor
 
 from kgraph.errors import InputError
 from kgraph.maps import quadrature
+from kgraph.maps.chunks import ENTRIES, in_pieces
 from kgraph.maps.closed import ClosedForm, correlation
 from kgraph.maps.panels import find_kinks, make_plan
 from kgraph.maps.quadrature import Function, Plan
+from kgraph.maps.series import make_series
 
 _SMALLEST_REACH = 16.0
+_MANY = 4096
+"""Entries from which on a series' coefficients cost less than the entries' own integrals."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +65,25 @@ class Pointwise:
         phi'(0) is autodiff's. Derivatives are taken almost everywhere: a jump of phi adds
         nothing to ``E[phi' phi']``.
         """
-        q1, q2, cov = torch.broadcast_tensors(*(torch.as_tensor(t, dtype=torch.float64) for t in (q1, q2, cov)))
+        q1, q2, cov = (torch.as_tensor(t, dtype=torch.float64) for t in (q1, q2, cov))
         _check_q(q1)
         _check_q(q2)
+        cov = cov.expand(torch.broadcast_shapes(q1.shape, q2.shape, cov.shape))
         if self.closed is None:
-            return self._integrate(q1, q2, cov)
+            return self._many(q1, q2, cov) if cov.numel() > _MANY else self._integrate(q1, q2, cov)
+        if cov.numel() <= ENTRIES:  # a few entries: all of one shape, as closed forms of one argument want them
+            return self._exact(q1.expand_as(cov), q2.expand_as(cov), cov)
+        return in_pieces(self._exact, q1, q2, cov)
+
+    def _exact(self, q1: Tensor, q2: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.closed is not None
         value, slope = self.closed.dual(q1, q2, cov)
         at_zero = (q1 == 0) | (q2 == 0)
         if at_zero.any():
+            at_zero = at_zero.expand_as(cov)
             value, slope = value.clone(), slope.clone()
-            value[at_zero], slope[at_zero] = self._integrate(q1[at_zero], q2[at_zero], cov[at_zero])
+            q1, q2 = q1.expand_as(cov)[at_zero], q2.expand_as(cov)[at_zero]
+            value[at_zero], slope[at_zero] = self._integrate(q1, q2, cov[at_zero])
         return value, slope
 
     def mean(self, q: Tensor) -> Tensor:
@@ -138,7 +151,29 @@ class Pointwise:
             out[rows] = quadrature.moment(self.fn, self._plan(level), flat[rows], power)
         return out.reshape(q.shape)
 
+    def _many(self, q1: Tensor, q2: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+        """Many entries of few q values: Mehler's series, and the integral where the series is not good."""
+        known, index = torch.cat([q1.reshape(-1), q2.reshape(-1)]).unique(return_inverse=True)
+        if len(known) > cov.numel() // 8:
+            return self._integrate(q1, q2, cov)
+        series = make_series(self.fn, self.plan(float(known[-1])), known)
+        if series is None:
+            return self._integrate(q1, q2, cov)
+        first, second = index[: q1.numel()].reshape(q1.shape), index[q1.numel() :].reshape(q2.shape)
+
+        def some(first: Tensor, second: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+            v1, v2 = known[first], known[second]
+            c = correlation(v1, v2, cov)[1]
+            value, slope = series.sum(first, second, c)
+            bad = ~series.good(first, second, c)
+            if bad.any():
+                value[bad], slope[bad] = self._integrate(v1.expand_as(cov)[bad], v2.expand_as(cov)[bad], cov[bad])
+            return value, slope
+
+        return in_pieces(some, first, second, cov)
+
     def _integrate(self, q1: Tensor, q2: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+        q1, q2 = q1.expand_as(cov), q2.expand_as(cov)
         _, c, s = correlation(q1, q2, cov)
         c, s = c.reshape(-1), s.reshape(-1)
         roots = torch.stack([q1.reshape(-1), q2.reshape(-1)]).sqrt()

@@ -8,7 +8,7 @@ import json
 import math
 import types
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -42,7 +42,8 @@ def decode(kind: Any, value: Any) -> Any:
         return None if value is None else decode(get_args(kind)[0], value)
     if kind in (NodeKernel, Analysis, Change, Ledger):
         hints = get_type_hints(kind)
-        return kind(**{field.name: decode(hints[field.name], value[field.name]) for field in fields(kind)})
+        given = [field.name for field in fields(kind) if field.name in value or field.default is MISSING]
+        return kind(**{name: decode(hints[name], value[name]) for name in given})
     return value
 
 

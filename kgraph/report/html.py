@@ -14,6 +14,7 @@ from kgraph.analysis import Analysis, Ledger, NodeKernel
 from kgraph.report.ledger import arrow, group, headline
 from kgraph.report.numbers import cosine, count, plain, short
 from kgraph.report.rows import Row
+from kgraph.report.summary import ntk_line
 from kgraph.report.svg import Chart, Curve, Point, chart
 
 #: Kinds of flags that a chart marks with a ring.
@@ -93,7 +94,7 @@ def hover(row: Row, section: Section) -> str:
     given = ", ".join(f"c({plain(a)}) = {cosine(b)}" for a, b in zip(section.analysis.cosines, node.c, strict=True))
     lines = [
         f"{node.name} ({node.op}){', ' + section.label if section.label else ''}",
-        f"depth {node.depth}, q = {short(node.q)}, slope = {short(node.slope)}",
+        f"depth {node.depth}, q = {short(node.q)}, slope = {short(node.slope)}, NTK = {short(node.ntk)}",
         given,
         row.flag_text,
     ]
@@ -125,6 +126,6 @@ def _template() -> Template:
     loader = PackageLoader("kgraph.report", "")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"short": short, "cosine": cosine, "plain": plain}
-    environment.filters |= {"arrow": arrow, "place": _source, "count": count}
+    environment.filters |= {"arrow": arrow, "place": _source, "count": count, "ntk_line": ntk_line}
     environment.globals["style"] = Markup(environment.get_template("report.css").render())
     return environment.get_template("report.html.j2")

@@ -65,8 +65,8 @@ def is_reindexing(node: NodeKernel, parents: Iterable[NodeKernel]) -> bool:
     if len(parents) != 1 or node.op.strip("_") not in REINDEXING:
         return False
     (parent,) = parents
-    before = (parent.q, parent.mean, parent.slope, *parent.c)
-    after = (node.q, node.mean, node.slope, *node.c)
+    before = (parent.q, parent.mean, parent.slope, parent.ntk, *parent.c)
+    after = (node.q, node.mean, node.slope, node.ntk, *node.c)
     return all(_same(one, other) for one, other in zip(before, after, strict=True))
 
 

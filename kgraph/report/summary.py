@@ -59,7 +59,7 @@ def c_line(analysis: Analysis, rows: tuple[Row, ...]) -> str:
     final = analysis.final
     fate = _fate(analysis, final)
     slope = f"slope {short(final.slope)}"
-    return f"{fate}; {slope}{_where(rows)}{_max_slope(analysis)}"
+    return f"{fate}; {slope}{_ntk(analysis, final)}{_where(rows)}{_max_slope(analysis)}"
 
 
 def _fate(analysis: Analysis, final: NodeKernel) -> str:
@@ -96,6 +96,22 @@ def _where(rows: tuple[Row, ...]) -> str:
             if flag.kind in kinds and flag.severity == "bad":
                 return f", {kinds[flag.kind]} {_name(row.node)} (layer {row.node.depth})"
     return ""
+
+
+def knows_ntk(analysis: Analysis) -> bool:
+    """Whether any node's NTK is known (a report written without it has none)."""
+    return any(not math.isnan(node.ntk) for node in analysis.nodes)
+
+
+def ntk_line(analysis: Analysis) -> str:
+    """What the ntk column holds."""
+    return f"ntk: the NTK of an input with itself, {analysis.parametrization} parametrization"
+
+
+def _ntk(analysis: Analysis, final: NodeKernel) -> str:
+    if math.isnan(final.ntk):
+        return ""
+    return f", NTK {short(final.ntk)} ({analysis.parametrization} parametrization)"
 
 
 def _max_slope(analysis: Analysis) -> str:

@@ -14,6 +14,7 @@ from kgraph.analysis import Analysis
 from kgraph.report.flags import Flag
 from kgraph.report.numbers import cosine, count, elide, plain, short
 from kgraph.report.rows import Row
+from kgraph.report.summary import knows_ntk, ntk_line
 
 #: Width of text that does not go to a terminal.
 PLAIN_WIDTH = 100
@@ -24,15 +25,16 @@ _SHARES = {"name": 20, "module": 18, "op": 12, "flags": 20}  # smallest useful w
 
 
 def node_table(analysis: Analysis, rows: Sequence[Row], width: int, all_nodes: bool = False) -> Table:
-    """A row a node: name, module, op, q, c for up to three input cosines, slope, how, flags.
+    """A row a node: name, module, op, q, c for up to three input cosines, slope, ntk (where known), how, flags.
 
     Where the width is short, long names lose their middle; the module column goes if the names tell
     the modules.
     """
     shown = [row for row in rows if all_nodes or not row.folded]
     picked = pick(len(analysis.cosines))
-    heads = ["q", *(f"c {plain(analysis.cosines[i])}" for i in picked), "slope", "how"]
-    cells = [_cells(row, picked) for row in shown]
+    ntk = ["ntk"] if knows_ntk(analysis) else []
+    heads = ["q", *(f"c {plain(analysis.cosines[i])}" for i in picked), "slope", *ntk, "how"]
+    cells = [_cells(row, picked, bool(ntk)) for row in shown]
     numbers = [max([len(head), *(len(line[i]) for line in cells)]) for i, head in enumerate(heads)]
     texts = {
         "name": [row.node.name for row in shown],
@@ -69,6 +71,8 @@ def report_lines(
     parts += [Text(""), node_table(analysis, rows, width, all_nodes)]
     if folded and not all_nodes:
         parts.append(Text(f"{count(folded, 'row')} hidden: only re-indexing (all_nodes=True shows all)", style="dim"))
+    if knows_ntk(analysis):
+        parts.append(Text(ntk_line(analysis), style="dim"))
     parts += [Text(f"note: {note}", style="dim") for note in analysis.notes]
     return parts
 
@@ -116,12 +120,13 @@ def share(texts: dict[str, list[str]], room: int) -> dict[str, int]:
     return widths
 
 
-def _cells(row: Row, picked: Sequence[int]) -> list[str]:
+def _cells(row: Row, picked: Sequence[int], ntk: bool) -> list[str]:
     node = row.node
     return [
         short(node.q),
         *(cosine(node.c[i]) for i in picked),
         short(node.slope),
+        *([short(node.ntk)] if ntk else []),
         HOW.get(node.how, node.how),
     ]
 

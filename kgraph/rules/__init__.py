@@ -1,6 +1,6 @@
 """Kernel rules, one file a family of operations. Importing this package fills the table."""
 
-from kgraph.rules import attention, conv, embedding, linear, merge, norm, pointwise, pool, reindex
+from kgraph.rules import attention, conv, embedding, linear, merge, norm, pointwise, pool, prelu, reindex
 from kgraph.rules.sampled import Sampler
 from kgraph.rules.table import Context, find_rule, known_targets, rule
 
@@ -17,6 +17,7 @@ __all__ = [
     "norm",
     "pointwise",
     "pool",
+    "prelu",
     "reindex",
     "rule",
 ]

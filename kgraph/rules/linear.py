@@ -43,6 +43,8 @@ def mean_square(tensor: Tensor) -> float:
     """E[x^2] over all entries, accumulated in float64; a meta tensor has no values and counts as variance 1/fan."""
     if tensor.is_meta:
         return tensor.shape[0] / max(tensor.numel(), 1)
+    if tensor.numel() > 1 and not any(tensor.stride()):
+        return float(tensor[(0,) * tensor.ndim]) ** 2  # one number, expanded
     return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)) ** 2 / max(tensor.numel(), 1)
 
 

@@ -8,7 +8,7 @@ all positions (GroupNorm, InstanceNorm), over the batch (BatchNorm in train mode
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,23 +16,36 @@ from torch import Tensor
 from kgraph import algebra
 from kgraph.canonical import aten
 from kgraph.constants import Moments, known_part, moments
-from kgraph.kernel import Axes, Gaussian, Kernel, Pairs, Part
+from kgraph.kernel import DIFF, SAME, Axes, Gaussian, Kernel, Pairs, Part
 from kgraph.modules import PerLocationNorm
 from kgraph.rules.linear import mean_square
 from kgraph.rules.table import Context, rule
 
 
-def normalized(part: Part, subtracted: Tensor, variance: float, mean: float) -> Part:
+@dataclass(frozen=True)
+class Removed:
+    """Kernel of the mean that a norm subtracts, [P] each: second moment, its slope, and its NTK."""
+
+    cov: Tensor
+    slope: Tensor
+    ntk: Tensor
+
+
+def normalized(part: Part, removed: Removed, variance: float, mean: float) -> Part:
     """(K - M) / variance for every pair; an affine function of the entries where M = mean^2.
+
+    The subtracted mean depends on the parameters too, so that the NTK loses its own average T_M: (T - T_M) /
+    variance. How the variance depends on them adds nothing: its average over centred entries is 0.
 
     Where the subtracted mean varies from channel to channel (BatchNorm with correlated inputs, InstanceNorm),
     a Gaussian stays Gaussian; another law is described by its second moments.
     """
     inverse = 1.0 / max(variance, 1e-300)
     plain = algebra.scale(algebra.shift(part, -mean), inverse**0.5)
-    cov = (part.cov - subtracted[:, None]) * inverse
-    fields = {"cov": cov, "slope": part.slope * inverse, "ntk": part.ntk * inverse}
-    if torch.allclose(plain.cov, cov, rtol=1e-12, atol=1e-14):
+    fields = {
+        name: (getattr(part, name) - getattr(removed, name)[:, None]) * inverse for name in ("cov", "slope", "ntk")
+    }
+    if torch.allclose(plain.cov, fields["cov"], rtol=1e-12, atol=1e-14):
         return replace(plain, **fields)
     return replace(part, **fields, mean=0.0, expr=Gaussian())
 
@@ -144,10 +157,16 @@ def _grouped(x: Kernel, groups: int, eps: float) -> Kernel:
     part = x.merged
     channels = next((size for axis in x.axes for role, size in axis if role == "c"), 1)
     per_group = max(channels // groups, 1)
-    averaged = part.position_mean(max(x.positions, 1))
-    subtracted = part.mean**2 + (averaged - part.mean**2) / per_group
-    variance = float(part.q - subtracted[Pairs.SELF]) + eps
-    return x.with_parts(normalized(part, subtracted, variance, part.mean))
+    positions = max(x.positions, 1)
+    cov, slope, ntk = (_position_mean(field, positions) for field in (part.cov, part.slope, part.ntk))
+    removed = Removed(part.mean**2 + (cov - part.mean**2) / per_group, slope / per_group, ntk / per_group)
+    variance = float(part.q - removed.cov[Pairs.SELF]) + eps
+    return x.with_parts(normalized(part, removed, variance, part.mean))
+
+
+def _position_mean(field: Tensor, positions: int) -> Tensor:
+    """Average over all pairs of positions, shape [P]."""
+    return field[:, SAME] / positions + field[:, DIFF] * (1 - 1 / positions)
 
 
 @rule(aten.instance_norm.default)
@@ -208,8 +227,8 @@ def _by_batch_statistics(x: Kernel, eps: float) -> Kernel:
     """Each channel minus its mean over an infinite batch and all positions: kbar of the background pair."""
     parts = []
     for part in x.parts:
-        background = part.position_mean(max(x.positions, 1))[Pairs.BACKGROUND]
-        subtracted = background.expand(part.cov.shape[0])
-        variance = float(part.q - background) + eps
-        parts.append(normalized(part, subtracted, variance, part.mean))
+        positions, rows = max(x.positions, 1), part.cov.shape[0]
+        cov, ntk = (_position_mean(field, positions)[Pairs.BACKGROUND].expand(rows) for field in (part.cov, part.ntk))
+        removed = Removed(cov, torch.zeros_like(cov), ntk)  # the batch does not move with the pair
+        parts.append(normalized(part, removed, float(part.q - cov[0]) + eps, part.mean))
     return x.with_parts(*parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ def function_of(target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any
 
         _known[key] = Pointwise(fn, _closed(target, args[1:], kwargs) if index == 0 else None)
     return _known[key]
+
+
+def leaky(negative_slope: float) -> Pointwise:
+    """Leaky relu with its closed form."""
+    return function_of(aten.leaky_relu.default, (None, negative_slope), {}, 0)
 
 
 def _closed(target: object, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -87,17 +93,48 @@ def _closed_of_module(module: nn.Module) -> Any:
 
 
 @rule(ShapedActivation)
-def shaped_activation(context: Context, module: ShapedActivation, x: Kernel) -> Kernel:
-    return apply_all(shaped_map(module), x)
+def shaped_activation(context: Context, module: ShapedActivation, x: Kernel, *weights: Tensor) -> Kernel:
+    if any(isinstance(w, Kernel) or not bool((w == w.flatten()[0]).all()) for w in weights):
+        return context.sample()
+    slopes = tuple(float(w.flatten()[0]) for w in weights)
+    shaped = apply_all(shaped_map(module, slopes), x)
+    for index in range(len(slopes)):
+        own = apply_all(_by_slope(module, slopes, index), x)
+        shaped = shaped.with_parts(
+            *(replace(p, ntk=p.ntk + o.cov) for p, o in zip(shaped.parts, own.parts, strict=True))
+        )
+    return shaped
 
 
-def shaped_map(module: ShapedActivation) -> Pointwise:
-    """phi_hat of a shaped activation."""
+def shaped_map(module: ShapedActivation, slopes: tuple[float, ...] = ()) -> Pointwise:
+    """phi_hat of a shaped activation whose learnable slopes, if it has any, have these values."""
     constants = (module.input_scale, module.input_shift, module.output_shift, module.output_scale)
-    key = (pointwise_of_module(module.activation), constants)
+    key = (_with_slopes(module.activation, slopes), constants)
     if key not in _known:
         _known[key] = key[0].affine(*constants)
     return _known[key]
+
+
+def _with_slopes(activation: nn.Module, slopes: tuple[float, ...]) -> Pointwise:
+    if not slopes:
+        return pointwise_of_module(activation)
+    if isinstance(activation, FunctionModule) and activation.function is aten.prelu.default:
+        return leaky(slopes[0])
+    key = (activation, slopes)
+    if key not in _known:
+        _known[key] = Pointwise(lambda u: activation(u, *(u.new_tensor([slope]) for slope in slopes)))
+    return _known[key]
+
+
+_STEP = 2.0**-10
+
+
+def _by_slope(module: ShapedActivation, slopes: tuple[float, ...], index: int) -> Pointwise:
+    """d phi_hat / d slope by a central difference: exact, for phi is a polynomial of degree at most 2 in its slopes."""
+    high, low = (
+        shaped_map(module, (*slopes[:index], slopes[index] + step, *slopes[index + 1 :])) for step in (_STEP, -_STEP)
+    )
+    return Pointwise(lambda u: (high(u) - low(u)) / (2 * _STEP))
 
 
 @rule(Scale)

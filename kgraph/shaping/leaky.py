@@ -52,11 +52,17 @@ def leaky_dks(psi: float) -> ShapedConstants:
     if psi >= 1 / spread:
         raise TargetError(f"A leaky relu stays below C'(1) = {1 / spread:g}, and {psi:g} is asked for")
     ratio = math.sqrt((psi - 1) / (1 - psi * spread))
-    a = (1 - ratio) / (1 + ratio)
+    found = leaky_centred((1 - ratio) / (1 + ratio))
+    return verified(pointwise("leaky_relu", found.negative_slope), found, dks_targets(psi))  # type: ignore[arg-type]
+
+
+def leaky_centred(a: float) -> ShapedConstants:
+    """A leaky relu of this slope with Q(1) = 1 and C(0) = 0, hence Q'(1) = 1: what DKS makes of a slope it is given."""
     even, odd = (1 - a) / 2, (1 + a) / 2
-    shift, scale = -even * math.sqrt(2 / math.pi), 1 / math.sqrt(odd**2 + even**2 * spread)
+    shift = -even * math.sqrt(2 / math.pi)
+    scale = 1 / math.sqrt(odd**2 + even**2 * (1 - 2 / math.pi))
     found = ShapedConstants(output_shift=shift, output_scale=scale, negative_slope=a)
-    return verified(pointwise("leaky_relu", a), found, dks_targets(psi))
+    return verified(pointwise("leaky_relu", a), found, {"Q(1)": 1.0, "Q'(1)": 1.0, "C(0)": 0.0})
 
 
 def relu_dks(phi: Pointwise, psi: float) -> ShapedConstants:
