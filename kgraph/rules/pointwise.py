@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from kgraph import algebra
 from kgraph.canonical import aten
 from kgraph.kernel import Kernel
-from kgraph.maps import Pointwise, closed_form
+from kgraph.maps import Pointwise, closed_form, pointwise
 from kgraph.modules import FunctionModule, Scale, ShapedActivation
 from kgraph.rules.table import Context, rule
 
@@ -126,15 +126,30 @@ def _with_slopes(activation: nn.Module, slopes: tuple[float, ...]) -> Pointwise:
     return _known[key]
 
 
+POSITIVE_PART = pointwise("relu")
+NEGATIVE_PART = POSITIVE_PART.affine(input_scale=-1.0, output_scale=-1.0)
 _STEP = 2.0**-10
 
 
 def _by_slope(module: ShapedActivation, slopes: tuple[float, ...], index: int) -> Pointwise:
-    """d phi_hat / d slope by a central difference: exact, for phi is a polynomial of degree at most 2 in its slopes."""
-    high, low = (
-        shaped_map(module, (*slopes[:index], slopes[index] + step, *slopes[index + 1 :])) for step in (_STEP, -_STEP)
-    )
-    return Pointwise(lambda u: (high(u) - low(u)) / (2 * _STEP))
+    """d phi_hat / d slope: min(u, 0) behind prelu, shaped like it; else by a central difference.
+
+    The difference is exact, for phi is a polynomial of degree at most 2 in its slopes.
+    """
+    scale, shift = module.input_scale, module.input_shift
+    if isinstance(module.activation, FunctionModule):
+        key = (NEGATIVE_PART, scale, shift, module.output_scale)
+        if key not in _known:
+            _known[key] = NEGATIVE_PART.affine(scale, shift, 0.0, module.output_scale)
+        return _known[key]
+    key = (module.activation, tuple(module.constants.values()), slopes, index)
+    if key not in _known:
+        high, low = (
+            shaped_map(module, (*slopes[:index], slopes[index] + step, *slopes[index + 1 :]))
+            for step in (_STEP, -_STEP)
+        )
+        _known[key] = Pointwise(lambda u: (high(u) - low(u)) / (2 * _STEP))
+    return _known[key]
 
 
 @rule(Scale)

@@ -21,12 +21,9 @@ from kgraph.canonical import aten
 from kgraph.constants import Moments, known_part, moments
 from kgraph.how import assumed
 from kgraph.kernel import DIFF, SAME, Gaussian, Kernel, Pairs, Part, Sum
-from kgraph.maps import ClosedForm, Pointwise, pointwise
-from kgraph.rules.pointwise import leaky
+from kgraph.maps import ClosedForm, Pointwise
+from kgraph.rules.pointwise import NEGATIVE_PART, POSITIVE_PART, leaky
 from kgraph.rules.table import Context, rule
-
-_POSITIVE = pointwise("relu")
-_NEGATIVE = _POSITIVE.affine(input_scale=-1.0, output_scale=-1.0)
 
 
 @rule(aten.prelu.default)
@@ -58,7 +55,7 @@ def rrelu(
 
 
 def _noisy(part: Part, shaped: Part, variance: float) -> Part:
-    negative, cov, ntk = algebra.apply(_NEGATIVE, part), shaped.cov.clone(), shaped.ntk.clone()
+    negative, cov, ntk = algebra.apply(NEGATIVE_PART, part), shaped.cov.clone(), shaped.ntk.clone()
     cov[Pairs.SELF, SAME] += variance * negative.cov[Pairs.SELF, SAME]
     ntk[Pairs.SELF, SAME] += variance * negative.ntk[Pairs.SELF, SAME]
     return replace(shaped, cov=cov, ntk=ntk, expr=Gaussian(), how=shaped.how | assumed("Gaussian after random slopes"))
@@ -90,12 +87,12 @@ def _same(slopes: Tensor) -> bool:
 def _one_slope(part: Part, slopes: Moments, trained: float) -> Part:
     """A leaky relu; its parameter adds E[min(u, 0) min(u', 0)] to the NTK."""
     shaped = algebra.apply(leaky(slopes.mean), part)
-    return replace(shaped, ntk=shaped.ntk + trained * algebra.apply(_NEGATIVE, part).cov)
+    return replace(shaped, ntk=shaped.ntk + trained * algebra.apply(NEGATIVE_PART, part).cov)
 
 
 def _slopes(part: Part, slopes: Moments, trained: float, root: str) -> Part:
     """max(u, 0) + a min(u, 0) with ``a`` a known tensor; where draws are needed, Gaussian of the slopes' moments."""
-    positive, negative = algebra.apply(_POSITIVE, part), algebra.apply(_NEGATIVE, part)
+    positive, negative = algebra.apply(POSITIVE_PART, part), algebra.apply(NEGATIVE_PART, part)
     factor = known_part(part, slopes, root)
     factor = replace(factor, ntk=torch.full_like(factor.ntk, trained))
     bent = algebra.multiply(factor, negative)
