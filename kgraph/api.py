@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from os import PathLike
 
 import torch
@@ -13,82 +13,21 @@ from torch import Tensor, nn
 
 from kgraph.analysis import Ledger
 from kgraph.capture import Graph, capture, check_model
+from kgraph.errors import InputError
 from kgraph.export import OnnxExport
 from kgraph.export import export_onnx as _export_onnx
 from kgraph.inputs import resolve_inputs
 from kgraph.lift import EmittedModule
-from kgraph.methods import Method, resolve_method
+from kgraph.methods import DKS, TAT, Method
 from kgraph.passes.fold_parametrizations import fold_hooks, fold_parametrizations, has_hooks
 from kgraph.passes.remove_norms import NORMS
 from kgraph.propagate import Propagation, propagate, summarize
-from kgraph.recipe import Plan, is_free, prepare, rewrite
-from kgraph.report import Comparison, Report
+from kgraph.recipe import Outcome, Plan, is_free, prepare, rewrite
+from kgraph.record import LoadWatch, TransformRecord
+from kgraph.report import Report
 from kgraph.subnetworks import find_subnetworks
+from kgraph.systems import AnyMethod, System, compose, resolve_methods
 from kgraph.targets import ShapingTargets, solve_targets
-
-STALE = (
-    "a state dict was loaded after the transform: the report describes the module as it was emitted; "
-    "kgraph.analyze(module) describes it as it is"
-)
-
-
-class LoadWatch:
-    """A post hook of ``load_state_dict`` that remembers that it was called."""
-
-    def __init__(self) -> None:
-        self.loaded = False
-
-    def __call__(self, module: nn.Module, incompatible_keys: object) -> None:
-        self.loaded = True
-
-    def over(self, emitted: EmittedModule) -> LoadWatch:
-        """Watch a module and the modules that it calls: copies and pickles of it keep the hooks of the latter only."""
-        called = {str(node.target) for node in emitted.graph.nodes if node.op == "call_module"}
-        for module in (emitted, *(emitted.get_submodule(path) for path in sorted(called))):
-            module.register_load_state_dict_post_hook(self)
-        return self
-
-
-@dataclass(frozen=True)
-class TransformRecord:
-    """What a transform did; `shaped.kgraph`.
-
-    Attributes:
-        method: the options used.
-        shortcut_weight: weight of shortcuts, as given or chosen.
-        targets: local targets, None where none could be solved.
-        ledger: every change, what was kept and why, what is unmet.
-        before, emitted: reports of the model as given (in its own mode) and as emitted (in eval mode: without norms
-            the modes differ by dropout only, whose noise is no part of the kernel's shape).
-        watch: whether a state dict was loaded since.
-    """
-
-    method: Method
-    shortcut_weight: float
-    targets: ShapingTargets | None
-    ledger: Ledger
-    before: Report
-    emitted: Report
-    watch: LoadWatch = field(default_factory=LoadWatch, compare=False, repr=False)
-
-    @property
-    def stale(self) -> str:
-        """Why the report no longer describes the module, or ""."""
-        return STALE if self.watch.loaded else ""
-
-    @property
-    def after(self) -> Report:
-        """The module as it was emitted; with a note where a state dict was loaded since."""
-        if not self.stale:
-            return self.emitted
-        analysis = self.emitted.analysis
-        return Report(replace(analysis, notes=(self.stale, *analysis.notes)))
-
-    @property
-    def comparison(self) -> Comparison:
-        """Before and after side by side."""
-        notes = (self.stale, *self.ledger.notes) if self.stale else self.ledger.notes
-        return Comparison(self.before, self.after, replace(self.ledger, notes=notes))
 
 
 def analyze(
@@ -161,7 +100,7 @@ def _maps_hold(graph: Graph) -> bool:
 
 def transform(
     model: nn.Module,
-    method: Method | str = "tat",
+    method: AnyMethod | str | Sequence[AnyMethod | str] = "tat",
     example_inputs: object = None,
     *,
     shortcut_weight: float | None = None,
@@ -177,7 +116,8 @@ def transform(
 
     Args:
         model: any bare module; never touched unless ``inplace``.
-        method: "dks", "tat", `DKS(zeta=...)` or `TAT(eta=..., tau=...)`.
+        method: "dks", "tat", `DKS(zeta=...)`, `TAT(eta=..., tau=...)`, another method, or a list of methods that
+            set different things.
         example_inputs: tensor, tuple or dict; inferred when None.
         shortcut_weight: weight of shortcuts in [0, 1]; 0 removes them; None: .8, raised where the targets need it.
         seed: of the re-drawn weights.
@@ -185,12 +125,15 @@ def transform(
         distribution: "suo" (orthogonal) or "gaussian" weights.
         per_location_norm: normalize every input location to q = 1 in front of the model.
 
+    ``shortcut_weight``, ``distribution`` and ``per_location_norm`` are options of DKS and TAT.
+
     Raises:
         ModelError, InputError, CaptureError, PassError: see `kgraph.errors`. A target that no local value meets
             is no error here: the nearest is built and ``result.kgraph.ledger.unmet`` says what is missing.
     """
     check_model(model)
-    chosen = resolve_method(method)
+    chosen = resolve_methods(method)
+    plan = _plan(chosen, Plan(TAT(), shortcut_weight, seed, distribution, per_location_norm))
     inputs = resolve_inputs(model, example_inputs)
     mode = _mode(model)
     owned = model if inplace else _copied(model)
@@ -198,17 +141,34 @@ def transform(
     graph = capture(owned, inputs)
     first = propagate(graph, mode=mode)
     before = _report(graph, first)
-    plan = Plan(chosen, shortcut_weight, seed, distribution, per_location_norm)
-    outcome = rewrite(graph, plan, first)
+    outcome = rewrite(graph, plan, first) if plan is not None else _by_systems(graph, chosen, seed, first)
     ledger = _with_folded(outcome.ledger, folded)
     after = _report(outcome.graph, outcome.propagation)
     shaped = outcome.graph.emit()
     shaped.train(model.training)
     watch = LoadWatch().over(shaped)
+    used = chosen[0] if len(chosen) == 1 else chosen
     shaped.meta["kgraph"] = TransformRecord(
-        chosen, outcome.shortcut_weight, outcome.targets, ledger, before, after, watch
+        used, outcome.shortcut_weight, outcome.targets, ledger, before, after, watch
     )
     return shaped
+
+
+def _plan(chosen: tuple[AnyMethod, ...], plan: Plan) -> Plan | None:
+    """The plan of DKS or TAT (which stand alone: they set everything), or None for systems, which have no options."""
+    if isinstance(chosen[0], (DKS, TAT)):
+        return replace(plan, method=chosen[0])
+    plain = Plan(plan.method, seed=plan.seed)
+    for name in ("shortcut_weight", "distribution", "per_location_norm"):
+        if getattr(plan, name) != getattr(plain, name):
+            raise InputError(f"{name} is an option of DKS and TAT", hint="Leave it out")
+    return None
+
+
+def _by_systems(graph: Graph, chosen: tuple[AnyMethod, ...], seed: int, first: Propagation) -> Outcome:
+    work = compose(graph, [one for one in chosen if isinstance(one, System)], seed, first)
+    title = " + ".join(repr(one) for one in chosen)
+    return Outcome(graph, None, None, work.ledger(title), work.propagation())
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -240,7 +200,9 @@ def shaping_targets(
         TargetError: no local value meets the target; names the binding subnetwork and its minimum.
     """
     check_model(model)
-    chosen = resolve_method(method)
+    chosen = resolve_methods(method)[0]
+    if isinstance(chosen, System):
+        raise InputError(f"{chosen!r} has no shaping targets", hint="Pass 'dks' or 'tat'")
     owned = _copied(model)
     fold_parametrizations(owned)
     weight = 0.8 if shortcut_weight is None else shortcut_weight

@@ -1,4 +1,4 @@
-"""Shaping methods: frozen options; `print(method.passes())` in kgraph.pipelines shows the recipe."""
+"""The shaping methods DKS and TAT: frozen options. What they do is `kgraph.recipe`."""
 
 from __future__ import annotations
 
@@ -48,17 +48,3 @@ class TAT:
 
 
 Method = DKS | TAT
-
-
-def resolve_method(method: object) -> Method:
-    """``"dks"``, ``"tat"`` or an instance.
-
-    Raises:
-        InputError: anything else.
-    """
-    if isinstance(method, (DKS, TAT)):
-        return method
-    named = {"dks": DKS, "tat": TAT}
-    if isinstance(method, str) and method.lower() in named:
-        return named[method.lower()]()
-    raise InputError(f"unknown method {method!r}", hint="Pass 'dks', 'tat', DKS(zeta=...) or TAT(eta=..., tau=...)")

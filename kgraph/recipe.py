@@ -64,7 +64,7 @@ class Outcome:
     """A rewritten graph and how it came about."""
 
     graph: Graph
-    shortcut_weight: float
+    shortcut_weight: float | None
     targets: ShapingTargets | None
     ledger: Ledger
     propagation: Propagation

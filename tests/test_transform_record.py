@@ -13,7 +13,7 @@ from torch import nn
 from transformed import chain, record
 
 import kgraph
-from kgraph.api import STALE
+from kgraph.record import STALE
 from kgraph.lift import EmittedModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # PyTorch, about its own pytree

@@ -118,12 +118,16 @@ def shaped_map(module: ShapedActivation, slopes: tuple[float, ...] = ()) -> Poin
 def _with_slopes(activation: nn.Module, slopes: tuple[float, ...]) -> Pointwise:
     if not slopes:
         return pointwise_of_module(activation)
-    if isinstance(activation, FunctionModule) and activation.function is aten.prelu.default:
+    if _is_prelu(activation):
         return leaky(slopes[0])
     key = (activation, slopes)
     if key not in _known:
         _known[key] = Pointwise(lambda u: activation(u, *(u.new_tensor([slope]) for slope in slopes)))
     return _known[key]
+
+
+def _is_prelu(activation: nn.Module) -> bool:
+    return isinstance(activation, FunctionModule) and activation.function is aten.prelu.default
 
 
 POSITIVE_PART = pointwise("relu")
@@ -137,7 +141,7 @@ def _by_slope(module: ShapedActivation, slopes: tuple[float, ...], index: int) -
     The difference is exact, for phi is a polynomial of degree at most 2 in its slopes.
     """
     scale, shift = module.input_scale, module.input_shift
-    if isinstance(module.activation, FunctionModule):
+    if _is_prelu(module.activation):
         key = (NEGATIVE_PART, scale, shift, module.output_scale)
         if key not in _known:
             _known[key] = NEGATIVE_PART.affine(scale, shift, 0.0, module.output_scale)
