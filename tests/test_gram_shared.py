@@ -229,3 +229,29 @@ def test_where() -> None:
         return Net(forward, a=dense(8), b=dense(8), c=dense(8))
 
     check_nngp(Case(lambda: net(True), lambda: net(False), vectors, 1))
+
+
+def skip_from_input() -> Net:
+    return Net(lambda m, x: x + m.a(x), a=dense(64, 64))
+
+
+def crossed_halves() -> Net:
+    """Halves of the input's channels are known numbers too: adding them to each other adds their own products."""
+    return Net(lambda m, x: torch.cat([x[:, :32] + m.a(x), x[:, 32:] + x[:, :32]], 1), a=dense(64, 32))
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+def test_sums_with_the_input_itself(biased: bool) -> None:
+    """<x + W x, x' + W x'> / C = (1 + sw2) <x, x'> / C: the input is not independent of what is made of it."""
+    x = vectors(64)
+    model = skip_from_input().double()
+    model.a.bias = nn.Parameter(torch.ones(64, dtype=torch.float64)) if biased else None
+    sw2, sb2 = 64 * model.a.weight.square().mean(), float(biased)
+    gram, means = x @ x.T / 64, x.mean(1)
+    shifted = sb2 * (means[:, None] + means[None] + 1)  # E[b] = 1: the mean of x meets that of the bias
+    torch.testing.assert_close(kgraph.nngp(model, x), (gram * (1 + sw2) + shifted).detach())
+    model = crossed_halves().double()
+    model.a.bias = None
+    one, two = x[:, :32], x[:, 32:] + x[:, :32]
+    expected = (one @ one.T + two @ two.T) / 64 + 64 * model.a.weight.square().mean() * gram / 2
+    torch.testing.assert_close(kgraph.nngp(model, x), expected.detach())

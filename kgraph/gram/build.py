@@ -177,6 +177,8 @@ def _cut_once(u: Field, cut: tuple[str, int, int], seen: dict[Field, Field]) -> 
         case Known():
             low, high = cut[1:]
             whole = u.data.shape[1] == 1 or u.constant is not None
+            if not u.gain:  # channels of an input are as like each other as they are: no cut makes them independent
+                roots = u.roots
             return replace(u, roots=roots, data=u.data if whole else u.data[:, low:high])
         case Affine() | Leaf() | Sliced() | Scores():
             return Sliced(u.places, roots, u.how, u)

@@ -20,6 +20,7 @@ from kgraph.gram.attention import attended_block, scores_block
 from kgraph.gram.block import Block, nothing
 from kgraph.gram.build import arguments
 from kgraph.gram.field import Field
+from kgraph.gram.gaps import Gaps
 from kgraph.gram.joint import JointDraws
 from kgraph.gram.layout import Layout
 from kgraph.gram.means import mean_of, shaped
@@ -57,6 +58,7 @@ class Engine:
     def __init__(self, rows: Rows, layout: Layout, parametrization: str, with_ntk: bool, seed: int = 0) -> None:
         self.rows, self.layout, self.parametrization, self.with_ntk = rows, layout, parametrization, with_ntk
         self.draws = JointDraws(self, seed)
+        self.gaps = Gaps(self) if layout.name == "diagonal" else None
         self._blocks: weakref.WeakKeyDictionary[Field, weakref.WeakKeyDictionary[Field, Block]]
         self._blocks = weakref.WeakKeyDictionary()
         self._means: weakref.WeakKeyDictionary[Field, Tensor] = weakref.WeakKeyDictionary()

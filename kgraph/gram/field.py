@@ -128,10 +128,11 @@ class Affine(Field):
 
 @dataclass(frozen=True, eq=False)
 class Leaf(Field):
-    """A field whose own block is known (a lookup table, a layer whose weight is used once)."""
+    """A field whose own block is known (a lookup table, a layer whose weight is used once), and its gap if carried."""
 
     block: Block = field(default_factory=lambda: Block(torch.zeros(())))
     mean: float = 0.0
+    gap: Tensor | None = None
 
     @property
     def gaussian(self) -> bool:

@@ -16,10 +16,9 @@ from kgraph.gram.block import Block
 from kgraph.gram.engine import Engine
 from kgraph.gram.joint import NeedsAllPairs
 from kgraph.gram.layout import Diagonal, Full, Layout, NeedsFull
-from kgraph.gram.places import total_places
+from kgraph.gram.read import gram_of
 from kgraph.gram.result import Kernels, NodeGram
 from kgraph.gram.rows import Rows
-from kgraph.gram.rules.affine import averaged, fold
 from kgraph.gram.tiles import (
     Bar,
     Tile,
@@ -31,7 +30,7 @@ from kgraph.gram.tiles import (
     tiles,
     too_large,
 )
-from kgraph.gram.value import Axes, Value, place_start, places_of, roles
+from kgraph.gram.value import Value
 from kgraph.gram.walk import Options, Walk
 from kgraph.inputs import Inputs
 
@@ -207,10 +206,8 @@ def _fitting(request: _Request, rows: Rows, layout: Layout, n1: int, n2: int | N
 
 def _joined_tiles(parts: list[tuple[Tile, Kernels]], n1: int, n2: int | None) -> Kernels:
     first = parts[0][1]
-    outputs = [(tile, NodeGram("output", k.nngp, k.ntk, k.places, k.how)) for tile, k in parts]
     nodes = {name: assembled([(tile, k.nodes[name]) for tile, k in parts], n1, n2) for name in first.nodes}
-    whole = assembled(outputs, n1, n2)
-    return replace(first, nngp=whole.nngp, ntk=whole.ntk, nodes=nodes)
+    return replace(first, output=assembled([(tile, k.output) for tile, k in parts], n1, n2), nodes=nodes)
 
 
 def _run(
@@ -227,7 +224,7 @@ def _run(
 
     def take(node: fx.Node, value: Value) -> None:
         if request.nodes == "all" or node.name in request.nodes:
-            wanted[node.name] = _gram(engine, node.name, value, n1, n2)
+            wanted[node.name] = gram_of(engine, node.name, value, n1, n2)
 
     output = Walk(request.graph, engine, request.options, take).run(request.inputs)
     final = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Value)), None)
@@ -236,38 +233,10 @@ def _run(
     missing = [] if isinstance(request.nodes, str) else [name for name in request.nodes if name not in wanted]
     if missing:
         raise InputError(f"the graph has no node {missing[0]!r}", hint="kgraph.analyze lists the names")
-    gram = _gram(engine, "output", final, n1, n2)
+    output_gram = gram_of(engine, "output", final, n1, n2)
     if on_draws is not None and engine.draws.used:
         raise on_draws
-    return Kernels(gram.nngp, gram.ntk, wanted, layout.name, request.parametrization, gram.how, gram.places)
-
-
-def _gram(engine: Engine, name: str, value: Value, n1: int, n2: int | None) -> NodeGram:
-    u = averaged([(size, fold(field, _read_as_channels(value.axes))) for size, field in value.groups])
-    block = engine.pair(u, u)
-    shape = (*u.places, *u.places) if engine.layout.name == "full" else u.places
-    full = block.each(lambda x: x.expand(len(engine.rows.first), *shape) if x.ndim == 0 or len(x) == 1 else x)
-    matrix = full.each(lambda x: _matrix(engine.rows, x, u.places, engine.layout.name, n1, n2))
-    return NodeGram(name, matrix.cov, matrix.ntk, u.places, engine.how(u).name)
-
-
-def _read_as_channels(axes: Axes) -> tuple[int, ...]:
-    """Place axes that share a dimension with channels (after a flatten): the kernel is their average."""
-    mixed = [d for d, axis in enumerate(axes) if {"c", "p"} <= roles(axis)]
-    return tuple(place_start(axes, d) + i for d in mixed for i in range(len(places_of((axes[d],)))))
-
-
-def _matrix(rows: Rows, x: Tensor, places: tuple[int, ...], layout: str, n1: int, n2: int | None) -> Tensor:
-    """[R, ...] -> [n1, n2, ...]."""
-    n = rows.inputs
-    whole = x.new_full((n, n, *x.shape[1:]), float("nan"))
-    turned = x
-    if layout == "full" and places:
-        count = total_places(places)
-        turned = x.reshape(len(x), count, count).transpose(1, 2).reshape(x.shape)
-    whole[rows.second, rows.first] = turned
-    whole[rows.first, rows.second] = x
-    return whole[:n1, :n1] if n2 is None else whole[:n1, n1 : n1 + n2]
+    return Kernels(output_gram, wanted, layout.name, request.parametrization)
 
 
 __all__ = ["Block", "Kernels", "NodeGram", "kernels", "nngp", "ntk"]

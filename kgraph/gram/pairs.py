@@ -10,6 +10,7 @@ from torch import Tensor
 from kgraph.gram import field as f
 from kgraph.gram.block import Block, nothing
 from kgraph.gram.field import Field
+from kgraph.gram.gaps import Gaps
 from kgraph.gram.layout import NeedsFull
 from kgraph.gram.means import centred, mean_slope, shaped
 from kgraph.gram.taps import convolve, count_taps
@@ -164,8 +165,25 @@ def mapped_block(engine: Engine, u: f.Mapped, v: f.Mapped) -> Block | None:
     q1, q2 = engine.layout.sides(
         engine.rows, engine.variance(u.arg), engine.variance(v.arg), u.arg.places, v.arg.places
     )
-    cov, slope = fn.dual(q1, q2, inner.cov - shift**2)
-    return Block(cov, None if inner.ntk is None else slope * inner.ntk)
+    cov, slope = fn.dual(q1, q2, inner.cov - shift**2 if shift else inner.cov)
+    if inner.ntk is None:
+        return Block(cov)
+    if engine.gaps is not None and u is v:
+        slope = _sharper(engine.gaps, u, slope, cov)
+    return Block(cov, slope * inner.ntk)
+
+
+_CLOSE = 1e-3
+
+
+def _sharper(gaps: Gaps, u: f.Mapped, slope: Tensor, cov: Tensor) -> Tensor:
+    """A kink's slope goes as sqrt(1 - c): from the gap where that is small, for 1 - c has lost half its digits."""
+    near = gaps.near(u)
+    if near is None:
+        return slope
+    apart, exact = near
+    close = (apart > 0) & (apart < _CLOSE * cov.abs())
+    return torch.where(close, exact, slope)
 
 
 def stein_block(engine: Engine, u: f.Mapped, v: Field, swapped: bool) -> Block | None:

@@ -17,6 +17,9 @@ class NodeGram:
         ntk: NTK block, alike; None if not asked for.
         places: sizes of the position axes.
         how: how the numbers were obtained.
+        one_minus_c: 1 - c, [n1, n2, *places]; nan where q = 0. Under "diagonal" positions it is carried from layer
+            to layer, so that thousands of them leave its digits; else it is the difference. None where every pair
+            of positions is held.
     """
 
     name: str
@@ -24,6 +27,7 @@ class NodeGram:
     ntk: Tensor | None
     places: tuple[int, ...]
     how: str
+    one_minus_c: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -31,17 +35,38 @@ class Kernels:
     """Gram matrices of a model's output and of named nodes.
 
     Attributes:
-        nngp, ntk: of the output, [n1, n2] (with positions, if the output has some: as in `NodeGram`).
+        output: of the output, [n1, n2] (with positions, if it has some: as in `NodeGram`).
         nodes: by name, those asked for.
         positions: position model used.
-        how: how the output's numbers were obtained.
-        places: sizes of the output's position axes.
+        parametrization: of the NTK.
     """
 
-    nngp: Tensor
-    ntk: Tensor | None
+    output: NodeGram
     nodes: dict[str, NodeGram]
     positions: str
     parametrization: str
-    how: str
-    places: tuple[int, ...] = ()
+
+    @property
+    def nngp(self) -> Tensor:
+        """The output's NNGP."""
+        return self.output.nngp
+
+    @property
+    def ntk(self) -> Tensor | None:
+        """The output's NTK."""
+        return self.output.ntk
+
+    @property
+    def one_minus_c(self) -> Tensor | None:
+        """The output's 1 - c."""
+        return self.output.one_minus_c
+
+    @property
+    def how(self) -> str:
+        """How the output's numbers were obtained."""
+        return self.output.how
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Sizes of the output's position axes."""
+        return self.output.places

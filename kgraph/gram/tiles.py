@@ -111,10 +111,14 @@ def inputs_of(tile: Tile, leaves: Sequence[Any]) -> list[Any]:
 def assembled(parts: list[tuple[Tile, NodeGram]], n1: int, n2: int | None) -> NodeGram:
     """The whole matrices of one node."""
     last = max((gram for _, gram in parts), key=lambda gram: gram.how)
-    ntk = None
-    if parts[0][1].ntk is not None:
-        ntk = _placed([(t, g.ntk) for t, g in parts if g.ntk is not None], last.places, n1, n2)
-    return replace(last, nngp=_placed([(t, g.nngp) for t, g in parts], last.places, n1, n2), ntk=ntk)
+
+    def whole(name: str) -> Tensor | None:
+        tensors = [(tile, getattr(gram, name)) for tile, gram in parts]
+        return None if tensors[0][1] is None else _placed(tensors, last.places, n1, n2)
+
+    nngp = whole("nngp")
+    assert nngp is not None
+    return replace(last, nngp=nngp, ntk=whole("ntk"), one_minus_c=whole("one_minus_c"))
 
 
 def _placed(parts: list[tuple[Tile, Tensor]], places: tuple[int, ...], n1: int, n2: int | None) -> Tensor:

@@ -17,6 +17,7 @@ from kgraph.gram import field as f
 from kgraph.gram.engine import Engine
 from kgraph.gram.rules import Context, find_rule, sample, unary
 from kgraph.gram.value import Axis, CannotFollow, Value
+from kgraph.kernel import Root
 from kgraph.propagate import TOKEN_VIEWS, channel_dim
 from kgraph.rules.pointwise import is_pointwise
 
@@ -154,7 +155,8 @@ def known_input(node: fx.Node, x: Tensor) -> Value:
     for i, size in enumerate(x.shape):
         role = "b" if i == 0 else "c" if i == channel else "p"
         axes.append(((role, size),) if size > 1 or role == "b" else ())
-    known = f.Known(tuple(sizes), data=data.reshape(len(x), x.shape[channel], *sizes))
+    root = Root(f"input {node.name}")  # what else reads these numbers is not independent of them
+    known = f.Known(tuple(sizes), frozenset({root}), data=data.reshape(len(x), x.shape[channel], *sizes))
     return Value(((x.shape[channel], known),), tuple(axes))
 
 

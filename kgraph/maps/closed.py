@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kgraph.errors import InputError
+from kgraph.maps.gap import Near, erf_gap, jump_gap, linear_gap, two_slopes_gap
 
 Dual = tuple[Tensor, Tensor]
 _ROUNDING = 4 * torch.finfo(torch.float64).eps
@@ -31,10 +32,13 @@ class ClosedForm:
     Args:
         dual: ``(q1, q2, cov) -> (E[phi phi], E[phi' phi'])``, elementwise on float64 tensors.
         mean: ``q -> E[phi(z)]``.
+        near: ``(q1, q2, gap) -> (E[(phi(z1) - phi(z2))^2] / 2, E[phi' phi'])`` with all digits of a small gap
+            ``E[(z1 - z2)^2] / 2``; None where that is not known.
     """
 
     dual: Callable[[Tensor, Tensor, Tensor], Dual]
     mean: Callable[[Tensor], Tensor]
+    near: Near | None = None
 
     def affine(self, input_scale: float, output_shift: float, output_scale: float) -> ClosedForm:
         """Closed form of ``output_scale * (phi(input_scale * u) + output_shift)``."""
@@ -49,7 +53,14 @@ class ClosedForm:
                 value = value + output_shift * (self.mean(squared * q1) + self.mean(squared * q2) + output_shift)
             return output_scale**2 * value, (output_scale * input_scale) ** 2 * slope
 
-        return ClosedForm(dual, mean)
+        own = self.near
+
+        def near(q1: Tensor, q2: Tensor, gap: Tensor) -> Dual:
+            assert own is not None
+            value, slope = own(squared * q1, squared * q2, squared * gap)
+            return output_scale**2 * value, (output_scale * input_scale) ** 2 * slope
+
+        return ClosedForm(dual, mean, None if own is None else near)
 
 
 def correlation(q1: Tensor, q2: Tensor, cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,11 +90,11 @@ def _two_slopes(positive: float, negative: float) -> ClosedForm:
         s.mul_(share).addcmul_(c, arcsine, value=share)
         return s.add_(c, alpha=odd**2).mul_(r), arcsine.mul_(share).add_(odd**2)
 
-    return ClosedForm(dual, lambda q: even * torch.sqrt(2 * q / math.pi))
+    return ClosedForm(dual, lambda q: even * torch.sqrt(2 * q / math.pi), two_slopes_gap(positive, negative))
 
 
 def _identity() -> ClosedForm:
-    return ClosedForm(lambda q1, q2, cov: (cov, torch.ones_like(cov)), torch.zeros_like)
+    return ClosedForm(lambda q1, q2, cov: (cov, torch.ones_like(cov)), torch.zeros_like, linear_gap)
 
 
 def _jump(high: float, low: float) -> ClosedForm:
@@ -94,7 +105,7 @@ def _jump(high: float, low: float) -> ClosedForm:
         _, c, s = correlation(q1, q2, cov)
         return middle**2 + half**2 * (2 / math.pi) * torch.atan2(c, s), torch.zeros_like(cov)
 
-    return ClosedForm(dual, lambda q: torch.full_like(q, middle))
+    return ClosedForm(dual, lambda q: torch.full_like(q, middle), jump_gap(high, low))
 
 
 def _gap(q1: Tensor, q2: Tensor, cov: Tensor) -> Tensor:
@@ -108,7 +119,7 @@ def _erf() -> ClosedForm:
         root = torch.sqrt(1 + 2 * q1 + 2 * q2 + 4 * _gap(q1, q2, cov))
         return (2 / math.pi) * torch.atan2(2 * cov, root), (4 / math.pi) / root
 
-    return ClosedForm(dual, torch.zeros_like)
+    return ClosedForm(dual, torch.zeros_like, erf_gap)
 
 
 def _waves(q1: Tensor, q2: Tensor, cov: Tensor) -> Dual:

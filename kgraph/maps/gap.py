@@ -19,29 +19,49 @@ from torch import Tensor
 
 from kgraph.maps.quadrature import Plan, line_rule, value_and_slope
 
-Gap = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``(q_a, q_b, G) -> G'``."""
+Near = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""``(q_a, q_b, G) -> (G', E[phi' phi'])``."""
 
 _SMALL_ANGLE = 0.5
 _TERMS = 10
 _HERMITE, _SEGMENT = 24, 10
 
 
-def two_slopes_gap(positive: float, negative: float) -> Gap:
+def two_slopes_gap(positive: float, negative: float) -> Near:
     """``positive max(u, 0) + negative min(u, 0)``, that is ``even |u| + odd u``.
 
     With r = sqrt(q_a q_b), c = cos theta: |u| has gap ``(sqrt q_a - sqrt q_b)^2 / 2 + r ((1 - c) - (2 / pi)
-    (sin theta - theta cos theta))``.
+    (sin theta - theta cos theta))``, and ``E[sign sign] = 1 - 2 theta / pi``.
     """
     even, odd = (positive - negative) / 2, (positive + negative) / 2
 
-    def gap(q1: Tensor, q2: Tensor, g: Tensor) -> Tensor:
+    def near(q1: Tensor, q2: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         apart, r, lack = split_gap(q1, q2, g)
-        theta = 2 * torch.asin((lack / 2).clamp(0, 1).sqrt())
+        theta = angle(lack)
         folded = apart + r * (lack - (2 / math.pi) * sin_minus_cos(theta))
-        return odd**2 * g + even**2 * folded
+        return odd**2 * g + even**2 * folded, odd**2 + even**2 * (1 - (2 / math.pi) * theta)
 
-    return gap
+    return near
+
+
+def jump_gap(high: float, low: float) -> Near:
+    """``high`` for u > 0, ``low`` for u < 0: the signs differ with probability theta / pi."""
+
+    def near(q1: Tensor, q2: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        _, _, lack = split_gap(q1, q2, g)
+        return (high - low) ** 2 / (2 * math.pi) * angle(lack), torch.zeros_like(g)
+
+    return near
+
+
+def linear_gap(q1: Tensor, q2: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The identity's."""
+    return g, torch.ones_like(g)
+
+
+def angle(lack: Tensor) -> Tensor:
+    """``theta = arccos(1 - lack)``, with all its digits where lack is small."""
+    return 2 * torch.asin((lack / 2).clamp(0, 1).sqrt())
 
 
 def split_gap(q1: Tensor, q2: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,8 +82,11 @@ def sin_minus_cos(theta: Tensor) -> Tensor:
     return torch.where(theta < _SMALL_ANGLE, series * square * theta, direct)
 
 
-def erf_gap(q1: Tensor, q2: Tensor, g: Tensor) -> Tensor:
-    """``E[erf erf] = (2/pi) asin(2 cov / sqrt((1 + 2 q_a)(1 + 2 q_b)))``: differences of arcsines as one arcsine."""
+def erf_gap(q1: Tensor, q2: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """``E[erf erf] = (2/pi) asin(2 cov / sqrt((1 + 2 q_a)(1 + 2 q_b)))``: differences of arcsines as one arcsine.
+
+    ``E[erf' erf'] = (4/pi) / sqrt(1 + 2 q_a + 2 q_b + 4 (q_a q_b - cov^2))``.
+    """
     cov = (q1 + q2) / 2 - g
     one, two = 1 + 2 * q1, 1 + 2 * q2
     root = (one * two).sqrt()
@@ -77,7 +100,8 @@ def erf_gap(q1: Tensor, q2: Tensor, g: Tensor) -> Tensor:
         difference = 2 * (g + apart) / own
         sine = difference * (x + y) / (x * left + y * across).clamp_min(1e-300)
         total = total + torch.asin(sine.clamp(-1, 1))
-    return total / math.pi
+    _, r, lack = split_gap(q1, q2, g)
+    return total / math.pi, (4 / math.pi) / torch.sqrt(1 + 2 * (q1 + q2) + 4 * r.square() * lack * (2 - lack))
 
 
 def smooth_gap(fn: Callable[[Tensor], Tensor], plan: Plan, q1: Tensor, q2: Tensor, g: Tensor) -> Tensor:
@@ -104,4 +128,14 @@ def smooth_gap(fn: Callable[[Tensor], Tensor], plan: Plan, q1: Tensor, q2: Tenso
     return (total / 2).reshape(shape)
 
 
-__all__ = ["erf_gap", "sin_minus_cos", "smooth_gap", "split_gap", "two_slopes_gap"]
+__all__ = [
+    "Near",
+    "angle",
+    "erf_gap",
+    "jump_gap",
+    "linear_gap",
+    "sin_minus_cos",
+    "smooth_gap",
+    "split_gap",
+    "two_slopes_gap",
+]

@@ -22,6 +22,8 @@ NODES = 20
 """Gauss-Legendre nodes a panel: exact to rounding for a Gaussian on panels up to 4.5 deviations wide."""
 _CHUNK = 1 << 18
 """Function values held at once; small enough for the processor's cache."""
+_FEW = 64
+"""Rows up to which looking for equal ones costs less than it saves."""
 _LAYERS = (-7.0, -2.5, 2.5, 7.0)
 """Panel edges round a smoothed kink, in widths of the smoothing Gaussian."""
 _TINY = 1e-150
@@ -133,6 +135,26 @@ def dual(fn: Function, plan: Plan, roots: Tensor, c: Tensor, s: Tensor) -> tuple
         roots: ``[2, n]``, sqrt(q1) and sqrt(q2).
         c, s: ``[n]``, correlation and ``sqrt(1 - c^2)``.
     """
+    if 1 < len(c) <= _FEW:
+        first, place = _distinct_rows(roots, c)
+        if len(first) < len(c):
+            value, slope = _dual_rows(fn, plan, roots[:, first], c[first], s[first])
+            return value[place], slope[place]
+    return _dual_rows(fn, plan, roots, c, s)
+
+
+def _distinct_rows(roots: Tensor, c: Tensor) -> tuple[list[int], list[int]]:
+    """Indices of the rows that differ, and for every row its place among them (``s`` follows from ``c``).
+
+    The probe pairs of a network repeat: (a, a) is a pair with c = 1, and all pairs of positions are alike.
+    """
+    seen: dict[tuple[float, ...], int] = {}
+    place = [seen.setdefault(row, len(seen)) for row in zip(*roots.tolist(), c.tolist(), strict=True)]
+    first = {row: i for i, row in reversed(list(enumerate(place)))}
+    return [first[row] for row in range(len(seen))], place
+
+
+def _dual_rows(fn: Function, plan: Plan, roots: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     breaks = len(plan.breaks)
     outer = len(plan.base) + 2 * breaks + len(_LAYERS) * len(plan.kinks)
     cost = outer * (len(plan.base) + breaks) * NODES**2

@@ -6,6 +6,7 @@ from kgraph.gram.rules import (  # noqa: F401  (each registers its rules)
     embedding,
     merge,
     norm,
+    parent_scale,
     pointwise,
     pool,
     recurrent,

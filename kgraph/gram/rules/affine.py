@@ -68,8 +68,9 @@ def layer_output(context: Context, u: Field, layer: Layer, places: tuple[int, ..
     output = Affine(places, roots, how or u.how, arg=u, layer=layer)
     if context.uses[layer.root] > 1:
         return output
-    block = context.engine.pair(output, output)
-    return Leaf(places, roots, context.engine.how(output), block, layer.bias_mean)
+    engine = context.engine
+    gap = engine.gaps.gap(output, output) if engine.gaps is not None else None
+    return Leaf(places, roots, engine.how(output), engine.pair(output, output), layer.bias_mean, gap)
 
 
 def make_layer(
