@@ -89,7 +89,12 @@ def check_model(model: object) -> nn.Module:
 
 
 def capture(
-    model: nn.Module, example_inputs: object = None, *, verify: bool = True, front_end: FrontEnd = "auto"
+    model: nn.Module,
+    example_inputs: object = None,
+    *,
+    verify: bool = True,
+    front_end: FrontEnd = "auto",
+    deep: int = DEEP,
 ) -> Graph:
     """Capture ``model`` as a flat graph; the model itself is left as it was.
 
@@ -97,8 +102,9 @@ def capture(
         model: any bare module.
         example_inputs: tensor, tuple of positional or dict of keyword arguments; inferred when None.
         verify: compare the graph's eval output with the model's (skipped on the meta device).
-        front_end: "auto" traces a model of many module calls of few kinds (`DEEP`, `REPEATED`), and exports the
+        front_end: "auto" traces a model of many module calls of few kinds (``deep``, `REPEATED`), and exports the
             others and what tracing cannot follow.
+        deep: module calls from which on tracing is tried first.
 
     Raises:
         ModelError, InputError, CaptureError: see those classes; a CaptureError names the line.
@@ -108,7 +114,7 @@ def capture(
     census = _check_forward(model, inputs)
     notes: list[str] = []
     with _modes_kept(model):
-        if front_end == "trace" or (front_end == "auto" and census.pays):
+        if front_end == "trace" or (front_end == "auto" and census.pays(deep)):
             try:
                 return _traced(model, inputs)
             except Untraceable as error:
@@ -196,10 +202,9 @@ class _Census:
         self.kinds.add((type(module), tuple(v.shape for v in inputs if isinstance(v, Tensor)), own))
         self.calls += 1
 
-    @property
-    def pays(self) -> bool:
+    def pays(self, deep: int) -> bool:
         """Whether symbolic tracing is worth a try."""
-        return self.calls >= max(DEEP, REPEATED * len(self.kinds))
+        return self.calls >= max(deep, REPEATED * len(self.kinds))
 
 
 def _check_forward(model: nn.Module, inputs: Inputs) -> _Census:

@@ -138,7 +138,7 @@ def _captured(model: nn.Module, inputs: Inputs) -> Graph:
         value = value[:2] if len(value) > 1 else torch.cat([value, value])
         return value.to(reference.dtype) if value.is_floating_point() and reference is not None else value
 
-    return capture(model, Inputs(*pytree.tree_map(example, tuple(inputs))))
+    return capture(model, Inputs(*pytree.tree_map(example, tuple(inputs))), deep=0)  # nobody will train this graph
 
 
 def _joined(first: Inputs, second: Inputs | None, n1: int, n2: int) -> tuple[list[Any], Rows]:

@@ -170,7 +170,9 @@ def mapped_block(engine: Engine, u: f.Mapped, v: f.Mapped) -> Block | None:
         return Block(cov)
     if engine.gaps is not None and u is v:
         slope = _sharper(engine.gaps, u, slope, cov)
-    return Block(cov, slope * inner.ntk)
+    if torch.is_grad_enabled() or slope.shape != inner.ntk.shape:
+        return Block(cov, slope * inner.ntk)
+    return Block(cov, slope.mul_(inner.ntk))  # the slope is ours, and as large as kernels get
 
 
 _CLOSE = 1e-3
@@ -216,15 +218,22 @@ def _through_layer(engine: Engine, inner: Block, u: f.Affine, v: f.Affine) -> Bl
         inner = Block(inner.cov.expand(len(engine.rows.first), *places), inner.ntk)
     geometry = layer.geometry
     if geometry is None:
-        summed, counted = inner.times(layer.weight), inner.cov
+        summed, counted = inner.times(layer.weight), (inner.cov, 1.0)
     else:
         summed = inner.each(lambda x: convolve(engine.layout, x, geometry, len(u.arg.places)))
-        counted = torch.zeros(())
-    cov = summed.cov + layer.bias
-    if inner.ntk is None or summed.ntk is None:
+        counted = (summed.cov, 1.0)
+    cov = summed.cov + layer.bias if layer.bias else summed.cov
+    if summed.ntk is None:
         return Block(cov)
     if engine.parametrization == "ntk":
-        return Block(cov, weight_own * summed.cov + bias_own * layer.bias + summed.ntk)
+        return Block(cov, _own(summed.cov, weight_own, bias_own * layer.bias, summed.ntk))
     if geometry is not None:
         counted = count_taps(engine.layout, inner.cov, summed.cov, geometry, len(u.arg.places))
-    return Block(cov, weight_own * counted + bias_own + summed.ntk)
+    return Block(cov, _own(counted[0], weight_own * counted[1], bias_own, summed.ntk))
+
+
+def _own(kernel: Tensor, weight: float | Tensor, bias: float | Tensor, ntk: Tensor) -> Tensor:
+    """``weight kernel + bias + ntk`` with one new tensor: these are as large as kernels get."""
+    total = kernel * weight
+    total = total.add_(ntk) if total.shape == torch.broadcast_shapes(total.shape, ntk.shape) else total + ntk
+    return total.add_(bias) if isinstance(bias, Tensor) or bias else total

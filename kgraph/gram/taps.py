@@ -84,10 +84,10 @@ def _stage_sizes(x: Tensor, stage: object, geometry: Geometry, layout: Layout, p
     return tuple(before[i] if runs[i][0] == slice(None) else geometry.sizes[i] for i in range(dims))
 
 
-def count_taps(layout: Layout, x: Tensor, summed: Tensor, geometry: Geometry, places: int) -> Tensor:
-    """As `convolve`, each tap weighing 1: the gradient by a weight sums inputs."""
+def count_taps(layout: Layout, x: Tensor, summed: Tensor, geometry: Geometry, places: int) -> tuple[Tensor, float]:
+    """As `convolve`, each tap weighing 1 (the gradient by a weight sums inputs): a tensor and a factor of it."""
     weight = geometry.terms[0][0]
     if weight and all(w == weight for w, _ in geometry.terms):
-        return summed / weight
+        return summed, 1 / weight
     ones = tuple((1.0, runs) for _, runs in geometry.terms)
-    return layout.taps(x, ones, geometry.sizes, places)
+    return layout.taps(x, ones, geometry.sizes, places), 1.0
