@@ -104,12 +104,21 @@ class Engine:
             return sliced_block(self, u, v)
         if u.independent(v):
             return self.outer_means(u, v)
+        for one, two, swapped in ((u, v, False), (v, u, True)):  # sums first: their terms may move alike
+            if isinstance(one, f.Sum):
+                return self._sum(one, two, swapped)
         for one, two, swapped in ((u, v, False), (v, u, True)):
             found = self._linear(one, two, swapped)
             if found is not None:
                 return found
         found = self._alike(u, v)
         return self.draws.pair(u, v) if found is None else found
+
+    def _sum(self, u: f.Sum, v: Field, swapped: bool) -> Block:
+        total = nothing(self.with_ntk)
+        for weight, term in u.terms:
+            total = total + (self.pair(v, term) if swapped else self.pair(term, v)).times(weight)
+        return total
 
     def _linear(self, u: Field, v: Field, swapped: bool) -> Block | None:
         """Fields that are linear in others; ``swapped`` says that u stands at the second input."""
@@ -118,11 +127,6 @@ class Engine:
             return self.pair(two, one) if swapped else self.pair(one, two)
 
         match u:
-            case f.Sum(terms=terms):
-                total = nothing(self.with_ntk)
-                for weight, term in terms:
-                    total = total + pair(term, v).times(weight)
-                return total
             case f.Located():
                 return located_block(self, u, v, swapped)
             case f.Moved(arg=arg, op=op) if isinstance(v, f.Moved) and not swapped:

@@ -141,7 +141,7 @@ class Gaps:
         inner, geometry = self.gap(u.arg, v.arg), u.layer.geometry
         if geometry is None:
             return inner * u.layer.weight
-        return convolve(self.engine.layout, inner, geometry, len(u.arg.places))
+        return convolve(self.engine.layout, inner, geometry, u.arg.places)
 
     def _product(self, u: f.Product) -> Tensor:
         """``E[l_a l_b] E[r_a r_b]`` with each factor as its middle minus its gap."""

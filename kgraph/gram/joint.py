@@ -51,12 +51,12 @@ class JointDraws:
         """Block of two fields, measured."""
         self.used.update((u, v))
         x, y = self.of(u), self.of(v)
-        cov = self._moment(x[0], y[0])
+        cov = self.engine.layout.moment(self.engine.rows, x[0], y[0])
         if not self.engine.with_ntk:
             return Block(cov)
         if x[1] is None or y[1] is None:
             return Block(cov, torch.full_like(cov, float("nan")))
-        return Block(cov, self._moment(x[1], y[1]))
+        return Block(cov, self.engine.layout.moment(self.engine.rows, x[1], y[1]))
 
     def mean(self, u: Field) -> Tensor:
         """E[u], [N, *places]."""
@@ -67,17 +67,6 @@ class JointDraws:
         x = self.of(u)[0]
         blocks = x.square().reshape(_BLOCKS, -1).mean(1)
         return float(blocks.std() / (_BLOCKS**0.5 * blocks.mean().clamp_min(1e-300)))
-
-    def _moment(self, x: Tensor, y: Tensor) -> Tensor:
-        rows = self.engine.rows
-        first, second = x[:, rows.first], y[:, rows.second]
-        if self.engine.layout.name == "diagonal":
-            if x.shape[2:] != y.shape[2:]:
-                raise NeedsFull
-            return (first * second).mean(0)
-        left = first.reshape(*first.shape[:2], -1).permute(1, 2, 0)
-        right = second.reshape(*second.shape[:2], -1).permute(1, 0, 2)
-        return (torch.bmm(left, right) / len(x)).reshape(len(rows.first), *x.shape[2:], *y.shape[2:])
 
     def of(self, u: Field) -> tuple[Tensor, Tensor | None]:
         """Draws of a field and of its NTK directions."""

@@ -14,11 +14,13 @@ from kgraph.capture import Graph, capture, check_model
 from kgraph.errors import InputError
 from kgraph.gram.block import Block
 from kgraph.gram.engine import Engine
+from kgraph.gram.exchangeable import Exchangeable
 from kgraph.gram.joint import NeedsAllPairs
 from kgraph.gram.layout import Diagonal, Full, Layout, NeedsFull
 from kgraph.gram.read import gram_of
 from kgraph.gram.result import Kernels, NodeGram
 from kgraph.gram.rows import Rows
+from kgraph.gram.stationary import Stationary
 from kgraph.gram.tiles import (
     Bar,
     Tile,
@@ -38,6 +40,13 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "auto": (Diagonal(), Full()),
     "full": (Full(),),
     "diagonal": (Diagonal(),),
+    "stationary": (Stationary(),),
+    "exchangeable": (Exchangeable(),),
+}
+_BEYOND = {
+    "diagonal": "it averages or moves positions",
+    "stationary": "it treats some positions unlike others",
+    "exchangeable": "it treats some positions unlike others",
 }
 
 
@@ -65,7 +74,9 @@ def kernels(
         x1, x2: inputs, [n, ...]: a tensor, or a tuple or dict of the model's arguments. x2 None: x1.
         nodes: graph nodes to report too, or "all".
         parametrization: of the NTK, "standard" (what PyTorch trains) or "ntk".
-        positions: "auto", "diagonal" (equal positions only) or "full" (every pair of positions).
+        positions: "diagonal" (equal positions only), "full" (every pair of positions, exact), "stationary" (one number
+            per displacement) or "exchangeable" (equal and different positions): averages over positions, for inputs
+            too large for "full"; "auto": "diagonal", or "full" where something averages or moves positions.
         mode: "train" (batch statistics, dropout) or "eval"; the model's own when None.
         with_ntk: False computes the NNGP alone.
         variances: declared E[w^2] by parameter name; the others are measured on the tensors.
@@ -173,7 +184,7 @@ def _escalating(request: _Request, rows: Rows, layouts: tuple[Layout, ...], n1: 
     except NeedsFull:
         if not rest:
             raise InputError(
-                "the model averages or moves positions, which equal positions alone do not determine",
+                f'positions="{layout.name}" does not determine this model\'s kernel: {_BEYOND[layout.name]}',
                 hint='Pass positions="auto" or "full"',
             ) from None
         return _escalating(request, rows, tuple(rest), n1, n2)
@@ -183,7 +194,7 @@ def _escalating(request: _Request, rows: Rows, layouts: tuple[Layout, ...], n1: 
 
 def _fitting(request: _Request, rows: Rows, layout: Layout, n1: int, n2: int | None) -> Kernels:
     """At once, or in tiles where that would take too much memory."""
-    row = bytes_of_a_row(request.graph, layout.name == "full", request.with_ntk)
+    row = bytes_of_a_row(request.graph, layout.name, request.with_ntk)
     allowed, needed = request.memory_gib * 2**30, float(row * len(rows.first))
     if needed <= allowed:
         return _run(request, rows, layout, n1, n2)
@@ -191,7 +202,8 @@ def _fitting(request: _Request, rows: Rows, layout: Layout, n1: int, n2: int | N
         raise too_large("batch statistics need all inputs at once", needed, request.memory_gib)
     size = tile_size(int(allowed // row))
     if not size:
-        raise too_large("a single pair of inputs needs more than that", needed, request.memory_gib)
+        cause = "a single pair of inputs needs more than that"
+        raise too_large(cause, needed, request.memory_gib, averaging=layout.name == "full")
     whole = too_large("joint draws need all inputs at once", needed, request.memory_gib)
     parts: list[tuple[Tile, Kernels]] = []
     with Bar(tiles(n1, n2, size)) as bar:

@@ -30,25 +30,31 @@ class Layout(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def by_axis(self) -> bool: ...
+    def shape(self, pu: Places, pv: Places) -> Places: ...
     def outer(self, rows: Rows, x: Tensor, y: Tensor, px: Places, py: Places) -> Tensor: ...
     def sides(self, rows: Rows, x: Tensor, y: Tensor, px: Places, py: Places) -> tuple[Tensor, Tensor]: ...
     def own(self, rows: Rows, block: Tensor, places: Places) -> Tensor: ...
     def move(self, block: Tensor, ops: tuple[PlaceMap | None, PlaceMap | None], pu: Places, pv: Places) -> Tensor: ...
     def fold(self, block: Tensor, axes: tuple[int, ...], pu: Places, pv: Places) -> Tensor: ...
-    def taps(self, block: Tensor, terms: Sequence[tuple[float, Sequence[Run]]], sizes: Places, p: int) -> Tensor: ...
+    def taps(self, block: Tensor, terms: Sequence[tuple[float, Sequence[Run]]], sizes: Places, p: Places) -> Tensor: ...
     def known(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor: ...
     def identity(self, rows: Rows, places: Places) -> Tensor: ...
     def alike(self, places: Places) -> Tensor: ...
     def matrices(self, rows: Rows, uv: Tensor, vu: Tensor, pu: Places, pv: Places) -> Tensor: ...
     def draws_shape(self, places: Places) -> tuple[int, int]: ...
     def join(self, blocks: list[list[Tensor]], axis: int, rows: Rows, places: list[Places]) -> Tensor: ...
+    def moment(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor: ...
+    def turned(self, block: Tensor, places: Places) -> Tensor: ...
+    def read(self, block: Tensor, places: Places) -> Tensor: ...
 
 
 def _ones(count: int) -> tuple[int, ...]:
     return (1,) * count
 
 
-def _by_input(rows: Rows, side: Tensor, x: Tensor) -> Tensor:
+def by_input(rows: Rows, side: Tensor, x: Tensor) -> Tensor:
     """[N, ...] or [1, ...] -> [R, ...] (or [1, ...])."""
     return x if x.shape[0] == 1 else x[side.to(x.device)]
 
@@ -79,11 +85,16 @@ class Full:
     """Every pair of positions."""
 
     name: str = "full"
+    by_axis: bool = True
+
+    def shape(self, pu: Places, pv: Places) -> Places:
+        """Axes of a block behind the rows'."""
+        return (*pu, *pv)
 
     def sides(self, rows: Rows, x: Tensor, y: Tensor, px: Places, py: Places) -> tuple[Tensor, Tensor]:
         """``x`` at a and ``y`` at b of every row, ready to broadcast against a block."""
-        left = _by_input(rows, rows.first, x)
-        right = _by_input(rows, rows.second, y)
+        left = by_input(rows, rows.first, x)
+        right = by_input(rows, rows.second, y)
         left = left.reshape(len(left), *x.shape[1:], *_ones(len(py)))
         right = right.reshape(len(right), *_ones(len(px)), *y.shape[1:])
         return left, right
@@ -117,11 +128,11 @@ class Full:
             pu = (*pu[:axis], *pu[axis + 1 :])
         return block
 
-    def taps(self, block: Tensor, terms: Sequence[tuple[float, Sequence[Run]]], sizes: Places, p: int) -> Tensor:
+    def taps(self, block: Tensor, terms: Sequence[tuple[float, Sequence[Run]]], sizes: Places, p: Places) -> Tensor:
         """``sum of weight * block at the tap's input positions, both sides``; the last axes of each side."""
         dims = len(sizes)
-        lead = p - dims
-        shape = (*block.shape[: 1 + lead], *sizes, *block.shape[1 + p : 1 + p + lead], *sizes)
+        lead = len(p) - dims
+        shape = (len(block), *p[:lead], *sizes, *p[:lead], *sizes)
         every = (slice(None),) * (1 + lead)
         cuts = [
             (weight, tuple((*every, *cut, *every[1:], *cut) for cut in zip(*runs, strict=True)))
@@ -131,7 +142,7 @@ class Full:
 
     def known(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
         """<x, y> / C of known tensors [N, C, *places]."""
-        left, right = _by_input(rows, rows.first, x), _by_input(rows, rows.second, y)
+        left, right = by_input(rows, rows.first, x), by_input(rows, rows.second, y)
         count = max(len(left), len(right))
         left, right = (t.expand(count, *t.shape[1:]).reshape(count, t.shape[1], -1) for t in (left, right))
         gram = torch.bmm(left.transpose(1, 2), right) / x.shape[1]
@@ -170,6 +181,22 @@ class Full:
             lines.append(torch.cat(_same_rows(wide), dim=1 + len(places[i]) + axis))
         return torch.cat(_same_rows(lines), dim=1 + axis)
 
+    def moment(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
+        """Mean over draws [S, N, *places] of the product of every row's two inputs."""
+        first, second = x[:, rows.first], y[:, rows.second]
+        left = first.reshape(*first.shape[:2], -1).permute(1, 2, 0)
+        right = second.reshape(*second.shape[:2], -1).permute(1, 0, 2)
+        return (torch.bmm(left, right) / len(x)).reshape(len(rows.first), *x.shape[2:], *y.shape[2:])
+
+    def turned(self, block: Tensor, places: Places) -> Tensor:
+        """K(b, a) from K(a, b), [R, *places, *places]."""
+        count = total_places(places)
+        return block.reshape(len(block), count, count).transpose(1, 2).reshape(block.shape)
+
+    def read(self, block: Tensor, places: Places) -> Tensor:
+        """What a caller gets of a block."""
+        return block
+
 
 def _same_rows(blocks: list[Tensor]) -> list[Tensor]:
     rows = max(len(block) for block in blocks)
@@ -181,6 +208,11 @@ class Diagonal:
     """Equal positions only."""
 
     name: str = "diagonal"
+    by_axis: bool = True
+
+    def shape(self, pu: Places, pv: Places) -> Places:
+        self._check(pu, pv)
+        return pu
 
     def _check(self, px: Places, py: Places) -> None:
         if px != py:
@@ -188,7 +220,7 @@ class Diagonal:
 
     def sides(self, rows: Rows, x: Tensor, y: Tensor, px: Places, py: Places) -> tuple[Tensor, Tensor]:
         self._check(px, py)
-        return _by_input(rows, rows.first, x), _by_input(rows, rows.second, y)
+        return by_input(rows, rows.first, x), by_input(rows, rows.second, y)
 
     def outer(self, rows: Rows, x: Tensor, y: Tensor, px: Places, py: Places) -> Tensor:
         left, right = self.sides(rows, x, y, px, py)
@@ -212,14 +244,14 @@ class Diagonal:
         self._check(pu, pv)
         return block.mean(tuple(1 + axis for axis in axes))
 
-    def taps(self, block: Tensor, terms: Sequence[tuple[float, Sequence[Run]]], sizes: Places, p: int) -> Tensor:
-        every = (slice(None),) * (1 + p - len(sizes))
+    def taps(self, block: Tensor, terms: Sequence[tuple[float, Sequence[Run]]], sizes: Places, p: Places) -> Tensor:
+        every = (slice(None),) * (1 + len(p) - len(sizes))
         cuts = [(weight, tuple((*every, *cut) for cut in zip(*runs, strict=True))) for weight, runs in terms]
         return _add_up(block, (*block.shape[: len(every)], *sizes), cuts)
 
     def known(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
         self._check(tuple(x.shape[2:]), tuple(y.shape[2:]))
-        return (_by_input(rows, rows.first, x) * _by_input(rows, rows.second, y)).mean(1)
+        return (by_input(rows, rows.first, x) * by_input(rows, rows.second, y)).mean(1)
 
     def alike(self, places: Places) -> Tensor:
         return torch.ones(1, *places, dtype=torch.float64)
@@ -245,3 +277,13 @@ class Diagonal:
             for i, place in enumerate(places)
         ]
         return torch.cat(_same_rows(own), dim=1 + axis)
+
+    def moment(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
+        self._check(tuple(x.shape[2:]), tuple(y.shape[2:]))
+        return (x[:, rows.first] * y[:, rows.second]).mean(0)
+
+    def turned(self, block: Tensor, places: Places) -> Tensor:
+        return block
+
+    def read(self, block: Tensor, places: Places) -> Tensor:
+        return block

@@ -214,13 +214,13 @@ def _through_layer(engine: Engine, inner: Block, u: f.Affine, v: f.Affine) -> Bl
     layer = u.layer
     weight_own, bias_own = layer.own
     if inner.cov.ndim == 0:
-        places = (*u.arg.places, *v.arg.places) if engine.layout.name == "full" else u.arg.places
-        inner = Block(inner.cov.expand(len(engine.rows.first), *places), inner.ntk)
+        shape = engine.layout.shape(u.arg.places, v.arg.places)
+        inner = Block(inner.cov.expand(len(engine.rows.first), *shape), inner.ntk)
     geometry = layer.geometry
     if geometry is None:
         summed, counted = inner.times(layer.weight), (inner.cov, 1.0)
     else:
-        summed = inner.each(lambda x: convolve(engine.layout, x, geometry, len(u.arg.places)))
+        summed = inner.each(lambda x: convolve(engine.layout, x, geometry, u.arg.places))
         counted = (summed.cov, 1.0)
     cov = summed.cov + layer.bias if layer.bias else summed.cov
     if summed.ntk is None:
@@ -228,7 +228,7 @@ def _through_layer(engine: Engine, inner: Block, u: f.Affine, v: f.Affine) -> Bl
     if engine.parametrization == "ntk":
         return Block(cov, _own(summed.cov, weight_own, bias_own * layer.bias, summed.ntk))
     if geometry is not None:
-        counted = count_taps(engine.layout, inner.cov, summed.cov, geometry, len(u.arg.places))
+        counted = count_taps(engine.layout, inner.cov, summed.cov, geometry, u.arg.places)
     return Block(cov, _own(counted[0], weight_own * counted[1], bias_own, summed.ntk))
 
 

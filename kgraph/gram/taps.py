@@ -66,25 +66,27 @@ def geometry_of(
     return Geometry(terms, sizes, channels, key, tuple(passes))
 
 
-def convolve(layout: Layout, x: Tensor, geometry: Geometry, places: int) -> Tensor:
-    """Every tap's variance times the block where the tap reads, both sides."""
+def convolve(layout: Layout, x: Tensor, geometry: Geometry, places: Places) -> Tensor:
+    """Every tap's variance times the block where the tap reads, both sides; ``places`` are those that it reads."""
     if x.ndim == 0:  # nothing comes in
         return x
-    for stage in geometry.passes or (geometry.terms,):
-        sizes = _stage_sizes(x, stage, geometry, layout, places)
+    stages = geometry.passes if geometry.passes and layout.by_axis else (geometry.terms,)
+    for stage in stages:
+        sizes = _stage_sizes(stage, geometry, places)
         x = layout.taps(x, stage, sizes, places)
+        places = (*places[: len(places) - len(sizes)], *sizes)
     return x
 
 
-def _stage_sizes(x: Tensor, stage: object, geometry: Geometry, layout: Layout, places: int) -> Places:
+def _stage_sizes(stage: object, geometry: Geometry, places: Places) -> Places:
     """Sizes of the convolved axes after one pass: an axis that the pass leaves alone keeps its own."""
     dims = len(geometry.sizes)
-    before = x.shape[1 + places - dims : 1 + places]
+    before = places[len(places) - dims :]
     runs = stage[0][1]  # type: ignore[index]
     return tuple(before[i] if runs[i][0] == slice(None) else geometry.sizes[i] for i in range(dims))
 
 
-def count_taps(layout: Layout, x: Tensor, summed: Tensor, geometry: Geometry, places: int) -> tuple[Tensor, float]:
+def count_taps(layout: Layout, x: Tensor, summed: Tensor, geometry: Geometry, places: Places) -> tuple[Tensor, float]:
     """As `convolve`, each tap weighing 1 (the gradient by a weight sums inputs): a tensor and a factor of it."""
     weight = geometry.terms[0][0]
     if weight and all(w == weight for w, _ in geometry.terms):

@@ -53,10 +53,11 @@ def positions_of(graph: Graph) -> int:
     return most
 
 
-def bytes_of_a_row(graph: Graph, full: bool, with_ntk: bool) -> int:
+def bytes_of_a_row(graph: Graph, layout: str, with_ntk: bool) -> int:
     """Memory that one pair of inputs takes while the kernels are computed."""
     positions = positions_of(graph)
-    return (positions**2 if full else positions) * 8 * LIVE_BLOCKS * (2 if with_ntk else 1)
+    numbers = {"full": positions**2, "exchangeable": 2}.get(layout, positions)
+    return numbers * 8 * LIVE_BLOCKS * (2 if with_ntk else 1)
 
 
 def needs_whole_batch(graph: Graph, mode: str) -> bool:
@@ -72,10 +73,11 @@ def tile_size(rows: int) -> int:
     return size
 
 
-def too_large(cause: str, needed: float, memory_gib: float) -> InputError:
+def too_large(cause: str, needed: float, memory_gib: float, *, averaging: bool = False) -> InputError:
     return InputError(
-        f"the Gram matrix needs about {needed / 2**30:.1f} GiB, over memory_gib={memory_gib:g}, and {cause}",
-        hint="Raise memory_gib, or pass fewer or smaller inputs",
+        f"the Gram matrix needs about {needed / 2**30:.3g} GiB, over memory_gib={memory_gib:g}, and {cause}",
+        hint="Raise memory_gib, or pass fewer or smaller inputs"
+        + (', or average over positions: positions="stationary"' if averaging else ""),
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kgraph.canonical import aten
 from kgraph.gram.block import Block
+from kgraph.gram.engine import Engine
 from kgraph.gram.field import Leaf
 from kgraph.gram.rules.affine import second_moment
 from kgraph.gram.rules.table import Context, rule
@@ -28,8 +30,16 @@ def embedding(context: Context, table: Tensor, ids: Tensor, *_: object) -> Value
         second = second.reshape(len(second), *(1 for _ in places), *places)
     equal = (first == second).double()
     own = (1.0 if engine.parametrization == "standard" else q) * context.multipliers.get(name, 1.0)
+    if engine.layout.name not in ("full", "diagonal"):  # what stands where is known: its average is too
+        equal = _averaged_equality(engine, ids)
     block = Block(mean**2 + (q - mean**2) * equal, own * equal if engine.with_ntk else None)
     leaf = Leaf(places, frozenset({Root(name)}), block=block, mean=mean)
     width = table.shape[1]
     spatial = tuple((("p", s),) if s > 1 else () for s in sizes)
     return Value(((width, leaf),), ((("b", len(ids)),), *spatial, (("c", width),)))
+
+
+def _averaged_equality(engine: Engine, ids: Tensor) -> Tensor:
+    """Share of equal tokens in the averages that the layout holds: one known channel a token."""
+    tokens = torch.nn.functional.one_hot(ids.unique(return_inverse=True)[1]).double().movedim(-1, 1)
+    return engine.layout.known(engine.rows, tokens, tokens) * tokens.shape[1]

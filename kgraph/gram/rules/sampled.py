@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from kgraph.canonical import aten
 from kgraph.gram.field import Drawn
+from kgraph.gram.rules.probing import as_draws, as_tensor, result_axes
 from kgraph.gram.rules.table import Context
 from kgraph.gram.value import Axes, Value, size_of
 from kgraph.rules.sampled import for_mode
@@ -52,7 +53,7 @@ def sample(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any], reas
             return module.get_submodule(str(node.target))(*own_args, **own_kwargs)
         return node.target(*own_args, **own_kwargs)  # type: ignore[operator]
 
-    axes = _result_axes(context, call, values)
+    axes = result_axes(context, call, values)
     fields = tuple(v.one() for v in values)
     roots = frozenset().union(*(u.roots for u in fields))
     how = max((u.how for u in fields), key=lambda h: h.level)
@@ -74,57 +75,13 @@ class _Run:
         outputs = []
         for at in range(rounds):
             tensors = [
-                _as_tensor(x[at * channels : (at + 1) * channels], axes)
+                as_tensor(x[at * channels : (at + 1) * channels], axes)
                 for x, axes in zip(draws, self.operands, strict=True)
             ]
-            outputs.append(_as_draws(self.call(*tensors), self.result))
+            outputs.append(as_draws(self.call(*tensors), self.result))
         result = torch.cat(outputs)
         missing = len(draws[0]) - len(result)
         return result if missing <= 0 else torch.cat([result, result[:missing]])
-
-
-def _as_tensor(x: Tensor, axes: Axes) -> Tensor:
-    """[C, N, *places] -> the tensor those axes describe."""
-    factors = [factor for axis in axes for factor in axis]
-    order: list[int] = []
-    sizes = {role: [s for r, s in factors if r == role] for role in "cbp"}
-    starts = {"c": 0, "b": len(sizes["c"]), "p": len(sizes["c"]) + len(sizes["b"])}
-    for role, _ in factors:
-        order.append(starts[role])
-        starts[role] += 1
-    split = x.reshape(*sizes["c"], *sizes["b"], *sizes["p"])
-    return split.permute(order).reshape([size_of(axis) for axis in axes])
-
-
-def _as_draws(y: Tensor, axes: Axes) -> Tensor:
-    factors = [factor for axis in axes for factor in axis]
-    order = [i for want in "cbp" for i, (role, _) in enumerate(factors) if role == want]
-    split = y.reshape([s for _, s in factors]).permute(order)
-    sizes = {role: [s for r, s in factors if r == role] for role in "cbp"}
-    return split.reshape(size_of(tuple(("c", s) for s in sizes["c"])), -1, *sizes["p"])
-
-
-def _result_axes(context: Context, call: Any, values: list[Value]) -> Axes:
-    """Axes of the result: an operand's where the layout is kept."""
-    try:
-        probe = call(*(torch.zeros(v.shape, dtype=torch.float64) for v in values))
-    except (RuntimeError, TypeError, ValueError, IndexError) as reason:
-        raise context.error(f"no exact kernel rule, and it does not run on draws: {reason}") from reason
-    if not isinstance(probe, Tensor):
-        raise context.error(
-            "no exact kernel rule, and its result is not one tensor", "Use kgraph.analyze for this model"
-        )
-    for v in values:
-        if len(v.axes) != probe.ndim:
-            continue
-        axes = tuple(
-            axis if size_of(axis) == size else ((("p", size),) if size > 1 else ())
-            for axis, size in zip(v.axes, probe.shape, strict=True)
-        )
-        kept = [role for axis in axes for role, _ in axis]
-        if "b" in kept and "c" in kept:
-            return axes
-    raise context.error("no exact kernel rule, and its result mixes channels or inputs", "Use kgraph.analyze")
 
 
 def _double(value: Any) -> Any:

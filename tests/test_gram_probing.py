@@ -1,0 +1,87 @@
+"""What an unknown operation does to channels and inputs is seen by running it: wrong guesses would be silent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from gram_montecarlo import WIDTH, Case, Net, check_nngp, dense
+from torch import Tensor
+from torch.nn.functional import relu
+
+import kgraph
+from kgraph.errors import InputError, RuleError
+
+SAME = 8
+"""Inputs, positions and channels of the same number: sizes tell nothing."""
+
+
+def cube() -> Tensor:
+    return torch.randn(SAME, SAME, SAME, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def on_input(change: Callable[[Tensor], Tensor]) -> Net:
+    return Net(lambda m, x: m.a(change(x)), a=dense(SAME, 16, bias=False))
+
+
+INDEX = torch.tensor([2, 0, 0, 1, 5, 5, 7, 3])
+FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
+    "gather positions": lambda x: x[:, INDEX],
+    "running log sum of positions": lambda x: x.logcumsumexp(1),
+    "running sum of positions": lambda x: x.cumsum(1),
+    "running sum of inputs": lambda x: x.cumsum(0),
+    "positions reversed": lambda x: x.flip(1),
+}
+REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "running log sum of channels": lambda x: x.logcumsumexp(2),
+    "running sum of channels": lambda x: x.cumsum(2),
+    "mean of inputs": lambda x: x - x.mean(0),
+    "norm of everything": lambda x: x / x.norm(),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_operations_that_keep_channels(name: str) -> None:
+    """On known inputs the answer is known: sw2 <f(x), f(x')> / C, at every pair of positions."""
+    model, x = on_input(FOLLOWED[name]).double(), cube()
+    y = FOLLOWED[name](x)
+    sw2 = float(SAME * model.a.weight.detach().square().mean())
+    expected = torch.einsum("aic,bjc->abij", y, y) * sw2 / SAME
+    found = kgraph.nngp(model, x, positions="full")
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_operations_that_do_not(name: str) -> None:
+    with pytest.raises(RuleError, match="mixes channels or inputs"):
+        kgraph.nngp(on_input(REFUSED[name]).double(), cube(), positions="full")
+
+
+def test_mixed_inputs_are_not_computed_in_tiles() -> None:
+    """Each tile has some inputs only: an operation that mixes them would see the wrong ones."""
+    model, x = on_input(FOLLOWED["running sum of inputs"]).double(), cube()
+    with pytest.raises(InputError, match="need all inputs at once"):
+        kgraph.nngp(model, x, memory_gib=3e-5)
+
+
+def gathered(index: Tensor) -> Net:
+    return Net(lambda m, x: m.b(relu(m.a(x))[:, index].mean(1)), a=dense(8), b=dense())
+
+
+def test_gathered_positions_against_monte_carlo() -> None:
+    """Two of three positions are one: their average has another variance than that of three."""
+
+    def sequences() -> Tensor:
+        return torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    case = Case(
+        lambda: gathered(torch.tensor([2, 0, 0])), lambda: gathered(torch.tensor([2, 0, 1])), sequences, width=WIDTH
+    )
+    check_nngp(case)
+
+
+def test_a_product_of_inputs_with_inputs_is_refused() -> None:
+    model = Net(lambda m, x: m.a((x @ x.T) @ x), a=dense(SAME, 16))
+    with pytest.raises(RuleError, match="mixes channels or inputs"):
+        kgraph.nngp(model.double(), torch.randn(5, SAME, dtype=torch.float64))
