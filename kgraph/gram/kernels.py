@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,6 +86,8 @@ def kernels(
         seed: of the draws that operations without a closed form are measured on.
         memory_gib: memory to stay below, by estimate: a larger Gram matrix is computed in tiles of inputs.
 
+    The model and its inputs may be on any device; the computation is on the CPU, the result where ``x1`` is.
+
     Raises:
         ModelError, InputError, CaptureError, RuleError: see `kgraph.errors`. InputError too where the matrix is over
             ``memory_gib`` and needs all inputs at once (batch statistics, joint draws).
@@ -101,7 +104,8 @@ def kernels(
     request = _Request(graph, inputs, options, parametrization, with_ntk, nodes, seed, memory_gib)
     differentiated = any(isinstance(m, Tensor) and m.requires_grad for m in options.multipliers.values())
     with torch.set_grad_enabled(differentiated):
-        return _escalating(request, rows, LAYOUTS[positions], n1, n2 if x2 is not None else None)
+        result = _escalating(request, rows, LAYOUTS[positions], n1, n2 if x2 is not None else None)
+    return result.to(_device_of(x1))
 
 
 def nngp(model: nn.Module | Graph, x1: Any, x2: Any = None, **options: Any) -> Tensor:
@@ -132,7 +136,7 @@ def _arguments(x: Any) -> Inputs:
 
 
 def _batched(x: Any) -> tuple[Inputs, int]:
-    inputs = _arguments(x)
+    inputs = Inputs(*pytree.tree_map_only(Tensor, lambda leaf: leaf.cpu(), tuple(_arguments(x))))
     sizes = {leaf.shape[0] for leaf in pytree.tree_leaves(tuple(inputs)) if isinstance(leaf, Tensor) and leaf.ndim}
     if len(sizes) != 1:
         raise InputError("the inputs have no common first dimension", hint="Pass tensors with one row an input")
@@ -140,7 +144,7 @@ def _batched(x: Any) -> tuple[Inputs, int]:
 
 
 def _captured(model: nn.Module, inputs: Inputs) -> Graph:
-    check_model(model)
+    model = _on_cpu(check_model(model))
     reference = next((p for p in model.parameters() if p.is_floating_point()), None)
 
     def example(value: Any) -> Any:
@@ -150,6 +154,16 @@ def _captured(model: nn.Module, inputs: Inputs) -> Graph:
         return value.to(reference.dtype) if value.is_floating_point() and reference is not None else value
 
     return capture(model, Inputs(*pytree.tree_map(example, tuple(inputs))), deep=0)  # nobody will train this graph
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    """The model, or a copy on the CPU: kernels are float64, and a copy costs less than moving every tensor."""
+    elsewhere = {t.device.type for t in (*model.parameters(), *model.buffers())} - {"cpu", "meta"}
+    return copy.deepcopy(model).cpu() if elsewhere else model
+
+
+def _device_of(x: Any) -> torch.device:
+    return next((leaf.device for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)), torch.device("cpu"))
 
 
 def _joined(first: Inputs, second: Inputs | None, n1: int, n2: int) -> tuple[list[Any], Rows]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -29,6 +30,11 @@ class NodeGram:
     how: str
     one_minus_c: Tensor | None = None
 
+    def to(self, device: torch.device) -> NodeGram:
+        """The same with its tensors on another device."""
+        moved = {n: getattr(self, n) for n in ("nngp", "ntk", "one_minus_c")}
+        return replace(self, **{n: None if t is None else t.to(device) for n, t in moved.items()})
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -45,6 +51,11 @@ class Kernels:
     nodes: dict[str, NodeGram]
     positions: str
     parametrization: str
+
+    def to(self, device: torch.device) -> Kernels:
+        """The same with all tensors on another device."""
+        nodes = {name: gram.to(device) for name, gram in self.nodes.items()}
+        return replace(self, output=self.output.to(device), nodes=nodes)
 
     @property
     def nngp(self) -> Tensor:
