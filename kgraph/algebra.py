@@ -7,15 +7,16 @@ of several Gaussians are integrated by joint draws. Independence is never assume
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from kgraph.draws import evaluate, leaves_of
-from kgraph.how import EXACT, QUADRATURE, How, assumed, sampled
-from kgraph.kernel import DIFF, SAME, Apply, Gaussian, Pairs, Part, Product, Root, Samples, Sum
+from kgraph.draws import evaluate, leaves_of, unknown_law
+from kgraph.errors import InputError
+from kgraph.how import EXACT, QUADRATURE, How, assumed
+from kgraph.kernel import DIFF, Apply, Mask, Pairs, Part, Product, Root, Samples, Sum, Unknown
 from kgraph.maps import Pointwise, closed_form
 
 IDENTITY = Pointwise(lambda u: u, closed_form("identity"))
@@ -38,9 +39,7 @@ def shift(part: Part, constant: float) -> Part:
     """``v + constant``: K' = K + 2 m constant + constant^2; exact."""
     if constant == 0.0:
         return part
-    moved = replace(
-        part, cov=part.cov + 2 * part.mean * constant + constant**2, mean=part.mean + constant, expr=Gaussian()
-    )
+    moved = replace(part, cov=part.cov + 2 * part.mean * constant + constant**2, mean=part.mean + constant)
     fn, base = _as_function(part)
     return replace(moved, expr=Apply(_plus(fn, constant), base))
 
@@ -52,10 +51,17 @@ def apply(fn: Pointwise, part: Part) -> Part:
     """
     inner, base = _as_function(part)
     composed = fn if inner is IDENTITY else _compose(fn, inner)
-    if base.gaussian:
-        return _apply_gaussian(composed, base, part)
     target = replace(part, expr=Apply(composed, base))
-    return _from_draws(target, part.how)
+    if not base.gaussian and not isinstance(base.expr, Unknown):
+        return _from_draws(target, part.how)
+    if isinstance(base.expr, Unknown):
+        part = replace(part, how=part.how | assumed(base.expr.reason))
+    try:
+        return _apply_gaussian(composed, base, part)
+    except InputError:  # sqrt|u|: the function has a second moment, its derivative has none
+        drawn = _from_draws(target, part.how)
+        unknown = torch.full_like(drawn.cov, float("nan"))
+        return replace(drawn, slope=unknown, ntk=unknown)
 
 
 def _apply_gaussian(fn: Pointwise, base: Part, part: Part) -> Part:
@@ -78,6 +84,8 @@ def _apply_gaussian(fn: Pointwise, base: Part, part: Part) -> Part:
 def _from_draws(part: Part, how: How) -> Part:
     """Fill in the kernel of ``part`` by draws of its expression."""
     values = evaluate(part)
+    reason = unknown_law(part)
+    how = how | assumed(reason) if reason else how
     cov, mean = (values.first * values.second).mean(-1), float(values.first.mean())
     # exchangeable positions of one input share a common component and nothing else: K_diff >= mean^2
     cov[Pairs.SELF, DIFF] = cov[Pairs.SELF, DIFF].clamp_min(mean**2)
@@ -87,7 +95,7 @@ def _from_draws(part: Part, how: How) -> Part:
         slope=values.slope.expand(*part.cov.shape, -1).mean(-1),
         ntk=values.ntk.expand(*part.cov.shape, -1).mean(-1),
         mean=mean,
-        how=how | sampled(values.standard_error()),
+        how=how.drawn(values.standard_error()),
     )
 
 
@@ -192,69 +200,25 @@ def empirical(like: Part, first: Tensor, second: Tensor, slope: Tensor, ntk: Ten
         mean=float(first.mean()),
         roots=roots,
         expr=Samples(first, second),
-        how=like.how | sampled(error),
+        how=like.how.drawn(error),
     )
 
 
-_spread: weakref.WeakKeyDictionary[Part, Part] = weakref.WeakKeyDictionary()
+def mask(like: Part, keep: float, height: float, shared: Tensor, name: str) -> Part:
+    """``height`` with probability ``keep``, else 0: E[m m'] = height^2 keep where one draw serves both, else keep^2."""
+    cov = height**2 * torch.where(shared, keep, keep**2).to(like.cov)
+    zero = torch.zeros_like(cov)
+    return Part(like.size, cov, zero, zero, height * keep, frozenset({Root(name)}), Mask(keep, height, shared))
 
 
-def expand_positions(part: Part) -> Part:
-    """The same value at every position (a gate of one position, broadcast): K_diff = K_same."""
+def drop(part: Part, probability: float, name: str, *, whole: bool = False) -> Part:
+    """Dropout at train time, an independent mask m of mean 1: E[v_a(i)^2] grows by 1/(1-p), exactly.
 
-    def same(field: Tensor) -> Tensor:
-        return field[:, SAME : SAME + 1].expand(-1, 2)
-
-    if part not in _spread:
-        fields = {"cov": same(part.cov), "slope": same(part.slope), "ntk": same(part.ntk)}
-        _spread[part] = replace(part, **fields, expr=_spread_expression(part))
-    return _spread[part]
-
-
-def _spread_expression(part: Part) -> object:
-    match part.expr:
-        case Apply(fn, arg):
-            return Apply(fn, expand_positions(arg))
-        case Sum(terms):
-            return Sum(tuple((weight, expand_positions(term)) for weight, term in terms))
-        case Product(left, right):
-            return Product(expand_positions(left), expand_positions(right))
-        case Samples(first, second):
-            return Samples(first, second[:, SAME : SAME + 1].expand(-1, 2, -1))
-        case _:
-            return part.expr
-
-
-_slices: weakref.WeakKeyDictionary[Part, dict[tuple[int, int, str], Part]] = weakref.WeakKeyDictionary()
-
-
-def slice_part(part: Part, low: int, high: int, label: str) -> Part:
-    """Channels ``low:high``: the same law, of other random numbers than a disjoint range's.
-
-    The same slice of the same part is the same object, so that later sums recognize it.
+    Every input, and unless ``whole`` every position, has a mask of its own; (a, a) is one input.
     """
-    known = _slices.setdefault(part, {})
-    if (low, high, label) not in known:
-        known[low, high, label] = _slice(part, low, high, label)
-    return known[low, high, label]
-
-
-def _slice(part: Part, low: int, high: int, label: str) -> Part:
-    roots = frozenset(Root(r.name, (*r.cuts, (label, low, high))) for r in part.roots)
-    expr = part.expr
-    if isinstance(expr, Apply):
-        expr = Apply(expr.fn, slice_part(expr.arg, low, high, label))
-    elif isinstance(expr, Sum):
-        expr = Sum(tuple((w, slice_part(t, low, high, label)) for w, t in expr.terms))
-    elif isinstance(expr, Product):
-        expr = Product(slice_part(expr.left, low, high, label), slice_part(expr.right, low, high, label))
-    return replace(part, size=high - low, roots=roots, expr=expr)
-
-
-def drop(part: Part, probability: float) -> Part:
-    """Dropout at train time: E[v_a(i)^2] grows by 1/(1-p); every other pair has independent masks."""
+    if probability >= 1:
+        return scale(part, 0.0)
+    shared = torch.zeros(part.cov.shape, dtype=torch.bool)
+    shared[Pairs.SELF] = torch.tensor([True, whole])
     keep = 1.0 - probability
-    cov, ntk = part.cov.clone(), part.ntk.clone()
-    cov[Pairs.SELF, SAME] /= keep
-    ntk[Pairs.SELF, SAME] /= keep
-    return replace(part, cov=cov, ntk=ntk, expr=Gaussian(), how=part.how | assumed("Gaussian after dropout"))
+    return multiply(part, mask(part, keep, 1 / keep, shared, name))

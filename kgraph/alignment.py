@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from kgraph.algebra import expand_positions, slice_part
+from kgraph.entries import expand_positions, slice_part
 from kgraph.kernel import Axes, Kernel, Part
 
 

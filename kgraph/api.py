@@ -21,11 +21,12 @@ from kgraph.lift import EmittedModule
 from kgraph.methods import DKS, TAT, Method
 from kgraph.passes.fold_parametrizations import fold_hooks, fold_parametrizations, has_hooks
 from kgraph.passes.remove_norms import NORMS
-from kgraph.propagate import Propagation, propagate, summarize
+from kgraph.propagate import Propagation, propagate
 from kgraph.recipe import Outcome, Plan, is_free, prepare, rewrite
 from kgraph.record import LoadWatch, TransformRecord
 from kgraph.report import Report
 from kgraph.subnetworks import find_subnetworks
+from kgraph.summarize import summarize
 from kgraph.systems import AnyMethod, System, compose, resolve_methods
 from kgraph.targets import ShapingTargets, solve_targets
 

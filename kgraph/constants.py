@@ -12,17 +12,21 @@ from torch import Tensor
 
 from kgraph import algebra
 from kgraph.alignment import broadcast_axes
-from kgraph.kernel import DIFF, SAME, Axes, Kernel, Part, Root
+from kgraph.kernel import DIFF, SAME, Apply, Axes, Kernel, Part, Product, Root, Sum
+from kgraph.maps import Pointwise
+
+_MOST_VALUES = 1024
 
 
 @dataclass(frozen=True)
 class Moments:
-    """E[x], E[x^2] and the mean of x_i x_j over pairs of different positions (one channel)."""
+    """E[x], E[x^2], the mean of x_i x_j over pairs of different positions (one channel), and sorted entries."""
 
     mean: float
     same: float
     different: float
     varies: bool
+    values: Tensor | None = None
 
 
 def _full_axes(tensor: Tensor, axes: Axes) -> tuple[Tensor, Axes]:
@@ -40,9 +44,17 @@ def moments(tensor: Tensor, axes: Axes) -> Moments:
         positions *= x.shape[dim]
     same = float(x.square().mean())
     if positions == 1:
-        return Moments(float(x.mean()), same, same, bool(x.numel() > 1))
+        return Moments(float(x.mean()), same, same, bool(x.numel() > 1), _quantiles(x))
     total = x.sum(over).square().mean() - x.square().sum(over).mean()
-    return Moments(float(x.mean()), same, float(total) / (positions * (positions - 1)), True)
+    return Moments(float(x.mean()), same, float(total) / (positions * (positions - 1)), True, _quantiles(x))
+
+
+def _quantiles(x: Tensor) -> Tensor | None:
+    """Entries in order, thinned out evenly where they are many; None for numbers without values."""
+    if x.is_meta or not any(x.stride()):
+        return None
+    ordered = x.flatten().sort()[0]
+    return ordered[torch.linspace(0, len(ordered) - 1, min(len(ordered), _MOST_VALUES)).round().long()]
 
 
 def axes_with(kernel: Kernel, tensor: Tensor) -> Axes:
@@ -85,9 +97,54 @@ def _times(part: Part, c: Moments) -> Part:
     gains = torch.empty(2, dtype=torch.float64)
     gains[SAME], gains[DIFF] = c.same, c.different
     fields = {name: getattr(part, name) * gains for name in ("cov", "slope", "ntk")}
-    # per channel still Gaussian, each with its own scale: second moments are exact, the law a scale mixture
-    base = algebra.scale(part, c.same**0.5)
-    return replace(base, **fields, mean=part.mean * c.mean)
+    own = known_part(part, c, "factor")  # known, not random: it has no root that a later sum could meet
+    law = Product(replace(own, roots=frozenset()), part)
+    return replace(part, **fields, mean=part.mean * c.mean, expr=law)
+
+
+def by_channel(part: Part, gains: Tensor | None, shifts: Tensor | None, name: str) -> Part:
+    """``g_k v + s_k`` in channel k: K' = E[g^2] K + 2 E[g s] m + E[s^2]; g and s may depend on each other."""
+    g = None if gains is None else gains.detach().double().flatten()
+    s = None if shifts is None else shifts.detach().double().flatten()
+    if (g is None or _constant(g)) and (s is None or _constant(s)):
+        scaled = part if g is None else algebra.scale(part, float(g[0]))
+        return scaled if s is None else algebra.shift(scaled, float(s[0]))
+    g = torch.ones_like(s) if g is None and s is not None else g
+    assert g is not None
+    s = torch.zeros_like(g) if s is None else s
+    square, crossed, constant = (float((a * b).mean()) for a, b in ((g, g), (g, s), (s, s)))
+    channel = _channels(part, name)
+    law = Sum(((1.0, algebra.multiply(_looked_up(channel, g), part)), (1.0, _looked_up(channel, s))))
+    return replace(
+        part,
+        cov=square * part.cov + 2 * crossed * part.mean + constant,
+        slope=square * part.slope,
+        ntk=square * part.ntk,
+        mean=float(g.mean()) * part.mean + float(s.mean()),
+        expr=law,
+    )
+
+
+def _constant(x: Tensor) -> bool:
+    return bool((x == x[0]).all())
+
+
+def _channels(like: Part, name: str, *, by_position: bool = False) -> Part:
+    """A normal number for every channel (and position), the same for all inputs: it says which entry is read."""
+    cov = torch.ones_like(like.cov)
+    cov[:, DIFF] = float(not by_position)
+    zero = torch.zeros_like(cov)
+    return Part(like.size, cov, zero, zero, 0.0, frozenset({Root(name)}))
+
+
+def _looked_up(channel: Part, values: Tensor) -> Part:
+    """The entry of ``values`` at the quantile of ``channel``."""
+
+    def entry(u: Tensor) -> Tensor:
+        return values[(torch.special.ndtr(u) * len(values)).long().clamp(0, len(values) - 1)]
+
+    square = torch.full_like(channel.cov, float(values.square().mean()))
+    return replace(channel, cov=square, mean=float(values.mean()), expr=Apply(Pointwise(entry), channel))
 
 
 def add_constant(kernel: Kernel, value: object, weight: float, name: str) -> Kernel:
@@ -115,4 +172,8 @@ def known_part(like: Part, c: Moments, name: str) -> Part:
     cov = torch.empty_like(like.cov)
     cov[:, SAME], cov[:, DIFF] = c.same, c.different
     zero = torch.zeros_like(cov)
-    return Part(like.size, cov, zero, zero, c.mean, frozenset({Root(name)}))
+    known = Part(like.size, cov, zero, zero, c.mean, frozenset({Root(name)}))
+    if c.values is None or not c.varies:
+        return known
+    channel = _channels(like, name, by_position=c.same != c.different)
+    return replace(known, expr=_looked_up(channel, c.values).expr)

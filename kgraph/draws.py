@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kgraph.kernel import SAME, Apply, Gaussian, Pairs, Part, Product, Samples, Sum
+from kgraph.kernel import SAME, Apply, Gaussian, Mask, Pairs, Part, Product, Samples, Sum, Unknown
 
 COUNT = 4096
 """Draws of an expression; a power of two (Sobol points)."""
@@ -82,8 +82,10 @@ def evaluate(part: Part) -> Values:
 
 def _draw(part: Part) -> Values:
     match part.expr:
-        case Gaussian():
+        case Gaussian() | Unknown():
             return _as_leaf(part, *_draw_gaussian(part))
+        case Mask(keep, height, shared):
+            return _as_leaf(part, *_draw_mask(part, keep, height, shared))
         case Samples(first, second):
             return _as_leaf(part, first, second)
         case Apply(fn, arg):
@@ -107,6 +109,15 @@ def _draw_gaussian(part: Part) -> tuple[Tensor, Tensor]:
     share = torch.where(root > 0, cov / root.clamp_min(1e-300), torch.zeros_like(cov))
     rest = (variance - share.square()).clamp_min(0).sqrt()
     return part.mean + root * z1, part.mean + share[..., None] * z1 + rest[..., None] * z2
+
+
+def _draw_mask(part: Part, keep: float, height: float, shared: Tensor) -> tuple[Tensor, Tensor]:
+    """The share ``keep`` of all draws, to the draw, is ``height``; two independent masks take two dimensions."""
+    dimension = _dimension(part)
+    z = _normals()[[dimension, (dimension + 1) % _DIMENSIONS]]
+    kept = min(max(round(keep * COUNT), 1), COUNT)
+    first, other = height * (z <= z.kthvalue(kept, 1, keepdim=True)[0]).double()
+    return first, torch.where(shared[..., None], first, other)
 
 
 def value_and_derivative(fn: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,6 +198,11 @@ def leaves_of(part: Part) -> set[Part]:
             return leaves_of(left) | leaves_of(right)
         case _:
             return {part}
+
+
+def unknown_law(part: Part) -> str:
+    """Why draws of the part are of another law than its own, or ""."""
+    return next((leaf.expr.reason for leaf in leaves_of(part) if isinstance(leaf.expr, Unknown)), "")
 
 
 def _substitute(part: Part, leaves: dict[Part, Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kgraph.draws import value_and_derivative
-from kgraph.kernel import DIFF, SAME, Apply, Pairs, Part, Product, Sum
+from kgraph.kernel import DIFF, SAME, Apply, Mask, Pairs, Part, Product, Sum
 
 Shape = tuple[int, ...]
 Gradients = dict[Part, tuple[Tensor, Tensor]]
@@ -30,7 +30,7 @@ class FieldDraws:
         self.elsewhere = elsewhere
         self.generator = torch.Generator().manual_seed(seed)
         self._values: dict[tuple[Part, Shape], tuple[Tensor, Tensor]] = {}
-        self._tangents: dict[tuple[Part, Shape, str], tuple[Tensor, Tensor]] = {}
+        self._tangents: dict[tuple[Part, Shape, str, int], tuple[Tensor, Tensor]] = {}
         self._gradients: dict[tuple[Part, Shape], Gradients] = {}
 
     def values(self, part: Part, shape: Shape, positions: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
@@ -40,14 +40,16 @@ class FieldDraws:
             self._values[key] = self._draw(part, shape, positions)
         return self._values[key]
 
-    def tangents(self, part: Part, shape: Shape, positions: tuple[bool, ...], name: str) -> tuple[Tensor, Tensor]:
-        """Directions J g at a and at b, ``[P, *shape]`` each, with E[g g] = the Gaussian part's ``name`` kernel.
+    def tangents(
+        self, part: Part, shape: Shape, positions: tuple[bool, ...], name: str, row: int
+    ) -> tuple[Tensor, Tensor]:
+        """Directions J g at a and at b of one pair, with E[g g] = the Gaussian part's ``name`` kernel in that row.
 
         Price's theorem: d E[F(a) F(b)] / dK . K_slope = E[(J_F(a) g) (J_F(b) g)] for any F.
         """
-        key = (part, shape, name)
+        key = (part, shape, name, row)
         if key not in self._tangents:
-            self._tangents[key] = self._push(part, shape, positions, name)
+            self._tangents[key] = self._push(part, shape, positions, name, row)
         return self._tangents[key]
 
     def _normal(self, shape: Shape, positions: tuple[bool, ...], *, common: bool) -> Tensor:
@@ -65,8 +67,20 @@ class FieldDraws:
             case Product(left, right):
                 one, two = self.values(left, shape, positions), self.values(right, shape, positions)
                 return one[0] * two[0], one[1] * two[1]
+            case Mask():
+                return self._draw_mask(part.expr, shape, positions)
             case _:
                 return self._draw_leaf(part, shape, positions)
+
+    def _draw_mask(self, mask: Mask, shape: Shape, positions: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+        common = bool(mask.shared[Pairs.SELF, DIFF])
+        level = torch.special.ndtri(torch.tensor(mask.keep, dtype=torch.float64))
+        first, other = (
+            mask.height * (self._normal(shape, positions, common=common) < level).double().expand(shape)
+            for _ in range(2)
+        )
+        shared = torch.cat([mask.shared[:, SAME], mask.shared[:, DIFF]]) if self.elsewhere else mask.shared[:, SAME]
+        return first, torch.where(shared.reshape(-1, *(1 for _ in shape)), first, other)
 
     def _draw_leaf(self, part: Part, shape: Shape, positions: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
         centre = part.mean**2
@@ -95,34 +109,36 @@ class FieldDraws:
         wide = (-1, *(1 for _ in shape))
         return root * z1, share.reshape(wide) * z1 + rest.reshape(wide) * z2
 
-    def _push(self, part: Part, shape: Shape, positions: tuple[bool, ...], name: str) -> tuple[Tensor, Tensor]:
+    def _push(
+        self, part: Part, shape: Shape, positions: tuple[bool, ...], name: str, row: int
+    ) -> tuple[Tensor, Tensor]:
+        def inner(arg: Part) -> tuple[Tensor, Tensor]:
+            return self.tangents(arg, shape, positions, name, row)
+
         match part.expr:
             case Apply(fn, arg):
-                first, second = self.values(arg, shape, positions)
-                one, two = self.tangents(arg, shape, positions, name)
+                first, second = self._at(arg, shape, positions, row)
+                one, two = inner(arg)
                 return value_and_derivative(fn, first)[1] * one, value_and_derivative(fn, second)[1] * two
             case Sum(terms):
-                pushed = [(weight, self.tangents(term, shape, positions, name)) for weight, term in terms]
+                pushed = [(weight, inner(term)) for weight, term in terms]
                 return sum(w * t[0] for w, t in pushed), sum(w * t[1] for w, t in pushed)  # type: ignore[return-value]
             case Product(left, right):
-                return self._push_product(left, right, shape, positions, name)
+                u, v = self._at(left, shape, positions, row), self._at(right, shape, positions, row)
+                du, dv = inner(left), inner(right)
+                return du[0] * v[0] + u[0] * dv[0], du[1] * v[1] + u[1] * dv[1]
             case _:
-                return self._direction(part, shape, positions, name)
+                return self._direction(getattr(part, name)[row], shape, positions)
 
-    def _push_product(
-        self, left: Part, right: Part, shape: Shape, positions: tuple[bool, ...], name: str
-    ) -> tuple[Tensor, Tensor]:
-        u, v = self.values(left, shape, positions), self.values(right, shape, positions)
-        du, dv = self.tangents(left, shape, positions, name), self.tangents(right, shape, positions, name)
-        return du[0] * v[0] + u[0] * dv[0], du[1] * v[1] + u[1] * dv[1]
+    def _at(self, part: Part, shape: Shape, positions: tuple[bool, ...], row: int) -> tuple[Tensor, Tensor]:
+        first, second = self.values(part, shape, positions)
+        return first, second[row]
 
-    def _direction(self, part: Part, shape: Shape, positions: tuple[bool, ...], name: str) -> tuple[Tensor, Tensor]:
-        kernel = getattr(part, name)
-        shared = kernel[:, DIFF] if any(positions) else torch.zeros_like(kernel[:, DIFF])
-        own = kernel[:, SAME] - shared
-        wide = (-1, *(1 for _ in shape))
-        direction = shared.clamp_min(0).sqrt().reshape(wide) * self._normal(shape, positions, common=True)
-        direction = direction + own.clamp_min(0).sqrt().reshape(wide) * self._normal(shape, positions, common=False)
+    def _direction(self, kernel: Tensor, shape: Shape, positions: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+        shared = kernel[DIFF] if any(positions) else torch.zeros_like(kernel[DIFF])
+        own = (kernel[SAME] - shared).clamp_min(0)
+        direction = shared.clamp_min(0).sqrt() * self._normal(shape, positions, common=True)
+        direction = direction + own.sqrt() * self._normal(shape, positions, common=False)
         return direction, direction
 
     def gradients(self, part: Part, shape: Shape, positions: tuple[bool, ...]) -> Gradients:

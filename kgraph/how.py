@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 LEVELS = ("exact", "quadrature", "sampled", "assumed")
@@ -13,6 +14,7 @@ class How:
 
     level: int = 0
     note: str = ""
+    error: float = 0.0
 
     @property
     def name(self) -> str:
@@ -20,7 +22,11 @@ class How:
 
     def __or__(self, other: How) -> How:
         """The less certain of the two."""
-        return other if other.level > self.level else self
+        return other if (other.level, other.error) > (self.level, self.error) else self
+
+    def drawn(self, standard_error: float) -> How:
+        """After draws that add an error of their own: relative errors add up in quadrature."""
+        return self | sampled(math.hypot(self.error, standard_error))
 
 
 EXACT = How(0)
@@ -29,7 +35,7 @@ QUADRATURE = How(1)
 
 def sampled(standard_error: float) -> How:
     """Measured on draws; relative standard error of the q value."""
-    return How(2, f"+-{standard_error:.1e}")
+    return How(2, f"+-{standard_error:.1e}", standard_error)
 
 
 def assumed(reason: str) -> How:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -58,6 +59,9 @@ class Root:
         return False
 
 
+_CUTS = attrgetter("cuts")
+
+
 @dataclass(frozen=True)
 class Apply:
     """The part is ``fn`` of another part, entry by entry."""
@@ -89,12 +93,34 @@ class Samples:
     second: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """The part is ``height`` with probability ``keep``, else 0; pairs where ``shared[P, 2]`` see one and the same draw.
+
+    Dropout draws for every input and position anew; a zero-padded border is the same for all inputs.
+    """
+
+    keep: float
+    height: float
+    shared: Tensor
+
+
 @dataclass(frozen=True)
 class Gaussian:
     """The part is Gaussian with its own mean and covariance (the output of an affine layer)."""
 
 
-Expr = Gaussian | Apply | Sum | Product | Samples
+@dataclass(frozen=True)
+class Unknown:
+    """Only the part's second moments are known (channels of several laws, averages of positions).
+
+    What reads no more than those is exact; where a law is needed it is taken as Gaussian, for ``reason``.
+    """
+
+    reason: str
+
+
+Expr = Gaussian | Apply | Sum | Product | Samples | Mask | Unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,12 +155,22 @@ class Part:
     @cached_property
     def gaussian(self) -> bool:
         """Whether the entries are jointly Gaussian."""
-        if isinstance(self.expr, Sum):
-            return all(term.gaussian for _, term in self.expr.terms)
-        return isinstance(self.expr, Gaussian)
+        queue: list[Part] = [self]
+        seen: set[Part] = set()
+        while queue:  # not by recursion: a residual network's sums are nested as deeply as it is
+            part = queue.pop()
+            if isinstance(part.expr, Sum):
+                new = [t for _, t in part.expr.terms if t not in seen and not t.__dict__.get("gaussian", False)]
+                queue += new
+                seen.update(new)
+            elif not isinstance(part.expr, Gaussian):
+                return False
+        return True
 
     def independent(self, other: Part) -> bool:
         """Whether the two share no random parameter."""
+        if not any(map(_CUTS, self.roots)) and not any(map(_CUTS, other.roots)):
+            return self.roots.isdisjoint(other.roots)  # whole parameters: a residual stream has read thousands
         return all(mine.disjoint(theirs) for mine in self.roots for theirs in other.roots)
 
     def position_mean(self, positions: int) -> Tensor:
@@ -184,7 +220,7 @@ class Kernel:
 
     @property
     def how(self) -> How:
-        return max((part.how for part in self.parts), key=lambda how: how.level)
+        return max((part.how for part in self.parts), key=lambda how: (how.level, how.error))
 
     def with_parts(self, *parts: Part) -> Kernel:
         return replace(self, parts=parts, split=self.split if len(parts) > 1 else None)
@@ -197,8 +233,8 @@ class Kernel:
 def merge(parts: tuple[Part, ...]) -> Part:
     """Channel-weighted average of several groups.
 
-    The law of a mixture is not that of any one group; the result is described as Gaussian, which is exact for
-    whatever only reads second moments (affine layers, norms) and marked as assumed where it is not.
+    The law of a mixture is not that of any one group, unless all are Gaussian with the same moments: it counts as
+    unknown, which is exact for whatever only reads second moments (affine layers, norms).
     """
     total = sum(part.size for part in parts)
     shares = [part.size / total for part in parts]
@@ -213,8 +249,14 @@ def merge(parts: tuple[Part, ...]) -> Part:
         ntk=average("ntk"),
         mean=sum(share * part.mean for share, part in zip(shares, parts, strict=True)),
         roots=frozenset().union(*(part.roots for part in parts)),
-        how=max((part.how for part in parts), key=lambda how: how.level),
+        expr=Gaussian() if _same_gaussian(parts) else Unknown("channels of several laws"),
+        how=max((part.how for part in parts), key=lambda how: (how.level, how.error)),
     )
+
+
+def _same_gaussian(parts: tuple[Part, ...]) -> bool:
+    first = parts[0]
+    return all(part.gaussian and part.mean == first.mean and torch.equal(part.cov, first.cov) for part in parts)
 
 
 def _product(sizes: object) -> int:

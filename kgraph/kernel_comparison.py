@@ -23,7 +23,7 @@ from kgraph.capture import Graph, check_model
 from kgraph.errors import InputError
 from kgraph.gram.kernels import NodeGram, _batched, _captured, kernels
 from kgraph.node_moments import NodeMoments, cosine_of, measure, own_moments
-from kgraph.propagate import is_nonlinear
+from kgraph.nonlinear import is_activation
 from kgraph.report.numbers import cosine, count, elide, short
 from kgraph.report.table import PLAIN_WIDTH, to_text
 
@@ -222,7 +222,7 @@ def _rows(
     rows: list[NodeComparison] = []
     for node in graph.module.graph.nodes:
         before = min((narrowest[i] for i in node.all_input_nodes), default=math.inf)
-        depth[node] = max((depth[i] for i in node.all_input_nodes), default=0) + is_nonlinear(node)
+        depth[node] = max((depth[i] for i in node.all_input_nodes), default=0) + is_activation(node)
         slacks[node] = (1 + depth[node]) / before
         narrowest[node] = before
         if node.name in grams and node.name in samples:

@@ -12,21 +12,45 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from scipy import stats
+from torch import Tensor, nn
 
-from kgraph.analysis import Analysis
+from kgraph.analysis import Analysis, NodeKernel
 from kgraph.canonical import aten
 from kgraph.capture import Graph, capture, check_model
 from kgraph.errors import InputError
-from kgraph.propagate import TOKEN_VIEWS, channel_dim
-from kgraph.rules.sampled import for_mode
-from kgraph.site import shape_of
+from kgraph.finite import Runner
 
 Progress = Callable[[int, int], None]
+
+_ROUNDING = 1e-5
+"""Of float32 networks."""
+
+_LINEAR = {
+    *(
+        "linear",
+        "addmm",
+        "input",
+        "add",
+        "sub",
+        "rsub",
+        "neg",
+        "cat",
+        "stack",
+        "mean",
+        "dropout",
+        "Scale",
+        "WeightedSum",
+    ),
+    *("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+    *("view", "reshape", "flatten", "unflatten", "transpose", "permute", "contiguous", "clone", "expand", "repeat"),
+    *("slice", "select", "chunk", "split", "split_with_sizes", "unbind", "getitem", "squeeze", "unsqueeze", "roll"),
+    *("flip", "pad", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "upsample_nearest2d", "embedding", "to"),
+    *("upsample_bilinear2d", "Identity"),
+}
+"""Operations that take the mean of kernels to the mean of kernels."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +60,10 @@ class Measured:
     Attributes:
         name: node name.
         q, q_error: second moment over channels and positions.
-        c, c_error: cosine for every input cosine.
-        width: entries averaged over at one position (channels): finite-width error is O(1/width).
+        c, c_error: cosine for every input cosine, of the mean moments.
+        width: entries averaged over at one position (channels).
+        fluctuation: relative variance, over draws and positions, of one network's own kernel at one position (and
+            at two, relative to q^2); about 2 / width behind one Gaussian layer, and it adds up along the depth.
     """
 
     name: str
@@ -46,6 +72,7 @@ class Measured:
     c: tuple[float, ...]
     c_error: tuple[float, ...]
     width: int
+    fluctuation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,12 +83,14 @@ class MonteCarlo:
         nodes: by node name, in graph order.
         cosines: the input cosines.
         draws: number of parameter draws.
+        background: batch members that gave the batch statistics (0: there were none).
     """
 
     nodes: dict[str, Measured]
     cosines: tuple[float, ...]
     draws: int
     mode: str
+    background: int = 0
 
     def __getitem__(self, name: str) -> Measured:
         if name not in self.nodes:
@@ -69,29 +98,59 @@ class MonteCarlo:
         return self.nodes[name]
 
     def disagreements(
-        self, analysis: Analysis, *, sigmas: float = 4.0, width_factor: float = 4.0
+        self, analysis: Analysis, *, sigmas: float = 4.0, curvature: float = 1.0
     ) -> list[tuple[str, str, float, float, float]]:
         """Nodes where prediction and measurement differ by more than ``sigmas`` standard errors + O(1/width).
 
-        The finite-width allowance of a node is ``width_factor * depth / narrowest width so far`` (relative for q,
-        absolute for c): corrections of every layer add up. Returns (node, quantity, predicted, measured, allowed).
+        With few draws the standard error is uncertain itself: Student's quantile of the same tail takes the place
+        of ``sigmas`` (5.8 for 4 with 16 draws).
+
+        A finite network's kernel K fluctuates around its mean, and a nonlinear layer f takes the mean of f(K):
+
+            E[f(K)] - f(E[K]) = f'' Var(K) / 2 = (curvature / 2) f(K) Var(K) / K^2
+
+        The allowance of a node (relative for q, absolute for c) is the sum of ``curvature / 2`` times the measured
+        fluctuation of the layer's input over the nonlinear layers before it, along the path where it is largest; the
+        default 1 is that of a quadratic. Nothing is allowed behind linear layers alone. Batch statistics of B
+        background inputs with n positions of correlation r fluctuate by 2 (1/n + r^2) / B besides.
+
+        Returns:
+            (node, quantity, predicted, measured, allowed)
         """
         found = []
-        narrowest: dict[str, float] = {}
+        slack = self.allowances(analysis, curvature)
+        sigmas = float(stats.t.isf(stats.norm.sf(sigmas), self.draws - 1))
         for row in analysis.nodes:
             measured = self.nodes.get(row.name)
             if measured is None:
                 continue
-            before = [narrowest[name] for name in row.inputs if name in narrowest]
-            narrowest[row.name] = min([float(measured.width), *before])
-            slack = width_factor * (1 + row.depth) / narrowest[row.name]
-            allowed = sigmas * measured.q_error + slack * abs(row.q)
+            allowed = sigmas * measured.q_error + (slack[row.name] + _ROUNDING) * abs(row.q)
             if abs(measured.q - row.q) > allowed:
                 found.append((row.name, "q", row.q, measured.q, allowed))
             for cosine, c, own, error in zip(self.cosines, row.c, measured.c, measured.c_error, strict=True):
-                if math.isfinite(c) and math.isfinite(own) and abs(own - c) > sigmas * error + slack:
-                    found.append((row.name, f"c({cosine})", c, own, sigmas * error + slack))
+                allowed = sigmas * error + slack[row.name] + _ROUNDING
+                if math.isfinite(c) and math.isfinite(own) and abs(own - c) > allowed:
+                    found.append((row.name, f"c({cosine})", c, own, allowed))
         return found
+
+    def allowances(self, analysis: Analysis, curvature: float = 1.0) -> dict[str, float]:
+        """What finite width may add at every node: see `disagreements`."""
+        rows = {row.name: row for row in analysis.nodes}
+        slack: dict[str, float] = {}
+        for row in analysis.nodes:
+            slack[row.name] = max((slack[name] for name in row.inputs if name in slack), default=0.0)
+            if row.op in _LINEAR or row.op.startswith("conv"):
+                continue
+            known = [self.nodes[name].fluctuation for name in row.inputs if name in self.nodes]
+            slack[row.name] += curvature / 2 * max(known, default=0.0)
+            if row.op == "batch_norm" and self.background and row.inputs:
+                slack[row.name] += curvature / 2 * self._of_batch(rows[row.inputs[0]])
+        return slack
+
+    def _of_batch(self, row: NodeKernel) -> float:
+        positions = math.prod(row.shape[2:])
+        correlation = row.c_positions if math.isfinite(row.c_positions) else 0.0
+        return 2 * (1 / positions + correlation**2) / self.background
 
     def __str__(self) -> str:
         head = f"{'node':32s} {'q':>22s} " + " ".join(f"{f'c({c})':>18s}" for c in self.cosines)
@@ -134,10 +193,10 @@ def montecarlo(
     if mode not in ("train", "eval"):
         raise InputError(f"mode is {mode!r}", hint="Choose 'train' or 'eval'")
     graph = capture(model, example_inputs, verify=False)
-    runner = _Runner(graph, cosines, mode, background)
+    runner = Runner(graph, cosines, mode, background)
     generator = torch.Generator().manual_seed(seed)
     samples: dict[str, list[Tensor]] = {}
-    with _redrawn(graph.root) as redraw, torch.no_grad():
+    with _redrawn(graph.root, _as_they_are(graph)) as redraw, torch.no_grad():
         for draw in range(draws):
             redraw(generator)
             for name, moments in runner.run(generator).items():
@@ -145,30 +204,48 @@ def montecarlo(
             if progress is not None:
                 progress(draw + 1, draws)
     nodes = {name: _summary(name, values, runner.widths[name]) for name, values in samples.items()}
-    return MonteCarlo(nodes, tuple(cosines), draws, mode)
+    return MonteCarlo(nodes, tuple(cosines), draws, mode, runner.size - runner.probes)
 
 
 def _summary(name: str, values: list[Tensor], width: int) -> Measured:
-    """Rows: q_a, then (q_b, cov_ab) of every cosine."""
-    rows = torch.stack(values)
-    q = rows[:, 0]
-    c = rows[:, 2::2] / (rows[:, :1] * rows[:, 1::2]).clamp_min(1e-300).sqrt()
-    c = torch.where(rows[:, 1::2] > 0, c, torch.nan)
+    """Rows: q_a, then (q_b, cov_ab) of every cosine, then the local moments of `kgraph.finite`."""
+    rows, local = torch.stack(values)[:, :-5], torch.stack(values)[:, -5:]
     root = math.sqrt(len(values))
+    mean = rows.mean(0)
+    size = (mean[:1] * mean[1::2]).sqrt()
+    c = torch.where(size > 0, mean[2::2] / size, torch.nan)
+    # the ratio of means is unbiased to first order, and so is the error of its linear part
+    parts = rows[:, 2::2] / size - c / 2 * (rows[:, :1] / mean[:1] + rows[:, 1::2] / mean[1::2])
     return Measured(
         name,
-        float(q.mean()),
-        float(q.std()) / root,
-        tuple(c.mean(0).tolist()),
-        tuple((c.std(0) / root).tolist()),
+        float(mean[0]),
+        float(rows[:, 0].std()) / root,
+        tuple(c.tolist()),
+        tuple((parts.std(0) / root).tolist()),
         width,
+        _fluctuation(local.mean(0)),
     )
 
 
+def _fluctuation(local: Tensor) -> float:
+    """Largest variance of the kernel at one position, at two, and of two inputs, relative to q^2."""
+    same, same_square, apart, apart_square, crossed = local.tolist()
+    return max(same_square - same**2, apart_square - apart**2, crossed, 0.0) / max(same**2, 1e-300)
+
+
+def _as_they_are(graph: Graph) -> frozenset[str]:
+    """Vectors of which only some entries are read, and tables of embeddings, read for their mean and variance."""
+    nodes = [n for n in graph.module.graph.nodes if n.op == "get_attr"]
+    cuts = (aten.slice.Tensor, aten.select.int)
+    cut = {n.target for n in nodes if any(user.target in cuts for user in n.users)}
+    tables = {n.target for n in nodes if n.users and all(user.target is aten.embedding.default for user in n.users)}
+    return frozenset(str(target) for target in cut | tables)
+
+
 @contextmanager
-def _redrawn(root: nn.Module) -> Iterator[Callable[[torch.Generator], None]]:
-    """Offer a function that re-draws all parameters in place; put the originals back at the end."""
-    originals = {id(p): (p, p.detach().clone()) for p in root.parameters()}
+def _redrawn(root: nn.Module, kept: frozenset[str] = frozenset()) -> Iterator[Callable[[torch.Generator], None]]:
+    """Offer a function that re-draws all parameters but ``kept`` in place; put the originals back at the end."""
+    originals = {id(p): (p, p.detach().clone()) for name, p in root.named_parameters() if name not in kept}
 
     def redraw(generator: torch.Generator) -> None:
         for parameter, original in originals.values():
@@ -193,115 +270,3 @@ def _signed_permutation(tensor: Tensor, generator: torch.Generator) -> Tensor:
     signs = [torch.randint(0, 2, (n,), generator=generator).to(tensor) * 2 - 1 for n in tensor.shape[:2]]
     shape = (*tensor.shape[:2], *(1 for _ in tensor.shape[2:]))
     return result[:, columns] * (signs[0][:, None] * signs[1][None]).reshape(shape)
-
-
-class _Runner(fx.Interpreter):
-    """Runs the flat graph on probes and background, and records moments of the probe rows at every node."""
-
-    def __init__(self, graph: Graph, cosines: tuple[float, ...], mode: str, background: int | None) -> None:
-        super().__init__(graph.module, garbage_collect_values=True)
-        self.graph_, self.cosines, self.mode = graph, cosines, mode
-        self.probes = 1 + len(cosines)
-        self.size = self.probes + (background if background is not None else self._background())
-        self.widths: dict[str, int] = {}
-        self.moments: dict[str, Tensor] = {}
-        self.tokens: set[fx.Node] = set()
-
-    def _background(self) -> int:
-        norms = [n for n in self.module.graph.nodes if n.target is aten.batch_norm.default]  # type: ignore[union-attr]
-        if self.mode != "train" or not norms:
-            return 0
-        smallest = min(math.prod(shape_of(n)[2:]) for n in norms)
-        return max(16, min(256, -(-1024 // max(smallest, 1))))
-
-    def run(self, generator: torch.Generator) -> dict[str, Tensor]:  # type: ignore[override]
-        self.generator, self.moments = generator, {}
-        leaves, _spec = pytree.tree_flatten(self.graph_.inputs)
-        nodes = [n for n in self.module.graph.nodes if n.op == "placeholder"]  # type: ignore[union-attr]
-        inputs = [self._input(node, value) for node, value in zip(nodes, leaves, strict=True)]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(0, 2**31, (), generator=generator)))
-            super().run(*inputs, enable_io_processing=False)
-        return self.moments
-
-    def _input(self, node: fx.Node, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            return value
-        if not value.is_floating_point():
-            self.tokens.add(node)
-            return value[:1].expand(self.size, *value.shape[1:]).clone()
-        return self._probes(tuple(value.shape[1:]), channel_dim(node, value.ndim) - 1).to(value)
-
-    def _probes(self, shape: tuple[int, ...], channel: int) -> Tensor:
-        """Probe a, probes b with exact cosines to it at every position, then the background; q = 1 everywhere."""
-        z = torch.randn((self.size, *shape), generator=self.generator, dtype=torch.float64).movedim(channel + 1, -1)
-
-        def unit(x: Tensor) -> Tensor:
-            return x / x.square().mean(-1, keepdim=True).sqrt()
-
-        a = unit(z[0])
-        rows = [a]
-        for cosine, other in zip(self.cosines, z[1 : self.probes], strict=True):
-            if other.shape[-1] > 1:
-                other = unit(other - (other * a).mean(-1, keepdim=True) * a)
-            rows.append(cosine * a + math.sqrt(1 - cosine**2) * other)
-        return torch.cat([torch.stack(rows), unit(z[self.probes :])]).movedim(-1, channel + 1)
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.target in TOKEN_VIEWS and any(i in self.tokens for i in n.all_input_nodes):
-            self.tokens.add(n)
-        if n.target is aten.embedding.default and any(i in self.tokens for i in n.all_input_nodes):
-            result = self._embedded(n)
-        elif n.target is aten.batch_norm.default and self.mode == "train":
-            result = self._batch_norm(n)
-        elif n.op == "call_function" and getattr(getattr(n.target, "_schema", None), "is_mutable", False):
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            result = args[0] if n.args[0].op == "get_attr" else n.target(*args, **kwargs)  # type: ignore
-        else:
-            result = self._plain(n)
-        self._record(n, result)
-        return result
-
-    def _plain(self, n: fx.Node) -> Any:
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if n.op == "placeholder":
-            return super().run_node(n)
-        args = for_mode(n, tuple(args), self.mode)
-        if n.target is aten.batch_norm.default and args[3] is not None:
-            args = (*args[:5], False, *args[6:])
-        return getattr(self, n.op)(n.target, args, kwargs)
-
-    def _embedded(self, n: fx.Node) -> Tensor:
-        """Gaussian rows with the table's own mean and variance, and the probes' cosines."""
-        args, _ = self.fetch_args_kwargs_from_env(n)
-        table, ids = args[0], args[1]
-        mean, scale = table.double().mean(), table.double().std()
-        rows = self._probes((*ids.shape[1:], table.shape[1]), ids.ndim - 1)
-        return (mean + scale * rows).to(table)
-
-    def _batch_norm(self, n: fx.Node) -> Any:
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        x, weight, bias, eps = args[0], args[1], args[2], args[7]
-        if not (isinstance(x, Tensor) and x.shape[0] == self.size and self.size > self.probes):
-            return n.target(*args, **kwargs)  # type: ignore[operator]
-        dims = [0, *range(2, x.ndim)]
-        rest = x[self.probes :]
-        mean, variance = rest.mean(dims), rest.var(dims, unbiased=False)
-        return torch.nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
-
-    def _record(self, n: fx.Node, value: Any) -> None:
-        batched = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
-        if not batched or value.shape[0] % self.size or n.op in ("get_attr", "output"):
-            return
-        rows = value.detach().double().reshape(self.size, -1)[: self.probes]
-        a = rows[0]
-        entries = [a.square().mean()]
-        for b in rows[1:]:
-            entries += [b.square().mean(), (a * b).mean()]
-        self.moments[n.name] = torch.stack(entries)
-        self.widths[n.name] = _width(value)
-
-
-def _width(value: Tensor) -> int:
-    """Channels of a tensor, taken as the larger of its channel-like dimensions."""
-    return int(value.shape[1] if value.ndim in (2, 4, 5) else value.shape[-1])

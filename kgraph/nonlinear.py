@@ -9,8 +9,8 @@ another tensor, and which is bounded like a sigmoid, is a gate: it scales, it do
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -41,6 +41,25 @@ _GATES = {aten.sigmoid.default, aten.hardsigmoid.default}
 _NOT_FLOATING = ("eq", "ne", "lt", "le", "gt", "ge", "logical_not", "bitwise_not", "isnan", "to", "_to_copy")
 
 
+@dataclass(frozen=True)
+class _Slot:
+    """Stands for the value of a step: 0 is the argument."""
+
+    index: int
+
+
+@lru_cache(maxsize=256)
+def _function_of(steps: tuple[tuple[Any, tuple[Any, ...], tuple[tuple[str, Any], ...]], ...]) -> Pointwise:
+    def run(u: Tensor) -> Tensor:
+        known = [u]
+        for target, args, kwargs in steps:
+            given = [known[a.index] if isinstance(a, _Slot) else a for a in args]
+            known.append(target(*given, **{k: known[a.index] if isinstance(a, _Slot) else a for k, a in kwargs}))
+        return known[-1]
+
+    return Pointwise(run)
+
+
 @dataclass(frozen=True, eq=False)
 class Region:
     """A pointwise region of one source.
@@ -51,6 +70,7 @@ class Region:
         nodes: all nodes, in order; the last is ``end``.
         module: the graph module, for activations that are modules.
         gate: whether it only scales another tensor.
+        getters: of every parameter of the graph, the nodes that stand for it.
     """
 
     source: fx.Node
@@ -58,6 +78,7 @@ class Region:
     nodes: tuple[fx.Node, ...]
     module: fx.GraphModule
     gate: bool
+    getters: dict[str, list[fx.Node]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def learnable(self) -> tuple[fx.Node, ...]:
@@ -84,7 +105,7 @@ class Region:
         """The map whose slopes lie ``at`` standard deviations from their mean."""
         node = self.end
         if len(self.nodes) > 1:
-            return Pointwise(partial(self._run, at))
+            return self._shared() or Pointwise(partial(self._run, at))
         own = tuple(self._slope(weight, at) for weight in self.learnable)
         if node.op != "call_module":
             if own:
@@ -95,6 +116,20 @@ class Region:
         if isinstance(activation, ShapedActivation):
             return shaped_map(activation, own)
         return pointwise_of_module(activation)
+
+    def _shared(self) -> Pointwise | None:
+        """One map for all regions of the same operations: a network has many copies of few functions."""
+        if self.learnable or any(node.op != "call_function" for node in self.nodes):
+            return None
+        place = {self.source: _Slot(0)} | {node: _Slot(i + 1) for i, node in enumerate(self.nodes)}
+        steps = []
+        for node in self.nodes:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), place.__getitem__)  # type: ignore[misc]
+            steps.append((node.target, args, tuple(kwargs.items())))
+        try:
+            return _function_of(tuple(steps))
+        except TypeError:  # a list among the arguments
+            return None
 
     def _slope(self, weight: fx.Node, at: float) -> float:
         mean, deviation = self.slopes[weight]
@@ -174,9 +209,13 @@ def find_regions(module: fx.GraphModule, random: Callable[[fx.Node], bool]) -> l
         if root is not None:
             source[node] = root
             members.setdefault(root, []).append(node)
+    getters: dict[str, list[fx.Node]] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            getters.setdefault(str(node.target), []).append(node)
     regions = []
     for root, nodes in members.items():
-        regions += [_region(module, root, end, nodes) for end in _ends(nodes)]
+        regions += [_region(module, root, end, nodes, getters) for end in _ends(nodes)]
     order = {node: i for i, node in enumerate(module.graph.nodes)}
     nonlinear = [r for r in regions if any(not _is_linear(n) for n in r.nodes)]
     return sorted(nonlinear, key=lambda region: order[region.end])
@@ -232,7 +271,9 @@ def _ends(nodes: list[fx.Node]) -> list[fx.Node]:
     return [node for node in nodes if any(user not in inside for user in node.users)]
 
 
-def _region(module: fx.GraphModule, root: fx.Node, end: fx.Node, nodes: list[fx.Node]) -> Region:
+def _region(
+    module: fx.GraphModule, root: fx.Node, end: fx.Node, nodes: list[fx.Node], getters: dict[str, list[fx.Node]]
+) -> Region:
     needed, queue = {end}, [end]
     inside = set(nodes)
     while queue:
@@ -241,7 +282,7 @@ def _region(module: fx.GraphModule, root: fx.Node, end: fx.Node, nodes: list[fx.
                 needed.add(before)
                 queue.append(before)
     kept = tuple(n for n in nodes if n in needed)
-    return Region(root, end, kept, module, _is_gate(end, kept))
+    return Region(root, end, kept, module, _is_gate(end, kept), getters)
 
 
 def _is_gate(end: fx.Node, nodes: tuple[fx.Node, ...]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import ChainMap
 from collections.abc import Callable
@@ -15,15 +14,13 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from kgraph import draws
-from kgraph.analysis import Analysis, NodeKernel
 from kgraph.canonical import aten, operation_name
 from kgraph.capture import Graph
 from kgraph.errors import InputError
-from kgraph.kernel import DIFF, SAME, Kernel, Pairs, Part
+from kgraph.kernel import SAME, Kernel, Pairs, Part, Root
 from kgraph.rules import Context, Sampler, find_rule
 from kgraph.rules.pointwise import is_pointwise, unary
 from kgraph.rules.unallocated import Unallocated
-from kgraph.site import shape_of, site_of
 
 TOKEN_VIEWS = {
     aten.reshape.default,
@@ -130,9 +127,17 @@ class _Walk:
                 continue
             value = getattr(self, f"_{node.op}")(node)
             if self.adjust is not None and isinstance(value, Kernel):
-                value = self.adjust(node, value, self.values)
+                value = self._adjusted(node, value, self.adjust)
             self.values[node] = value
         return self.values
+
+    def _adjusted(self, node: fx.Node, value: Kernel, adjust: Adjust) -> Kernel:
+        """A kernel scaled after its rule: draws that run the operation itself scale their results alike."""
+        adjusted = adjust(node, value, self.values)
+        before, after = float(value.merged.q), float(adjusted.merged.q)
+        if adjusted is not value and before > 0 and after != before:
+            self.sampler.factors[node] = (after / before) ** 0.5
+        return adjusted
 
     def _placeholder(self, node: fx.Node) -> Any:
         value = next(self.inputs)
@@ -200,7 +205,11 @@ class _Walk:
 
 
 def _random(args: Any, kwargs: Any) -> bool:
-    return any(isinstance(leaf, Kernel) for leaf in pytree.tree_leaves((args, kwargs)))
+    values = (*args, *kwargs.values())
+    if any(isinstance(value, Kernel) for value in values):
+        return True
+    nested = [value for value in values if isinstance(value, (list, tuple, dict))]
+    return any(isinstance(leaf, Kernel) for leaf in pytree.tree_leaves(nested)) if nested else False
 
 
 def _one_random(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -218,7 +227,8 @@ def input_kernel(node: fx.Node, shape: tuple[int, ...], pairs: Pairs) -> Kernel:
     axes = tuple(
         ((("b" if i == 0 else "c" if i == channel else "p"), size),) if size > 1 else () for i, size in enumerate(shape)
     )
-    return Kernel((Part(shape[channel], cov, slope, torch.zeros_like(cov)),), axes)
+    roots = frozenset({Root(node.name)})  # what is made of an input is not independent of it
+    return Kernel((Part(shape[channel], cov, slope, torch.zeros_like(cov), roots=roots),), axes)
 
 
 def channel_dim(node: fx.Node, dims: int) -> int:
@@ -234,66 +244,3 @@ def channel_dim(node: fx.Node, dims: int) -> int:
         queue += [user for user in current.users if user not in seen]
         seen.update(current.users)
     return 1 if dims > 1 else 0
-
-
-def summarize(graph: Graph, result: Propagation) -> Analysis:
-    """The rows of a report: one for every node whose value is random."""
-    kernels = result.kernels()
-    depth = _depths(graph.module.graph, kernels)
-    rows = tuple(_row(node, kernel, result.pairs, depth[node], kernels) for node, kernel in kernels.items())
-    output = next(n for n in graph.module.graph.nodes if n.op == "output")
-    final = next((n for n in output.all_input_nodes if n in kernels), None)
-    return Analysis(
-        model=graph.name,
-        mode=result.mode,
-        cosines=result.pairs.cosines,
-        positions="exchangeable",
-        nodes=rows,
-        output=final.name if final is not None else rows[-1].name,
-        seconds=result.seconds,
-        max_slope=None,
-        max_slope_at="",
-        notes=(*graph.notes, *result.notes),
-        parametrization=result.parametrization,
-    )
-
-
-def is_nonlinear(node: fx.Node) -> bool:
-    """Whether a node is a nonlinear layer for the purpose of counting depth."""
-    from kgraph.nonlinear import is_activation
-
-    return is_activation(node)
-
-
-def _depths(graph: fx.Graph, kernels: dict[fx.Node, Kernel]) -> dict[fx.Node, int]:
-    depth: dict[fx.Node, int] = {}
-    for node in graph.nodes:
-        before = max((depth[n] for n in node.all_input_nodes if n in depth), default=0)
-        depth[node] = before + (node in kernels and is_nonlinear(node))
-    return depth
-
-
-def _row(node: fx.Node, kernel: Kernel, pairs: Pairs, depth: int, kernels: dict[fx.Node, Kernel]) -> NodeKernel:
-    part = kernel.merged
-    q = float(part.q)
-    nan = math.nan
-    cosines = tuple(float(part.cov[i, SAME]) / q if q > 0 else nan for i in range(len(pairs.cosines)))
-    places = float(part.cov[Pairs.SELF, DIFF]) / q if q > 0 and kernel.positions > 1 else nan
-    site = site_of(node)
-    return NodeKernel(
-        name=node.name,
-        module=site.path if node.op != "call_module" else str(node.target),
-        op=operation_name(node) if node.op != "placeholder" else "input",
-        shape=shape_of(node) or kernel.shape,
-        source=site.source,
-        depth=depth,
-        q=q,
-        c=cosines,
-        c_positions=places,
-        slope=float(part.slope[Pairs.UNIT, SAME]) / q if q > 0 else nan,
-        mean=part.mean,
-        how=kernel.how.name,
-        note=kernel.how.note,
-        inputs=tuple(n.name for n in node.all_input_nodes if n in kernels),
-        ntk=float(part.ntk[Pairs.SELF, SAME]),
-    )

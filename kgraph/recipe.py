@@ -85,14 +85,15 @@ def prepare(graph: Graph, shortcut_weight: float) -> Workspace:
 def rewrite(graph: Graph, plan: Plan, first: Propagation | None = None) -> Outcome:
     """Run the whole recipe on ``graph``, in place; ``first`` is its analysis, where there is one already."""
     work = Workspace(graph, SHAPED_MODE, plan.seed, first)
-    plan.structure().run(work)
+    plan.structure().apply(work)
     method = _suited(work, plan.method)
     weight, targets = _solve(work, plan, method)
     if targets is not None:
-        plan.shaping(method, targets).run(work)
+        plan.shaping(method, targets).apply(work)
     else:
-        keep_unshaped(work, find_regions(work.graph.module, work.is_random))
-        Rescale().run(work)
+        keep_unshaped(work, work.regions())
+        Rescale().apply(work)
+    graph.module.recompile()
     _check(work, method)
     if targets is not None:
         _compare(work, method)
@@ -103,7 +104,7 @@ def _suited(work: Workspace, method: Method) -> Method:
     """TAT needs activations of one kind: all leaky relus, or all smooth. A mixture uses DKS throughout."""
     if isinstance(method, DKS):
         return method
-    regions = [r for r in find_regions(work.graph.module, work.is_random) if is_free(r)]
+    regions = [r for r in work.regions() if is_free(r)]
     leaky = [is_leaky(r) for r in regions]
     kinked = [r for r, own in zip(regions, leaky, strict=True) if not own and is_kinked(r)]
     if all(leaky) or (not any(leaky) and not kinked):
@@ -117,17 +118,19 @@ def _suited(work: Workspace, method: Method) -> Method:
 def _solve(work: Workspace, plan: Plan, method: Method) -> tuple[float, ShapingTargets | None]:
     """Targets at the given shortcut weight, or at the smallest of a few that meets them."""
     given = plan.shortcut_weight
-    subnetworks = find_subnetworks(work.graph, work.propagation(), free=is_free)
-    if not subnetworks.free:
+    found = find_subnetworks(work.graph, work.propagation(), free=is_free)
+    if not found.free:
         work.unmet.append("the model has no activation to shape")
         return (DEFAULT_WEIGHT if given is None else given), None
     weights = _RAISED if given is None else (given,)
     failure: TargetError | None = None
     for weight in weights:
-        if weight != weights[0] and not reweight(work, weight):
-            break
+        if weight != weights[0]:
+            if not reweight(work, weight):
+                break
+            found = find_subnetworks(work.graph, work.propagation(), free=is_free)
         try:
-            targets = _targets(work, method)
+            targets = _targets(found, method)
         except TargetError as error:
             failure = failure or error
             continue
@@ -139,8 +142,7 @@ def _solve(work: Workspace, plan: Plan, method: Method) -> tuple[float, ShapingT
     return weights[0], _without_products(work, method, failure)
 
 
-def _targets(work: Workspace, method: Method, *, products_add: bool = True) -> ShapingTargets:
-    found = find_subnetworks(work.graph, work.propagation(), free=is_free, products_add=products_add)
+def _targets(found: Subnetworks, method: Method) -> ShapingTargets:
     targets = solve_targets(found, method)
     _require_kind(found, method, targets)
     return targets
@@ -159,7 +161,7 @@ def _without_products(work: Workspace, method: Method, failure: TargetError) -> 
     """What can be met when a product counts as the larger of its two branches; the rest is unmet, and said so."""
     work.unmet.append(str(failure))
     try:
-        return _targets(work, method, products_add=False)
+        return _targets(find_subnetworks(work.graph, work.propagation(), free=is_free, products_add=False), method)
     except TargetError as error:
         work.unmet.append(str(error))
         return None
@@ -169,15 +171,16 @@ def _check(work: Workspace, method: Method) -> None:
     """Say where q is not 1 at a nonlinear layer's input, and which node is the cause; check the maximal slope."""
     kernels = work.kernels()
     regions = find_regions(work.graph.module, kernels.__contains__)
-    causes: dict[fx.Node, list[str]] = {}
     gates = {node for region in regions if region.gate for node in region.nodes}
+    cause = _Causes(work, gates)
+    causes: dict[fx.Node, list[Region]] = {}
     for region in regions:
         if region.source in kernels and not region.gate and _off(work, region.source):
-            causes.setdefault(_cause(work, region.source, gates), []).append(region.end.name)
-    for node, names in causes.items():
+            causes.setdefault(cause.of(region.source), []).append(region)
+    for node, found in causes.items():
         q = float(kernels[node].merged.q) if node in kernels else float("nan")
-        first = float(kernels[_named(work, names[0]).source].merged.q)
-        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        first = float(kernels[found[0].source].merged.q)
+        listed = ", ".join(r.end.name for r in found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
         work.unmet.append(
             f"q is not 1 at the input of {listed} (q = {first:.4g}): {node.name} ({operation_name(node)}) "
             f"has q = {q:.4g}, {_reason(node)}"
@@ -239,25 +242,30 @@ def _differ(planned: float, found: float) -> bool:
     return abs(found - planned) > _PLAN_TOLERANCE * max(abs(planned), 1.0 if abs(planned) < _PLAN_TOLERANCE else 0.0)
 
 
-def _named(work: Workspace, end: str) -> Region:
-    regions = find_regions(work.graph.module, work.kernels().__contains__)
-    return next(region for region in regions if region.end.name == end)
-
-
 def _off(work: Workspace, node: fx.Node) -> bool:
     kernel = work.kernels()[node]
     tolerance = _SAMPLED_TOLERANCE if kernel.how.level >= 2 else _Q_TOLERANCE
     return abs(float(kernel.merged.q) - 1) > tolerance
 
 
-def _cause(work: Workspace, node: fx.Node, gates: set[fx.Node]) -> fx.Node:
+class _Causes:
     """The earliest node upstream whose inputs still have q = 1 (a gate's own q is not meant to be 1)."""
-    kernels = work.kernels()
-    while True:
-        before = [n for n in _sources(node, kernels) if n not in gates and _off(work, n)]
-        if not before:
-            return node
-        node = before[0]
+
+    def __init__(self, work: Workspace, gates: set[fx.Node]) -> None:
+        self.work, self.gates, self.known = work, gates, dict[fx.Node, fx.Node]()
+
+    def of(self, node: fx.Node) -> fx.Node:
+        """Follow the first input that is off, up to one whose cause is known."""
+        way = [node]
+        while way[-1] not in self.known and (before := self._before(way[-1])) is not None:
+            way.append(before)
+        found = self.known.get(way[-1], way[-1])
+        self.known |= dict.fromkeys(way, found)
+        return found
+
+    def _before(self, node: fx.Node) -> fx.Node | None:
+        sources = _sources(node, self.work.kernels())
+        return next((n for n in sources if n not in self.gates and _off(self.work, n)), None)
 
 
 def _sources(node: fx.Node, kernels: dict[fx.Node, Kernel]) -> list[fx.Node]:

@@ -14,6 +14,7 @@ from kgraph.capture import Graph
 from kgraph.errors import PassError
 from kgraph.kernel import Kernel
 from kgraph.modules import Scale, ShapedActivation, WeightedSum
+from kgraph.nonlinear import Region, find_regions
 from kgraph.propagate import Propagation, propagate
 from kgraph.site import Site, site_of
 
@@ -37,8 +38,11 @@ class Workspace:
     kept: list[Change] = field(default_factory=list)
     unmet: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    adopted: bool = field(default=False, init=False)
     _propagation: Propagation | None = None
     _random: dict[fx.Node, bool] = field(default_factory=dict)
+    _regions: list[Region] | None = None
+    _names: dict[tuple[str, bool], int] = field(default_factory=dict)
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -56,6 +60,16 @@ class Workspace:
             self._propagation = propagate(self.graph, mode=self.mode)
             self.first = self.first or self._propagation
         return self._propagation
+
+    def adopt(self, propagation: Propagation) -> None:
+        """Take over a pass's own walk: it changed nothing, so these are the kernels of the graph as it leaves it."""
+        self._propagation, self.adopted = propagation, True
+
+    def regions(self) -> list[Region]:
+        """Nonlinear regions of the graph as it was after the last pass; found once after every change."""
+        if self._regions is None:
+            self._regions = find_regions(self.graph.module, self.is_random)
+        return self._regions
 
     def kernels(self) -> dict[fx.Node, Kernel]:
         return self.propagation().kernels()
@@ -84,7 +98,7 @@ class Workspace:
 
     def touch(self) -> None:
         """The graph changed: forget its analysis."""
-        self._propagation = None
+        self._propagation = self._regions = None
 
     def record(self, node: fx.Node, what: str, why: str, before: str = "", after: str = "") -> None:
         """Note a change without forgetting the analysis (the pass goes on reading it; `Pass.run` forgets it)."""
@@ -114,27 +128,21 @@ class Workspace:
         Args:
             instead: the user's own module at ``path``, which the graph no longer calls, may be replaced.
         """
-        name, index = path, 0
-        while _taken(self.graph.module, name) or (not instead and _taken(self.graph.root, name)):
-            index += 1
-            name = f"{path}_{index}"
+        name = self._free_name(path, instead)
         module.train(self.graph.root.training)
         for owner in (self.graph.root, self.graph.module):
             _attach(owner, name, module)
         return name
 
-    def _taken(self, path: str) -> bool:
-        """Whether a pass put a module there already, or the user's module has another attribute of that name."""
-        holder, _, name = path.rpartition(".")
-        if path in dict(self.graph.module.named_modules()):
-            return True
-        owner = dict(self.graph.root.named_modules()).get(holder)
-        return owner is not None and name in {
-            *owner.__dict__,
-            *owner._parameters,
-            *owner._buffers,
-            *dir(type(owner)),
-        }
+    def _free_name(self, path: str, instead: bool) -> str:
+        """``path``, or the first of ``path_1``, ``path_2``, ... that is free; a name once taken stays taken."""
+        index = self._names.get((path, instead), 0)
+        name = f"{path}_{index}" if index else path
+        while _taken(self.graph.module, name) or (not instead and _taken(self.graph.root, name)):
+            index += 1
+            name = f"{path}_{index}"
+        self._names[path, instead] = index
+        return name
 
     def replace_module(self, path: str, module: nn.Module) -> None:
         """Put another module in the place of one a pass attached."""
@@ -236,21 +244,31 @@ class Pass(ABC):
         return ""
 
     def run(self, work: Workspace) -> None:
-        """Rewrite, clean up, lint, and check the promise.
+        """Rewrite, clean up, lint, and check the promise; then make the graph's code anew.
 
         Raises:
             PassError: the graph is malformed or the promise broken; names the pass.
         """
+        self.apply(work)
+        work.graph.module.recompile()
+
+    def apply(self, work: Workspace) -> None:
+        """`run`, but for the graph's code, which no analysis reads: once for all passes of a pipeline is enough."""
+        work.adopted = False
         self.rewrite(work)
-        work.touch()
+        if not work.adopted:
+            work.touch()
+        self._clean(work)
+        broken = self.broken(work)
+        if broken:
+            raise PassError(f"{self.name} broke its promise: {broken}", hint="Report this model")
+
+    def _clean(self, work: Workspace) -> None:
         try:
             work.graph.module.graph.lint()
             tidy(work.graph)
         except RuntimeError as error:
             raise PassError(f"{self.name} left a malformed graph: {error}") from error
-        broken = self.broken(work)
-        if broken:
-            raise PassError(f"{self.name} broke its promise: {broken}", hint="Report this model")
 
 
 @dataclass(frozen=True)
@@ -264,9 +282,9 @@ class Pipeline(Pass):
         for step in self.passes:
             if self.progress is not None:
                 self.progress(step.name)
-            step.run(work)
+            step.apply(work)
 
-    def run(self, work: Workspace) -> None:
+    def apply(self, work: Workspace) -> None:
         """Every step checks itself."""
         self.rewrite(work)
 
@@ -275,9 +293,7 @@ class Pipeline(Pass):
 
 
 def tidy(graph: Graph) -> None:
-    """Drop what nobody reads any more, parameters of the graph included."""
+    """Drop what nobody reads any more."""
     from kgraph.canonical import is_effect
 
-    fx_graph = graph.module.graph
-    fx_graph.eliminate_dead_code(is_impure_node=is_effect)
-    graph.module.recompile()
+    graph.module.graph.eliminate_dead_code(is_impure_node=is_effect)

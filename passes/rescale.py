@@ -18,7 +18,7 @@ from kgraph import algebra
 from kgraph.canonical import operation_name
 from kgraph.kernel import Kernel
 from kgraph.modules import Scale, ShapedActivation
-from kgraph.nonlinear import Region, find_regions
+from kgraph.nonlinear import Region
 from kgraph.passes.base import Pass, Workspace
 from kgraph.propagate import propagate
 
@@ -62,7 +62,9 @@ class Rescale(Pass):
             found[node] = q
             return kernel.with_parts(*(algebra.scale(part, q**-0.5) for part in kernel.parts))
 
-        propagate(work.graph, mode=work.mode, adjust=adjust)
+        walked = propagate(work.graph, mode=work.mode, adjust=adjust)
+        if not found:
+            work.adopt(walked)
         for node, q in found.items():
             self._correct(work, node, q, reasons[node])
 
@@ -87,7 +89,7 @@ class Rescale(Pass):
 
     def _candidates(self, work: Workspace) -> dict[fx.Node, str]:
         """Nodes that may be corrected and lead to an activation, with the reason."""
-        regions = find_regions(work.graph.module, work.is_random)
+        regions = work.regions()
         gates = {region.end for region in regions if region.gate}
         inside = {n for r in regions for n in r.nodes if not _ends_here(work, r, n)}
         wanted = _upstream([region.source for region in regions])

@@ -16,7 +16,6 @@ from torch import fx
 from kgraph.canonical import aten, operation_name
 from kgraph.errors import InputError
 from kgraph.modules import WeightedSum
-from kgraph.nonlinear import find_regions
 from kgraph.passes.base import Pass, Workspace, owner_path
 
 _SUMS = (aten.add.Tensor, aten.sub.Tensor)
@@ -88,8 +87,7 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 def _inside_regions(work: Workspace) -> set[fx.Node]:
     """Sums inside an activation (x + relu(x), relu6(x + 3)) are part of its function."""
-    regions = find_regions(work.graph.module, work.is_random)
-    return {node for region in regions for node in region.nodes}
+    return {node for region in work.regions() for node in region.nodes}
 
 
 def _adds_branches(work: Workspace, node: fx.Node) -> bool:
@@ -148,40 +146,47 @@ class _Lengths:
     """Numbers of layers (affine or nonlinear) on the longest way from the last common node to each operand."""
 
     def __init__(self, work: Workspace) -> None:
-        self.order = {node: i for i, node in enumerate(work.nodes)}
-        ends = {r.end for r in find_regions(work.graph.module, work.is_random)}
-        self.is_layer = {n: n in ends or operation_name(n) in _AFFINE for n in self.order}
+        self.order: dict[object, int] = {node: i for i, node in enumerate(work.nodes)}
+        ends = {region.end for region in work.regions()}
+        self.is_layer = {n: n in ends or operation_name(n) in _AFFINE for n in work.nodes}
         self.graph = nx.DiGraph()
-        for node in self.order:
+        for node in work.nodes:
             inputs = [n for n in node.all_input_nodes if work.carries_random(n)]
             self.graph.add_edges_from((before, node) for before in inputs)
             if not inputs and work.carries_random(node):
                 self.graph.add_edge("start", node)
         self.dominator = nx.immediate_dominators(self.graph, "start")
+        self.known: dict[tuple[fx.Node, fx.Node], tuple[int, int]] = {}
 
     def since_parting(self, first: fx.Node, second: fx.Node) -> tuple[int, int]:
-        origin = self._common(first, second)
-        return self._longest(origin, first), self._longest(origin, second)
+        if (first, second) not in self.known:
+            origin = self._common(first, second)
+            self.known[first, second] = self._longest(origin, first), self._longest(origin, second)
+        return self.known[first, second]
 
-    def _common(self, first: fx.Node, second: fx.Node) -> object:
-        above: set[object] = set()
-        node: object = first
-        while node is not None:
-            above.add(node)
-            node = self.dominator.get(node) if self.dominator.get(node) is not node else None
-        node = second
-        while node not in above:
-            node = self.dominator[node]
-        return node
+    def _common(self, first: object, second: object) -> object:
+        """Last dominator of both: the later of the two gives way, for a dominator comes first in graph order."""
+        while first is not second:
+            if self.order.get(first, -1) > self.order.get(second, -1):
+                first = self.dominator[first]
+            else:
+                second = self.dominator[second]
+        return first
 
     def _longest(self, origin: object, end: fx.Node) -> int:
-        """Layers on the longest way from ``origin`` to ``end``; all nodes between lie in graph order."""
-        low = self.order.get(origin, -1)  # type: ignore[call-overload]
+        """Layers on the longest way from ``origin``, which dominates ``end``; all between lie in graph order."""
         best: dict[object, int] = {origin: 0}
-        for node in sorted(nx.ancestors(self.graph, end) | {end}, key=lambda n: self.order.get(n, -1)):
-            if self.order.get(node, -1) <= low:
-                continue
-            before = [best[p] for p in self.graph.predecessors(node) if p in best]
-            if before:
-                best[node] = max(before) + self.is_layer[node]
+        for node in sorted(self._between(origin, end), key=self.order.__getitem__):
+            best[node] = max(best[p] for p in self.graph.predecessors(node)) + self.is_layer[node]
         return best.get(end, 0)
+
+    def _between(self, origin: object, end: fx.Node) -> set[fx.Node]:
+        """What lies on the ways from ``origin`` to ``end``, which is among them unless it is the origin."""
+        found: set[fx.Node] = set()
+        queue = [end]
+        while queue:
+            node = queue.pop()
+            if node is not origin and node not in found:
+                found.add(node)
+                queue += self.graph.predecessors(node)
+        return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -15,7 +16,7 @@ from kgraph.errors import KGraphError
 from kgraph.maps import Pointwise
 from kgraph.methods import DKS, TAT, Method
 from kgraph.modules import FunctionModule, ShapedActivation
-from kgraph.nonlinear import Region, find_regions, known_value
+from kgraph.nonlinear import Region, known_value
 from kgraph.passes.base import Pass, Workspace, find_module, owner_path
 from kgraph.shaping import ShapedConstants, shape_activation
 from kgraph.shaping.leaky import leaky_centred
@@ -24,6 +25,17 @@ from kgraph.targets import ShapingTargets
 
 _AFFINE = ("linear", "addmm", "matmul", "mm", "bmm", "einsum", "scaled_dot_product_attention", "lstm", "gru")
 _LEARNABLE = ("prelu", "rrelu", "rrelu_with_noise")
+
+
+@dataclass(frozen=True)
+class _Site:
+    """An activation to shape: its region, what it was, and what it becomes."""
+
+    region: Region
+    before: str
+    leaky: bool
+    constants: ShapedConstants
+    activation: nn.Module
 
 
 @dataclass(frozen=True)
@@ -40,31 +52,36 @@ class ShapeActivations(Pass):
 
     def rewrite(self, work: Workspace) -> None:
         assert self.targets is not None
-        regions = find_regions(work.graph.module, work.is_random)
+        regions = work.regions()
         keep_unshaped(work, regions)
         free = [region for region in regions if not kept_reason(region)]
-        named = [_name(region) for region in free]  # before any slope changes: several may share one
-        for region, before in zip(free, named, strict=True):
-            self._shape(work, region, before)
+        # all before any slope or node changes: several may share a slope, and one may be a function of another's nodes
+        for site in [self._site(work, region) for region in free]:
+            if site is not None:
+                self._shape(work, site)
 
     def broken(self, work: Workspace) -> str:
         said = {line.partition(":")[0] for line in work.unmet}
         left = [
             region.end.name
-            for region in find_regions(work.graph.module, work.is_random)
+            for region in work.regions()
             if not kept_reason(region) and region.end.name not in said
             if not any(isinstance(work.module(node), ShapedActivation) for node in region.nodes)
         ]
         return f"{', '.join(left)} still unshaped" if left else ""
 
-    def _shape(self, work: Workspace, region: Region, before: str) -> None:
+    def _site(self, work: Workspace, region: Region) -> _Site | None:
+        """What to make of a region; None, and said so, where no constants meet the targets."""
         leaky = is_leaky(region)
         try:
             constants = self._constants(region, leaky)
         except KGraphError as error:
             work.unmet.append(f"{region.end.name}: {error}")
-            return
-        activation = _activation(work, region)
+            return None
+        return _Site(region, _name(region), leaky, constants, _activation(work, region))
+
+    def _shape(self, work: Workspace, site: _Site) -> None:
+        region, constants, activation = site.region, site.constants, site.activation
         if constants.negative_slope is not None and region.learnable:
             activation = FunctionModule(aten.prelu.default)
             constants = _set_slope(work, region, constants)
@@ -77,7 +94,8 @@ class ShapeActivations(Pass):
             constants.output_shift,
             constants.output_scale,
         )
-        work.record(region.end, "shape activation", self._why(leaky), before, _describe(constants, region))
+        why = self._why(site.leaky)
+        work.record(region.end, "shape activation", why, site.before, _describe(constants, region))
         _swap(work, region, shaped)
 
     def _why(self, leaky: bool) -> str:
@@ -130,8 +148,17 @@ def is_leaky(region: Region) -> bool:
     """Whether the activation is relu, leaky relu or prelu up to factor and constant: two lines that meet at 0."""
     if region.learnable and len(region.nodes) == 1 and region.end.target is aten.prelu.default:
         return True  # even where its slope happens to be 1
+    if region.fn not in _lines:
+        _lines[region.fn] = _two_lines(region.fn)
+    return _lines[region.fn]
+
+
+_lines: weakref.WeakKeyDictionary[Pointwise, bool] = weakref.WeakKeyDictionary()
+
+
+def _two_lines(fn: Pointwise) -> bool:
     z = torch.tensor([-2.0, -1.0, 1.0, 2.0, -2e-3, -1e-3, 1e-3, 2e-3, 0.0], dtype=torch.float64)
-    values = region.fn(z)
+    values = fn(z)
     rise = values[:8] - values[8]
     a, b, c, d = (float(v) for v in rise[:4])
     rounding = 1e-12 * (1 + abs(float(values[8])))
@@ -160,24 +187,24 @@ def _learnable_reason(region: Region) -> str:
     for weight, (_, deviation) in region.slopes.items():
         if weight.op != "get_attr":
             return "its slope is computed from other parameters"
-        if not _only_slope(weight):
+        if not _only_slope(region, weight):
             return f"{weight.target} is more than its slope"
         if known_value(weight, region.module).is_meta:
             return f"{weight.target} is on the meta device, where no slope can be set"
         if deviation and not is_leaky(region):
             return "its slopes differ from channel to channel inside a larger function"
-        if len(_users(weight)) > 1 and not is_leaky(region):
+        if len(_users(region, weight)) > 1 and not is_leaky(region):
             return "its slope serves several activations, and this one is no leaky relu"
     return ""
 
 
-def _only_slope(weight: fx.Node) -> bool:
-    return all(user.target is aten.prelu.default or user.op == "call_module" for user in _users(weight))
+def _only_slope(region: Region, weight: fx.Node) -> bool:
+    return all(user.target is aten.prelu.default or user.op == "call_module" for user in _users(region, weight))
 
 
-def _users(weight: fx.Node) -> list[fx.Node]:
-    same = [n for n in weight.graph.nodes if n.op == "get_attr" and n.target == weight.target]
-    return [user for node in same for user in node.users]
+def _users(region: Region, weight: fx.Node) -> list[fx.Node]:
+    """Everything that reads the parameter, through whichever of its nodes."""
+    return [user for node in region.getters[str(weight.target)] for user in node.users]
 
 
 def feeds_a_layer(node: fx.Node) -> bool:

@@ -38,7 +38,7 @@ SHAPED = ["cnn", "unet", "resnet18", "mobilenetv3_small", "convnext_atto", "bert
 def disagreements(model, inputs, mode: str) -> list[tuple[str, str, float, float, float]]:
     """Nodes whose prediction (not marked as assumed) lies outside 4 standard errors + O(1/width)."""
     report = kgraph.analyze(model, inputs, mode=mode)
-    measured = kgraph.montecarlo(model, inputs, mode=mode, draws=4)
+    measured = kgraph.montecarlo(model, inputs, mode=mode, draws=8)
     certain = {row.name for row in report.nodes if row.how != "assumed"}
     return [d for d in measured.disagreements(report.analysis) if d[0] in certain]
 

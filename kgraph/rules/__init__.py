@@ -1,6 +1,19 @@
 """Kernel rules, one file a family of operations. Importing this package fills the table."""
 
-from kgraph.rules import attention, conv, embedding, linear, merge, norm, pointwise, pool, prelu, reindex
+from kgraph.rules import (
+    attention,
+    conv,
+    embedding,
+    linear,
+    merge,
+    norm,
+    parent_scale,
+    pointwise,
+    pool,
+    prelu,
+    reindex,
+    spatial,
+)
 from kgraph.rules.sampled import Sampler
 from kgraph.rules.table import Context, find_rule, known_targets, rule
 
@@ -15,9 +28,11 @@ __all__ = [
     "linear",
     "merge",
     "norm",
+    "parent_scale",
     "pointwise",
     "pool",
     "prelu",
     "reindex",
     "rule",
+    "spatial",
 ]

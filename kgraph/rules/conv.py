@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kgraph.canonical import aten
+from kgraph.entries import once
 from kgraph.kernel import DIFF, SAME, Kernel, Part
 from kgraph.rules.linear import Affine, affine_part, bias_moments, without_shared_channels
 from kgraph.rules.table import Context, rule
@@ -84,10 +85,13 @@ def _convolve(
     channels = weight.shape[0] // groups if transposed else weight.shape[1]
     fan_in = max(1, round(channels * float(met.sum())))
     layer = Affine(1.0, sb2, mean, fan_in, bias is not None, context.argument_name(1))
-    part = x.merged
-    if any(role == "c" for axis in x.axes[-dims:] for role, _ in axis):
-        part = without_shared_channels(part)
-    part = _summed_taps(context, part, layer, same, different, out_channels)
+    mixes = any(role == "c" for axis in x.axes[-dims:] for role, _ in axis)
+
+    def summed(part: Part) -> Part:
+        arriving = without_shared_channels(part) if mixes else part
+        return _summed_taps(context, arriving, layer, same, different, out_channels)
+
+    part = once(x.merged, context.signature, summed)
     batch = x.axes[: -dims - 1]
     spatial = tuple((("p", size),) if size > 1 else () for size in sizes_out)
     return Kernel((part,), (*batch, (("c", out_channels),), *spatial))

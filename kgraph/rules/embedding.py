@@ -15,8 +15,9 @@ from kgraph.rules.table import Context, rule
 
 
 @rule(aten.embedding.default)
-def embedding(context: Context, weight: Tensor, ids: Tensor, *_: object) -> Kernel:
-    q, mean = mean_square(weight), float(weight.detach().double().mean())
+def embedding(context: Context, weight: Tensor, ids: Tensor, padding_idx: int = -1, *_: object) -> Kernel:
+    rows = token_rows(weight, padding_idx)
+    q, mean = mean_square(rows), float(rows.detach().double().mean())
     c = context.pairs.inputs
     cov = torch.empty(len(c), 2, dtype=torch.float64)
     cov[:, SAME] = mean**2 + c * (q - mean**2)
@@ -29,3 +30,10 @@ def embedding(context: Context, weight: Tensor, ids: Tensor, *_: object) -> Kern
     part = Part(size, cov, slope, ntk, mean, frozenset({Root(context.argument_name(0))}))
     positions = tuple((("b" if i == 0 else "p", n),) if n > 1 else () for i, n in enumerate(ids.shape))
     return Kernel((part,), (*positions, (("c", size),)))
+
+
+def token_rows(table: Tensor, padding_idx: int = -1) -> Tensor:
+    """The rows that stand for tokens: all but the padding's, which PyTorch makes zero."""
+    if not 0 <= padding_idx < len(table) or len(table) == 1:
+        return table
+    return torch.cat([table[:padding_idx], table[padding_idx + 1 :]])

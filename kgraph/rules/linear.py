@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from kgraph.canonical import aten
+from kgraph.entries import once
 from kgraph.kernel import DIFF, Axes, Kernel, Part, Root
-from kgraph.rules.table import Context, rule
+from kgraph.rules.table import TURNED, Context, parameter_of, rule
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,14 @@ def without_shared_channels(part: Part) -> Part:
 
 def contract(context: Context, x: Kernel, dims: tuple[int, ...], layer: Affine, axes: Axes) -> Kernel:
     """Apply an affine layer that sums over ``dims`` of ``x``; ``axes`` are those of the result."""
-    part = x.merged
     kept = [factor for i, axis in enumerate(x.axes) if i not in dims for factor in axis]
-    if any(role == "c" for role, _ in kept):
-        part = without_shared_channels(part)
+    mixes = any(role == "c" for role, _ in kept)
     size = next((s for axis in axes for role, s in axis if role == "c"), 1)
-    return Kernel((affine_part(context, part, layer, size),), axes)
+
+    def summed(part: Part) -> Part:
+        return affine_part(context, without_shared_channels(part) if mixes else part, layer, size)
+
+    return Kernel((once(x.merged, context.signature, summed),), axes)
 
 
 def to_positions(axis: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
@@ -105,10 +108,20 @@ def to_positions(axis: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ..
     return tuple(("p" if role == "c" else role, size) for role, size in axis)
 
 
-def _last_dim(context: Context, x: Kernel, weight: Tensor, bias: Tensor | None, out: int, index: int) -> Kernel:
+def _last_dim(
+    context: Context, x: Kernel, weight: Tensor, bias: Tensor | None, out: int, index: int, *, turned: bool = False
+) -> Kernel:
+    """An affine layer over the last dimension; W^T f(W u) is no fresh Gaussian: it holds a multiple of u itself."""
+    name = context.argument_name(index)
+    source = context.node.args[index]
+    if isinstance(source, fx.Node):
+        base, own = parameter_of(source)
+        name, other = (base + TURNED, base) if own ^ turned else (base, base + TURNED)
+        if any(root.name == other for part in x.parts for root in part.roots):
+            return context.sample()
     fan_in = weight.numel() // max(out, 1)
     sb2, mean = bias_moments(bias)
-    layer = Affine(fan_in * mean_square(weight), sb2, mean, fan_in, bias is not None, context.argument_name(index))
+    layer = Affine(fan_in * mean_square(weight), sb2, mean, fan_in, bias is not None, name)
     axes = (*(to_positions(axis) for axis in x.axes[:-1]), (("c", out),))
     return contract(context, x, (len(x.axes) - 1,), layer, axes)
 
@@ -124,11 +137,11 @@ def linear(context: Context, x: Kernel, weight: Tensor, bias: Tensor | None = No
 def addmm(context: Context, bias: Tensor, x: Kernel, weight: Tensor, **scales: float) -> Kernel:
     if scales or not isinstance(x, Kernel) or not isinstance(weight, Tensor):
         return context.sample()
-    return _last_dim(context, x, weight, bias, weight.shape[1], 2)
+    return _last_dim(context, x, weight, bias, weight.shape[1], 2, turned=True)
 
 
 @rule(aten.mm.default, aten.matmul.default)
 def matmul(context: Context, x: Kernel | Tensor, weight: Kernel | Tensor) -> Kernel:
     if isinstance(x, Kernel) and isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
-        return _last_dim(context, x, weight, None, weight.shape[1], 1)
+        return _last_dim(context, x, weight, None, weight.shape[1], 1, turned=True)
     return context.sample()

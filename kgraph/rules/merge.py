@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from kgraph import algebra
 from kgraph.alignment import aligned
 from kgraph.canonical import aten
 from kgraph.constants import add_constant, known_part, moments, multiply_constant
+from kgraph.entries import origin
 from kgraph.kernel import DIFF, SAME, Axes, Kernel, Part, merge
 from kgraph.modules import WeightedSum
 from kgraph.rules.pointwise import unary
@@ -131,33 +133,54 @@ def _cat_channels(kernels: list[Kernel], dim: int) -> Kernel:
 
 def _cat_positions(kernels: list[Kernel], dim: int) -> Kernel:
     """Positions of several tensors side by side: the average over positions, and over pairs of them."""
-    sizes = [kernel.shape[dim] for kernel in kernels]
-    total = sum(sizes)
+    counts = [kernel.positions for kernel in kernels]
+    total = sum(kernel.shape[dim] for kernel in kernels)
     axes = tuple((("p", total),) if i == dim else axis for i, axis in enumerate(kernels[0].axes))
-    parts = [replace(kernel.merged, size=size) for kernel, size in zip(kernels, sizes, strict=True)]
+    whole = [kernel.merged for kernel in kernels]
+    parts = [replace(part, size=count) for part, count in zip(whole, counts, strict=True)]
     mixed = merge(tuple(parts))
-    if _one_law(parts):
-        return Kernel((parts[0],), axes)
-    fields = {name: _across(parts, sizes, name) for name in ("cov", "slope", "ntk")}
-    return Kernel((replace(mixed, size=parts[0].size, **fields),), axes)
+    crossed = _crossings(whole)
+    fields = {name: _across(parts, crossed, name) for name in ("cov", "slope", "ntk")}
+    how = max((mixed.how, *(part.how for part in crossed.values())), key=lambda how: (how.level, how.error))
+    source = origin(whole[0])
+    law = whole[0].expr if all(origin(part) is source for part in whole) else mixed.expr
+    return Kernel((replace(mixed, size=whole[0].size, expr=law, how=how, **fields),), axes)
 
 
-def _one_law(parts: list[Part]) -> bool:
-    return all(part is parts[0] for part in parts)
+def _crossings(parts: list[Part]) -> dict[tuple[int, int], Part]:
+    """Parts whose kernel is E[u_i v_j] of two concatenated tensors, by pair; independent ones have only their means."""
+    result: dict[tuple[int, int], Part] = {}
+    for one, two in itertools.combinations(range(len(parts)), 2):
+        u, v = parts[one], parts[two]
+        if u.independent(v):
+            continue
+        if origin(u) is origin(v) and u is not v:  # other places of one tensor
+            places = {name: getattr(u, name)[:, DIFF:].expand(-1, 2) for name in ("cov", "slope", "ntk")}
+            result[one, two] = replace(u, **places)
+        else:
+            total = algebra.add(u, v)
+            half = {n: (getattr(total, n) - getattr(u, n) - getattr(v, n)) / 2 for n in ("cov", "slope", "ntk")}
+            result[one, two] = replace(total, **half)
+    return result
 
 
-def _across(parts: list[Part], sizes: list[int], name: str) -> Tensor:
-    total = sum(sizes)
+def _across(parts: list[Part], crossed: dict[tuple[int, int], Part], name: str) -> Tensor:
+    """Average over the positions of all tensors, and over pairs of them; ``size`` counts positions here."""
+    total = sum(part.size for part in parts)
     field = torch.zeros_like(getattr(parts[0], name))
     pairs = max(total * (total - 1), 1)
-    for part, size in zip(parts, sizes, strict=True):
+    for part in parts:
         own = getattr(part, name)
-        field[:, SAME] += own[:, SAME] * size / total
-        field[:, DIFF] += own[:, DIFF] * size * (size - 1) / pairs
-    if name == "cov":  # different tensors are independent; their means are not zero
-        mean = sum(part.mean * size for part, size in zip(parts, sizes, strict=True))
-        squares = sum((part.mean * size) ** 2 for part, size in zip(parts, sizes, strict=True))
-        field[:, DIFF] += (mean**2 - squares) / pairs
+        field[:, SAME] += own[:, SAME] * part.size / total
+        field[:, DIFF] += own[:, DIFF] * part.size * (part.size - 1) / pairs
+    for one, two in itertools.combinations(range(len(parts)), 2):
+        u, v = parts[one], parts[two]
+        both = 2 * u.size * v.size / pairs
+        if (one, two) in crossed:
+            own, most = getattr(crossed[one, two], name), max(u.size, v.size)
+            field[:, DIFF] += both * (own[:, SAME] / most + own[:, DIFF] * (1 - 1 / most))
+        elif name == "cov":  # independent, but their means are not zero
+            field[:, DIFF] += both * u.mean * v.mean
     return field
 
 

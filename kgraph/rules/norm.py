@@ -15,11 +15,13 @@ from torch import Tensor
 
 from kgraph import algebra
 from kgraph.canonical import aten
-from kgraph.constants import Moments, known_part, moments
-from kgraph.kernel import DIFF, SAME, Axes, Gaussian, Kernel, Pairs, Part
+from kgraph.constants import by_channel
+from kgraph.kernel import DIFF, SAME, Gaussian, Kernel, Pairs, Part, Unknown
 from kgraph.modules import PerLocationNorm
-from kgraph.rules.linear import mean_square
 from kgraph.rules.table import Context, rule
+
+_SMALL = 0.05
+"""Largest share of the variance in a subtracted mean's own fluctuation that leaves the law as it was."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def normalized(part: Part, removed: Removed, variance: float, mean: float) -> Pa
     variance. How the variance depends on them adds nothing: its average over centred entries is 0.
 
     Where the subtracted mean varies from channel to channel (BatchNorm with correlated inputs, InstanceNorm),
-    a Gaussian stays Gaussian; another law is described by its second moments.
+    a Gaussian stays Gaussian; of another law the second moments are known.
     """
     inverse = 1.0 / max(variance, 1e-300)
     plain = algebra.scale(algebra.shift(part, -mean), inverse**0.5)
@@ -47,7 +49,12 @@ def normalized(part: Part, removed: Removed, variance: float, mean: float) -> Pa
     }
     if torch.allclose(plain.cov, fields["cov"], rtol=1e-12, atol=1e-14):
         return replace(plain, **fields)
-    return replace(part, **fields, mean=0.0, expr=Gaussian())
+    if part.gaussian:
+        return replace(part, **fields, mean=0.0, expr=Gaussian())
+    ratio = float(fields["cov"][Pairs.SELF, SAME] / plain.cov[Pairs.SELF, SAME].clamp_min(1e-300))
+    if abs(ratio - 1) < _SMALL:  # the law of what is hardly more than shifted
+        return replace(algebra.scale(plain, ratio**0.5), **fields)
+    return replace(part, **fields, mean=0.0, expr=Unknown("Gaussian after subtracting a mean that varies"))
 
 
 def gain_and_bias(context: Context, x: Kernel, weight: Tensor | None, bias: Tensor | None) -> Kernel:
@@ -72,17 +79,10 @@ def _affine(context: Context, part: Part, weight: Tensor | None, bias: Tensor | 
     own = torch.zeros_like(part.cov)
     if weight is not None:
         own = own + part.cov
-        root_mean_square, mean = mean_square(weight) ** 0.5, float(weight.double().mean())
-        constant = abs(abs(mean) - root_mean_square) <= 1e-9 * root_mean_square
-        scaled = algebra.scale(part, mean if constant else root_mean_square)
-        part = replace(scaled, mean=part.mean * mean)
     if bias is not None:
         own = own + 1.0
-        second, mean = mean_square(bias), float(bias.double().mean())
-        if second > 0:
-            term = known_part(part, Moments(mean, second, second, True), f"{context.node.name}.bias")
-            part = algebra.add(part, term)
-    return replace(part, ntk=part.ntk + own)
+    result = by_channel(part, weight, bias, f"{context.node.name}.gain")
+    return replace(result, ntk=result.ntk + own)
 
 
 @rule(aten.layer_norm.default)
@@ -185,7 +185,7 @@ def instance_norm(
     if not isinstance(x, Kernel):
         return context.sample()
     if running_mean is not None and running_var is not None and context.mode == "eval":
-        return gain_and_bias(context, _by_running_statistics(x, running_mean, running_var, eps), weight, bias)
+        return _by_running_statistics(x, running_mean, running_var, eps, weight, bias)
     channels = next((size for axis in x.axes for role, size in axis if role == "c"), 1)
     return gain_and_bias(context, _grouped(x, channels, eps), weight, bias)
 
@@ -206,20 +206,27 @@ def batch_norm(
     if not isinstance(x, Kernel):
         return context.sample()
     if running_mean is not None and running_var is not None and (context.mode == "eval" or not training):
-        return gain_and_bias(context, _by_running_statistics(x, running_mean, running_var, eps), weight, bias)
+        return _by_running_statistics(x, running_mean, running_var, eps, weight, bias)
     return gain_and_bias(context, _by_batch_statistics(x, eps), weight, bias)
 
 
-def _by_running_statistics(x: Kernel, mean: Tensor, variance: Tensor, eps: float) -> Kernel:
-    """The affine map of the stored statistics, (x - mean) / sqrt(variance + eps)."""
-    gain = (variance.double() + eps).rsqrt()
-    gains, shifts = _slices(gain, x) or [], _slices(-mean.double() * gain, x) or []
+def _by_running_statistics(
+    x: Kernel, mean: Tensor, variance: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
+) -> Kernel:
+    """The affine map of the stored statistics, then gain and bias: one map, for trained ones go together."""
+    gain = (variance.detach().double() + eps).rsqrt()
+    shift = -mean.detach().double() * gain
+    total_gain = gain if weight is None else gain * weight.detach().double()
+    total_shift = shift if weight is None else shift * weight.detach().double()
+    total_shift = total_shift if bias is None else total_shift + bias.detach().double()
+    pieces = [_slices(t, x) or [] for t in (gain, shift, total_gain, total_shift)]
     parts = []
-    for part, own_gain, own_shift in zip(x.parts, gains, shifts, strict=True):
-        part = algebra.scale(part, mean_square(own_gain) ** 0.5)
-        axes: Axes = ((("c", len(own_shift)),),)
-        offset = moments(own_shift, axes)
-        parts.append(algebra.add(part, known_part(part, offset, "running_mean")) if offset.same else part)
+    for part, g, s, gains, shifts in zip(x.parts, *pieces, strict=True):
+        result = by_channel(part, gains, shifts, "running statistics")
+        own = torch.zeros_like(part.cov) + float(bias is not None)
+        if weight is not None:
+            own = own + by_channel(part, g, s, "running statistics").cov
+        parts.append(replace(result, ntk=result.ntk + own))
     return x.with_parts(*parts)
 
 

@@ -168,7 +168,8 @@ def identity_module(context: Context, module: nn.Identity, x: Kernel) -> Kernel:
 
 @rule(aten.dropout.default, aten.feature_dropout.default)
 def dropout(context: Context, x: Kernel, p: float, train: bool) -> Kernel:
-    """eval: nothing; train: entries survive with probability 1-p and are divided by it: only (a, a) grows."""
+    """eval: nothing; train: entries (of `feature_dropout`, channels) survive with probability 1-p, divided by it."""
     if not train or context.mode == "eval" or p == 0:
         return x
-    return x.with_parts(*(algebra.drop(part, p) for part in x.parts))
+    whole = context.node.target is aten.feature_dropout.default
+    return x.with_parts(*(algebra.drop(part, p, context.node.name, whole=whole) for part in x.parts))

@@ -1,142 +1,165 @@
-"""Pooling. Averages mix same- and different-position covariance; a maximum has no closed form and is drawn."""
+"""Maximum over windows of positions: no closed form, so windows are drawn.
+
+Border windows are smaller (padding never wins a maximum), so that a window holds m positions with the share w_m,
+counted exactly. Windows are drawn with the largest m; the first m of their positions give the maximum over m:
+
+    K'_same = sum_m w_m E[max_m(a) max_m(b)]        K'_diff = sum_mn w_m w_n E[max_m(a) max_n(b')]
+
+with b' another window of the same image. Two windows that overlap lie between: K'_diff moves towards K'_same by the
+mean share |A and B| / |A or B| of their positions that they have in common.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kgraph.algebra import empirical
 from kgraph.canonical import aten
-from kgraph.draws import COUNT
-from kgraph.fields import FieldDraws
+from kgraph.draws import COUNT, unknown_law
+from kgraph.fields import FieldDraws, Gradients
 from kgraph.how import assumed
-from kgraph.kernel import DIFF, SAME, Axes, Gaussian, Kernel, Pairs, Part
+from kgraph.kernel import DIFF, SAME, Kernel, Part
+from kgraph.rules.measured import matched
 from kgraph.rules.table import Context, rule
 
 _WINDOWS = 16384
+_BLOCKS = 16
 
 
-def average(part: Part, window: float) -> Part:
-    """Mean of ``window`` positions: K_same' = K_same / n + (1 - 1/n) K_diff; K_diff' = K_diff (disjoint windows)."""
+@dataclass(frozen=True)
+class Windows:
+    """How many positions windows hold, with the share of windows that do; and the mean overlap of two of them."""
 
-    def mix(field: Tensor) -> Tensor:
-        mixed = field.clone()
-        mixed[:, SAME] = field[:, SAME] / window + (1 - 1 / window) * field[:, DIFF]
-        return mixed
+    shares: tuple[tuple[int, float], ...]
+    overlap: float
 
-    if window <= 1:
-        return part
-    how = part.how if part.gaussian else part.how | assumed("Gaussian after averaging positions")
-    return replace(part, cov=mix(part.cov), slope=mix(part.slope), ntk=mix(part.ntk), expr=Gaussian(), how=how)
+    @property
+    def largest(self) -> int:
+        return max(count for count, _ in self.shares)
+
+    def outside(self, draw: int) -> Tensor:
+        """Which of the ``largest`` places each drawn window lacks, [windows, places]; two draws are independent."""
+        at = torch.arange(_WINDOWS, dtype=torch.float64) * (2 ** (1 + draw) + 1) ** 0.5 % 1  # equidistributed
+        edges = torch.tensor([share for _, share in self.shares], dtype=torch.float64).cumsum(0)[:-1]
+        held = torch.tensor([count for count, _ in self.shares])[torch.bucketize(at, edges)]
+        return torch.arange(self.largest) >= held[:, None]
+
+    def overlapping(self, field: Tensor) -> Tensor:
+        """K_diff of disjoint windows moved towards K_same by the mean overlap."""
+        field = field.clone()
+        field[:, DIFF] += self.overlap * (field[:, SAME] - field[:, DIFF])
+        return field
 
 
-def _averaged(x: Kernel, window: float, axes: Axes) -> Kernel:
-    parts = tuple(average(part, window) for part in x.parts)
-    return Kernel(parts, axes, x.split if len(parts) > 1 else None)
+def windows(sizes: Sequence[int], outputs: Sequence[int], spans: Sequence[Sequence[tuple[int, int, int]]]) -> Windows:
+    """Windows whose positions along every dimension are ``range(*span)``, one span for each output."""
+    places = [[{p for p in range(*span) if 0 <= p < n} for span in own] for n, own in zip(sizes, spans, strict=True)]
+    held = [Counter(len(window) for window in own) for own in places]
+    total = math.prod(outputs)
+    shares: Counter[int] = Counter()
+    for combination in itertools.product(*(own.items() for own in held)):
+        shares[math.prod(count for count, _ in combination)] += math.prod(times for _, times in combination)
+    return Windows(tuple((count, times / total) for count, times in sorted(shares.items())), _overlap(places, total))
 
 
-def _spatial(context: Context, x: Kernel, dims: int) -> Axes:
-    sizes = context.shape[-dims:]
-    return (*x.axes[:-dims], *(((("p", size),) if size > 1 else ()) for size in sizes))
+def _overlap(places: list[list[set[int]]], total: int) -> float:
+    """Mean over pairs of different windows of |A and B| / |A or B|."""
+    if total == 1:
+        return 0.0
+    tables = [Counter((len(a & b), len(a), len(b)) for a in own for b in own) for own in places]
+    mean = 0.0
+    for combination in itertools.product(*(table.items() for table in tables)):
+        both, one, two = (math.prod(key[i] for key, _ in combination) for i in range(3))
+        mean += math.prod(times for _, times in combination) * both / max(one + two - both, 1)
+    return (mean - total) / (total * (total - 1))
 
 
-def _window(size: object, dims: int) -> list[int]:
-    values = list(size) if isinstance(size, Sequence) else [size]
+def _each(value: object, dims: int) -> list[int]:
+    values = list(value) if isinstance(value, Sequence) else [value]
     return [int(v) for v in (values * dims if len(values) == 1 else values)]  # type: ignore[call-overload]
 
 
-def _product(values: Sequence[float]) -> float:
-    result = 1.0
-    for value in values:
-        result *= value
-    return result
-
-
-@rule(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
-def avg_pool(context: Context, x: Kernel, kernel_size: object, *rest: object) -> Kernel:
-    dims = len(context.shape) - 2
-    padding = _window(rest[1], dims) if len(rest) > 1 else [0] * dims
-    if any(padding) or any(role == "c" for axis in x.axes[-dims:] for role, _ in axis):
-        return context.sample()
-    return _averaged(x, _product(_window(kernel_size, dims)), _spatial(context, x, dims))
-
-
-@rule(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default)
-def adaptive_avg_pool(context: Context, x: Kernel, output_size: object) -> Kernel:
-    dims = len(context.shape) - 2
-    if any(role == "c" for axis in x.axes[-dims:] for role, _ in axis):
-        return context.sample()
-    ratios = [max(i / o, 1.0) for i, o in zip(x.shape[-dims:], context.shape[-dims:], strict=True)]
-    return _averaged(x, _product(ratios), _spatial(context, x, dims))
-
-
-@rule(aten.mean.dim)
-def mean(context: Context, x: Kernel, dim: Sequence[int] | int, keepdim: bool = False, **_: object) -> Kernel:
-    if not isinstance(x, Kernel):
-        return context.sample()
-    dims = {d % len(x.axes) for d in (dim if isinstance(dim, Sequence) else [dim])}
-    roles = {role for d in dims for role, _ in x.axes[d]}
-    if roles - {"p"}:
-        return context.sample()
-    window = _product([x.shape[d] for d in dims])
-    axes = tuple(() if d in dims else axis for d, axis in enumerate(x.axes))
-    averaged = _averaged(x, window, axes)
-    if keepdim:
-        return averaged
-    split = averaged.split
-    if split is not None:
-        split -= sum(d < split for d in dims)
-    return Kernel(averaged.parts, tuple(a for d, a in enumerate(axes) if d not in dims), split)
-
-
 @rule(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
-def max_pool(context: Context, x: Kernel, kernel_size: object, *_: object) -> Kernel:
-    """Maximum over a window of exchangeable positions, drawn; windows of two positions taken as disjoint."""
-    dims = len(context.shape) - 2
+def max_pool(
+    context: Context,
+    x: Kernel,
+    kernel_size: object,
+    stride: object = None,
+    padding: object = 0,
+    dilation: object = 1,
+    ceil_mode: bool = False,
+) -> Kernel:
+    dims = int(str(context.node.target).split("max_pool")[1][0])
     if any(role == "c" for axis in x.axes[-dims:] for role, _ in axis):
         return context.sample()
-    count = int(_product(_window(kernel_size, dims)))
-    parts = tuple(max_of_window(part, count) for part in x.parts)
-    return Kernel(parts, _spatial(context, x, dims), x.split if len(parts) > 1 else None)
+    taps, pads, steps = _each(kernel_size, dims), _each(padding, dims), _each(dilation, dims)
+    strides = _each(stride, dims) if stride not in (None, []) else taps
+    outputs = context.shape[-dims:]
+    spans = [
+        [(i * s - p, i * s - p + d * k, d) for i in range(n)]
+        for n, k, s, p, d in zip(outputs, taps, strides, pads, steps, strict=True)
+    ]
+    found = windows(x.shape[-dims:], outputs, spans)
+    parts = tuple(max_of_window(part, found) for part in x.parts)
+    spatial = tuple((("p", size),) if size > 1 else () for size in outputs)
+    return Kernel(parts, (*x.axes[:-dims], *spatial), x.split if len(parts) > 1 else None)
 
 
-def max_of_window(part: Part, count: int) -> Part:
-    """Draw windows of ``count`` positions; keep their maxima and the derivatives at the places that attain them."""
+def max_of_window(part: Part, held: Windows) -> Part:
+    """Draw windows; keep their maxima and the derivatives at the places that attain them."""
     draws = FieldDraws(seed=11, elsewhere=True)
-    shape, positions = (_WINDOWS, count), (False, True)
+    shape, positions = (_WINDOWS, held.largest), (False, True)
     first, second = draws.values(part, shape, positions)
-    top_a, at_a = first.max(-1)
-    top_b, at_b = second.max(-1)
-    meets = (at_a == at_b).double()
-    meets[len(part.cov) :] = 0.0  # another window: never the same position
-    slope, ntk = torch.zeros(2, len(part.cov), 2, dtype=torch.float64)
-    for leaf, (d_a, d_b) in draws.gradients(part, shape, positions).items():
-        both = d_a.gather(-1, at_a[..., None])[..., 0] * d_b.gather(-1, at_b[..., None])[..., 0]
-        same, apart = (both * meets).mean(-1), (both * (1 - meets)).mean(-1)
-        slope = slope + _by_place(same, apart, leaf.slope)
-        ntk = ntk + _by_place(same, apart, leaf.ntk)
+    rows = len(part.cov)
+    top_a, at_a = first.masked_fill(held.outside(0), -math.inf).max(-1)
+    outside = torch.stack([held.outside(0)] * rows + [held.outside(1)] * rows)
+    top_b, at_b = second.masked_fill(outside, -math.inf).max(-1)
+    gradients = draws.gradients(part, shape, positions)
+    slope, ntk = (_derivative(gradients, at_a, at_b, name) for name in ("slope", "ntk"))
     mean = float(torch.cat([top_a[None], top_b]).mean())
-    rows = ((top_a - top_a.mean()) * (top_b - top_b.mean(-1, keepdim=True))).mean(-1) + mean**2
-    cov = rows.reshape(2, -1).T
-    first, second = _corrected(top_a[:COUNT], top_b[:, :COUNT].reshape(2, -1, COUNT).transpose(0, 1), cov, mean)
-    return replace(empirical(part, first, second, slope, ntk, part.roots), cov=cov, mean=mean)
+    cov = _by_place(_products(top_a, top_b, mean).mean(-1))
+    law = matched(top_a[:COUNT], top_b[:, :COUNT].reshape(2, -1, COUNT).transpose(0, 1), cov, mean)
+    drawn = empirical(part, *law, held.overlapping(slope), held.overlapping(ntk), part.roots)
+    how = part.how.drawn(_relative_error(top_a, top_b, mean))
+    reason = unknown_law(part)
+    how = how | assumed(reason) if reason else how
+    return replace(drawn, cov=held.overlapping(cov), mean=mean, how=how)
 
 
-def _by_place(same: Tensor, apart: Tensor, kernel: Tensor) -> Tensor:
+def _products(top_a: Tensor, top_b: Tensor, mean: float) -> Tensor:
+    """Products of maxima about their own means, moved to the mean over all draws: less noise than plain products."""
+    return (top_a - top_a.mean()) * (top_b - top_b.mean(-1, keepdim=True)) + mean**2
+
+
+def _relative_error(top_a: Tensor, top_b: Tensor, mean: float) -> float:
+    """Relative standard error of q, from the estimates of blocks of windows."""
+    everything = torch.cat([top_a[None], top_b]).reshape(1 + len(top_b), _BLOCKS, -1)
+    spread = top_a.reshape(_BLOCKS, -1)
+    q = spread.var(1, unbiased=False) + everything.mean((0, 2)).square()
+    return float(q.std() / (_BLOCKS**0.5 * max(mean**2, float(q.mean()))))
+
+
+def _derivative(gradients: Gradients, at_a: Tensor, at_b: Tensor, name: str) -> Tensor:
     """sum over draws of d_a d_b times the kernel at the same position, or at two different ones; [P, 2]."""
-    rows = same.reshape(2, -1).T * kernel[:, SAME : SAME + 1] + apart.reshape(2, -1).T * kernel[:, DIFF:]
-    return rows
+    rows = len(at_b) // 2
+    meets = (at_a == at_b).double()
+    meets[rows:] = 0.0  # another window: never the same position
+    total = torch.zeros(rows, 2, dtype=torch.float64)
+    for leaf, (d_a, d_b) in gradients.items():
+        both = d_a.gather(-1, at_a[..., None])[..., 0] * d_b.gather(-1, at_b[..., None])[..., 0]
+        kernel = getattr(leaf, name)
+        same, apart = _by_place((both * meets).mean(-1)), _by_place((both * (1 - meets)).mean(-1))
+        total += same * kernel[:, SAME:DIFF] + apart * kernel[:, DIFF:]
+    return total
 
 
-def _corrected(first: Tensor, second: Tensor, cov: Tensor, mean: float) -> tuple[Tensor, Tensor]:
-    """Draws whose own mean and covariances are those given: a linear correction of the sampling error."""
-    centred = first - first.mean()
-    variance = (cov[Pairs.SELF, SAME] - mean**2).clamp_min(0)
-    centred = centred * (variance / centred.square().mean().clamp_min(1e-300)).sqrt()
-    other = second - second.mean(-1, keepdim=True)
-    lacking = (cov - mean**2) - (centred * other).mean(-1)
-    other = other + (lacking / variance.clamp_min(1e-300))[..., None] * centred
-    return centred + mean, other + mean
+def _by_place(rows: Tensor) -> Tensor:
+    """[2P] rows, the same window and then another, as [P, 2]."""
+    return rows.reshape(2, -1).T

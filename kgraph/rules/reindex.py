@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from kgraph.algebra import slice_part
 from kgraph.canonical import aten
+from kgraph.entries import expand_positions, moved, slice_part
 from kgraph.kernel import Axes, Factor, Kernel, Part
 from kgraph.rules.table import Context, rule
 
@@ -81,7 +81,19 @@ def reshape(context: Context, x: Kernel, *_: object) -> Kernel:
 def permute(context: Context, x: Kernel, dims: Sequence[int]) -> Kernel:
     order = [d % len(x.axes) for d in dims]
     split = order.index(x.split) if x.split is not None else None
-    return replace(x, axes=tuple(x.axes[d] for d in order), split=split)
+    result = replace(x, axes=tuple(x.axes[d] for d in order), split=split)
+    crossed = [_order_of(x.axes, order, role) for role in "pc"]
+    return result if all(o == sorted(o) for o in crossed) else _elsewhere(result, f"permuted {crossed}")
+
+
+def _order_of(axes: Axes, order: Sequence[int], role: str) -> list[int]:
+    """Dimensions with a factor of this role, in their new order."""
+    return [d for d in order if any(own == role for own, _ in axes[d])]
+
+
+def _elsewhere(x: Kernel, label: str) -> Kernel:
+    """The same entries at other places: no longer the same number at the same place as in ``x``."""
+    return x.with_parts(*(moved(part, label) for part in x.parts))
 
 
 @rule(aten.transpose.int, aten.swapaxes.default)
@@ -106,20 +118,21 @@ def t(context: Context, x: Kernel) -> Kernel:
     aten._to_copy.default,
     aten.alias.default,
     aten.detach.default,
-    aten.channel_shuffle.default,
-    aten.roll.default,
-    aten.flip.default,
 )
 def unchanged(context: Context, x: Kernel, *_: object, **__: object) -> Kernel:
-    """Copies, casts and permutations of positions or channels: the same second moments."""
+    """Copies and casts."""
     return x
+
+
+@rule(aten.channel_shuffle.default, aten.roll.default, aten.flip.default)
+def permuted(context: Context, x: Kernel, *how: object) -> Kernel:
+    """Permutations of positions or channels: the same second moments of other entries."""
+    return _elsewhere(x.one(), f"{context.node.target} {how}")
 
 
 @rule(aten.expand.default, aten.expand_as.default, aten.repeat.default, aten.tile.default)
 def expand(context: Context, x: Kernel, *_: object) -> Kernel:
     """Copies along new places: the same value at each (K_diff = K_same), as long as there was one position."""
-    from kgraph.algebra import expand_positions
-
     lead = len(context.shape) - len(x.axes)
     old: Axes = (*((),) * lead, *x.axes)
     axes: list[tuple[Factor, ...]] = []
@@ -148,7 +161,7 @@ def _narrow(x: Kernel, dim: int, start: int, stop: int) -> Kernel:
         return x
     axes[dim] = ((next(iter(roles), "p") if len(roles) == 1 else "c", kept),) if kept > 1 else ()
     if "c" not in roles:
-        return replace(x, axes=tuple(axes))
+        return _elsewhere(replace(x, axes=tuple(axes)), f"{start}:{stop} of {dim - len(x.axes)}")
     parts = _channel_range(x, dim, start, stop)
     return Kernel(parts, tuple(axes), dim if len(parts) > 1 else None)
 
@@ -193,7 +206,7 @@ def slice_(
     if any(role == "c" for role, _ in x.axes[dim]):
         return context.sample()
     axes = tuple((("p", context.shape[dim]),) if i == dim else axis for i, axis in enumerate(x.axes))
-    return replace(x, axes=axes)
+    return _elsewhere(replace(x, axes=axes), f"{low}:{high}:{step} of {dim - len(x.axes)}")
 
 
 def _pieces(x: Kernel, dim: int, sizes: Sequence[int]) -> list[Kernel]:
@@ -235,45 +248,3 @@ def unbind(context: Context, x: Kernel, dim: int = 0) -> list[Kernel]:
 @rule(operator.getitem)
 def getitem(context: Context, x: Any, index: int) -> Any:
     return x[index]
-
-
-@rule(aten.pad.default, aten.constant_pad_nd.default)
-def pad(
-    context: Context, x: Kernel, amounts: Sequence[int], mode: str = "constant", value: float | None = None
-) -> Kernel:
-    """Padding positions: copies keep the kernel, zeros lower its average over positions."""
-    if mode == "constant" and value:
-        return context.sample()
-    grown = [i for i, (old, new) in enumerate(zip(x.shape, context.shape, strict=True)) if old != new]
-    if any(role == "c" for i in grown for role, _ in x.axes[i]):
-        return context.sample()
-    axes = tuple((("p", context.shape[i]),) if i in grown else axis for i, axis in enumerate(x.axes))
-    if mode != "constant":
-        return replace(x, axes=axes)
-    share = 1.0
-    for i in grown:
-        share *= x.shape[i] / context.shape[i]
-    return replace(x.with_parts(*(_diluted(part, share) for part in x.parts)), axes=axes)
-
-
-def _diluted(part: Part, share: float) -> Part:
-    import torch
-
-    gains = torch.tensor([share, share**2], dtype=torch.float64)
-    fields = {name: getattr(part, name) * gains for name in ("cov", "slope", "ntk")}
-    return replace(part, **fields, mean=part.mean * share)
-
-
-@rule(aten.pixel_shuffle.default, aten.pixel_unshuffle.default)
-def pixel_shuffle(context: Context, x: Kernel, *_: object) -> Kernel:
-    """Channels become positions or back: entries keep their second moments, one channel group remains."""
-    part = x.merged
-    spatial = tuple(((("p", size),) if size > 1 else ()) for size in context.shape[-2:])
-    return Kernel((part,), (*x.axes[:-3], (("c", context.shape[-3]),), *spatial))
-
-
-@rule(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec)
-def upsample_nearest(context: Context, x: Kernel, *_: object) -> Kernel:
-    dims = len(context.shape) - 2
-    spatial = tuple(((("p", size),) if size > 1 else ()) for size in context.shape[-dims:])
-    return replace(x, axes=(*x.axes[:-dims], *spatial))

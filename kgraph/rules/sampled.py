@@ -2,29 +2,36 @@
 
 It serves every operation without a rule of its own, and every meeting of tensors that share random weights in a
 way their expressions do not show (x minus its own average pool): then the operations between are run as well.
-Slopes and the NTK come from Price's theorem, with the operation's own forward derivative, for the pairs that are
-reported (c = 1, and an input with itself); for the others they are not a number.
+Slopes and the NTK come from Price's theorem, with the operation's own forward derivative, for the pairs that are read
+(slope at c = 1, NTK of an input with itself, and of the background pair where a BatchNorm subtracts it); for the
+others they are not a number: each row costs two more runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from kgraph import algebra
 from kgraph.canonical import aten, operation_name
-from kgraph.draws import COUNT
+from kgraph.draws import COUNT, unknown_law
 from kgraph.fields import FieldDraws
-from kgraph.how import assumed, sampled
-from kgraph.kernel import DIFF, SAME, Axes, Kernel, Pairs, Part
+from kgraph.how import assumed
+from kgraph.kernel import SAME, Kernel, Pairs, Part, Root
+from kgraph.rules.measured import Measured, matched, result_axes
+from kgraph.rules.region import Region, find_region, kernels_of, weights_of
 from kgraph.site import site_of
 
 Values = dict[fx.Node, Any]
-_LARGEST_REGION = 40
+Direction = tuple[str, int]
+"""The kernel ("slope" or "ntk") and the row whose direction is meant."""
 _FEWEST_ENTRIES = 50_000
 _MOST_REPEATS = 16
 
@@ -34,88 +41,58 @@ class Sampler:
 
     def __init__(self, values: Values, module: fx.GraphModule, pairs: Pairs, mode: str) -> None:
         self.values, self.module, self.pairs, self.mode = values, module, pairs, mode
+        self.factors: dict[fx.Node, float] = {}  # of nodes whose kernels were scaled after the rule that made them
+        norms = mode == "train" and any(n.target is aten.batch_norm.default for n in module.graph.nodes)
+        # what BatchNorm subtracts from the NTK is that of the background pair
+        self.ntk_rows = (Pairs.SELF, Pairs.BACKGROUND) if norms else (Pairs.SELF,)
 
     def sample(self, node: fx.Node) -> Any:
         """Kernel (or nested list of kernels) of ``node``'s result."""
-        region, frontier, entangled = self._region(node)
-        entries = max((_entries(self.values[n]) for n in frontier), default=1)
-        repeats = max(1, min(_MOST_REPEATS, _FEWEST_ENTRIES // max(entries, 1)))
-        measured = [self._run(region, frontier, seed) for seed in range(max(repeats, 2))]
+        region = find_region(node, self.values)
+        entries = max((_entries(self.values[n]) for n in region.frontier), default=1)
+        repeats = max(2, min(_MOST_REPEATS, _FEWEST_ENTRIES // max(entries, 1)))
+        measured = [self._run(region, seed) for seed in range(repeats)]
         flat, tree = pytree.tree_flatten(measured[0])
         others = [pytree.tree_leaves(m) for m in measured[1:]]
-        kernels = [
-            self._kernel(node, frontier, [first, *(o[i] for o in others)], entangled) for i, first in enumerate(flat)
-        ]
+        kernels = [self._kernel(node, region, [first, *(o[i] for o in others)]) for i, first in enumerate(flat)]
         return pytree.tree_unflatten(kernels, tree)
 
-    def _region(self, node: fx.Node) -> tuple[list[fx.Node], list[fx.Node], bool]:
-        """Nodes to run, nodes to draw, and whether drawn ones still share weights."""
-        region = [node]
-        frontier = self._kernel_inputs(node)
-        order = {n: i for i, n in enumerate(node.graph.nodes)}
-        while len(region) < _LARGEST_REGION:
-            late = self._entangled_node(frontier, order)
-            if late is None:
-                return sorted(region, key=order.__getitem__), frontier, False
-            inputs = self._kernel_inputs(late)
-            if not inputs:
-                break
-            region.append(late)
-            frontier = list(dict.fromkeys([n for n in frontier if n is not late] + inputs))
-        return sorted(region, key=order.__getitem__), frontier, True
-
-    def _kernel_inputs(self, node: fx.Node) -> list[fx.Node]:
-        return [n for n in node.all_input_nodes if _has_kernel(self.values[n])]
-
-    def _entangled_node(self, frontier: list[fx.Node], order: dict[fx.Node, int]) -> fx.Node | None:
-        """The later node of a pair that shares weights out of sight."""
-        for i, one in enumerate(frontier):
-            for two in frontier[i + 1 :]:
-                parts = [(a, b) for a in _parts(self.values[one]) for b in _parts(self.values[two])]
-                if any(algebra.entangled(a, b) for a, b in parts):
-                    return max(one, two, key=order.__getitem__)
-        return None
-
-    def _run(self, region: list[fx.Node], frontier: list[fx.Node], seed: int) -> Any:
-        """One joint draw: moments of every output tensor, as a tree of `_Measured`."""
+    def _run(self, region: Region, seed: int) -> Any:
+        """One joint draw: moments of every output tensor, as a tree of `Measured`."""
         draws = FieldDraws(seed)
-        fields = {n: _field(draws, self.values[n], None) for n in frontier}
-        slopes = {n: _field(draws, self.values[n], "slope") for n in frontier}
-        ntks = {n: _field(draws, self.values[n], "ntk") for n in frontier}
+        fields = [_field(draws, self.values[n], None) for n in region.frontier]
+
+        def run(side: int, row: int) -> Callable[..., Any]:
+            """Random masks: one input has one, any two runs of a pair have two."""
+            own = 1 + row % len(self.pairs.inputs) if side and row != Pairs.SELF else 0
+            return lambda *inputs: self._execute(
+                region.nodes, dict(zip(region.frontier, inputs, strict=True)), (seed, own)
+            )
+
+        def along(name: str, row: int) -> list[tuple[Tensor, Tensor]]:
+            directions = [_field(draws, self.values[n], (name, row)) for n in region.frontier]
+            sides = []
+            for side in (0, 1):
+                tangent = tuple(_of_pairs(d, lambda pair, i=side: pair[i]) for d in directions)
+                sides.append(_jvp(run(side, row), _at(fields, side, row), tangent))
+            return list(zip(*sides, strict=True))
+
+        first, tree = pytree.tree_flatten(run(0, 0)(*_at(fields, 0, 0)))
         count = len(self.pairs.inputs)
-
-        def forward(*inputs: Any) -> Any:
-            return self._execute(region, dict(zip(frontier, inputs, strict=True)), seed)
-
-        def with_tangent(side: int, p: int, tangents: dict[fx.Node, Any]) -> tuple[Any, Any]:
-            primal = tuple(
-                pytree.tree_map(lambda pair: _side(pair, side, p), fields[n], is_leaf=_is_pair) for n in frontier
-            )
-            tangent = tuple(
-                pytree.tree_map(lambda pair: pair[side][p], tangents[n], is_leaf=_is_pair) for n in frontier
-            )
-            return _jvp(forward, primal, tangent)
-
-        def with_none(p: int) -> Any:
-            return forward(*(pytree.tree_map(lambda pair: pair[1][p], fields[n], is_leaf=_is_pair) for n in frontier))
-
-        plain = [with_none(p) for p in range(count)]
-        first, a_slope = with_tangent(0, Pairs.UNIT, slopes)
-        _, b_slope = with_tangent(1, Pairs.UNIT, slopes)
-        _, a_ntk = with_tangent(0, Pairs.SELF, ntks)
-        _, b_ntk = with_tangent(1, Pairs.SELF, ntks)
-        flat, tree = pytree.tree_flatten(first)
-        second = [torch.stack(column) for column in zip(*map(pytree.tree_leaves, plain), strict=True)]
-        directions = [pytree.tree_leaves(t) for t in (a_slope, b_slope, a_ntk, b_ntk)]
+        rows = [pytree.tree_leaves(run(1, row - count)(*_at(fields, 1, row - count))) for row in range(count)]
+        slope = along("slope", Pairs.UNIT)
+        ntk = {row: along("ntk", row) for row in self.ntk_rows}
         results = [
-            _Measured(one, second[i], (directions[0][i], directions[1][i]), (directions[2][i], directions[3][i]))
-            for i, one in enumerate(flat)
+            Measured(
+                one, torch.stack([row[i] for row in rows]), {Pairs.UNIT: slope[i]}, {r: d[i] for r, d in ntk.items()}
+            )
+            for i, one in enumerate(first)
         ]
         return pytree.tree_unflatten(results, tree)
 
-    def _execute(self, region: list[fx.Node], known: Values, seed: int) -> Any:
+    def _execute(self, region: Sequence[fx.Node], known: Values, seed: tuple[int, int]) -> Any:
         result: Any = None
-        for node in region:
+        for index, node in enumerate(region):
 
             def value(n: fx.Node) -> Any:
                 return known[n] if n in known else _double(self.values[n])
@@ -126,57 +103,42 @@ class Sampler:
                 result = self.module.get_submodule(str(node.target))(*args, **kwargs)
             else:
                 with torch.random.fork_rng(devices=[]):
-                    torch.default_generator.manual_seed(seed)
+                    torch.default_generator.manual_seed(hash((*seed, index)))
                     result = node.target(*args, **kwargs)  # type: ignore[operator]
+            if node in self.factors and isinstance(result, Tensor):
+                result = result * self.factors[node]
             known[node] = result
         return result
 
-    def _kernel(self, node: fx.Node, frontier: list[fx.Node], measured: list[Any], entangled: bool) -> Any:
-        inputs = [k for n in frontier for k in _kernels(self.values[n])]
-        axes = _result_axes(tuple(measured[0].first.shape), inputs, site_of(node).shape)
+    def _kernel(self, node: fx.Node, region: Region, measured: list[Measured]) -> Kernel:
+        inputs = [k for n in region.frontier for k in kernels_of(self.values[n])]
+        axes = result_axes(tuple(measured[0].first.shape), inputs, site_of(node).shape)
         fields = [m.moments(axes) for m in measured]
         roots = frozenset().union(*(part.roots for kernel in inputs for part in kernel.parts))
+        roots |= {Root(name) for n in region.nodes if _is_layer(n) for name in weights_of(n, self.values)}
         channels = next((size for axis in axes for role, size in axis if role == "c"), 1)
         mean = {name: torch.stack([f[name] for f in fields]).mean(0) for name in fields[0]}
         q = torch.stack([f["cov"][Pairs.SELF, SAME] for f in fields])
         error = float(q.std() / (len(q) ** 0.5 * q.mean().abs().clamp_min(1e-300)))
-        how = max((k.how for k in inputs), key=lambda h: h.level) | sampled(error)
-        if entangled:
+        how = max((k.how for k in inputs), key=lambda h: (h.level, h.error)).drawn(error)
+        if region.entangled:
             how = how | assumed(f"{operation_name(node)}: its operands share random weights")
-        first, second = measured[0].law(axes)
+        laws = [m.law(axes, -(-COUNT // len(measured))) for m in measured]
+        first, second = (torch.cat([law[i] for law in laws], -1)[..., :COUNT] for i in (0, 1))
+        first, second = matched(first, second, mean["cov"], float(mean["mean"]))
+        reason = next((why for k in inputs for part in k.parts if (why := unknown_law(part))), "")
+        how = how | assumed(reason) if reason else how
         like = Part(channels, mean["cov"], mean["slope"], mean["ntk"], float(mean["mean"]), roots)
         drawn = algebra.empirical(like, first, second, mean["slope"], mean["ntk"], roots)
-        fields_ = {"cov": mean["cov"], "mean": float(mean["mean"]), "how": how}
-        return Kernel((_replace(drawn, **fields_),), axes)
+        return Kernel((replace(drawn, cov=mean["cov"], mean=float(mean["mean"]), how=how),), axes)
 
 
-def _replace(part: Part, **fields: Any) -> Part:
-    from dataclasses import replace
-
-    return replace(part, **fields)
-
-
-def _has_kernel(value: Any) -> bool:
-    return bool(_kernels(value))
-
-
-def _kernels(value: Any) -> list[Kernel]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Kernel)]
-
-
-def _parts(value: Any) -> list[Part]:
-    return [part for kernel in _kernels(value) for part in kernel.parts]
+def _is_layer(node: fx.Node) -> bool:
+    return operation_name(node).startswith(("linear", "conv", "addmm", "matmul", "mm"))
 
 
 def _entries(value: Any) -> int:
-    return sum(_count(kernel.shape) for kernel in _kernels(value))
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+    return sum(math.prod(kernel.shape) for kernel in kernels_of(value))
 
 
 def _double(value: Any) -> Any:
@@ -187,15 +149,20 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, Tensor) for v in value)
 
 
-def _side(pair: tuple[Tensor, Tensor], side: int, p: int) -> Tensor:
-    return pair[0] if side == 0 else pair[1][p]
+def _of_pairs(value: Any, change: Callable[[tuple[Tensor, Tensor]], Tensor]) -> Any:
+    return pytree.tree_map(change, value, is_leaf=_is_pair)
 
 
-def _field(draws: FieldDraws, value: Any, tangent: str | None) -> Any:
-    """Fields of a kernel (or of each of a list): a pair (at a, at b of every pair)."""
+def _at(fields: list[Any], side: int, row: int) -> tuple[Any, ...]:
+    """All fields at input a, or at input b of one pair."""
+    return tuple(_of_pairs(f, lambda pair: pair[1][row] if side else pair[0]) for f in fields)
+
+
+def _field(draws: FieldDraws, value: Any, direction: Direction | None) -> Any:
+    """Fields of a kernel (or of each of a list), or directions to differentiate along: a pair (at a, at b)."""
 
     def one(kernel: Kernel) -> tuple[Tensor, Tensor]:
-        pieces = [_part_field(draws, kernel, part, tangent) for part in kernel.parts]
+        pieces = [_part_field(draws, kernel, part, direction) for part in kernel.parts]
         if kernel.split is None:
             return pieces[0]
         dim = kernel.split - len(kernel.shape)
@@ -204,7 +171,7 @@ def _field(draws: FieldDraws, value: Any, tangent: str | None) -> Any:
     return pytree.tree_map(one, value, is_leaf=lambda v: isinstance(v, Kernel))
 
 
-def _part_field(draws: FieldDraws, kernel: Kernel, part: Part, tangent: str | None) -> tuple[Tensor, Tensor]:
+def _part_field(draws: FieldDraws, kernel: Kernel, part: Part, direction: Direction | None) -> tuple[Tensor, Tensor]:
     sizes, places = [], []
     for dim, axis in enumerate(kernel.axes):
         factors = (("c", part.size),) if dim == kernel.split else axis
@@ -212,29 +179,21 @@ def _part_field(draws: FieldDraws, kernel: Kernel, part: Part, tangent: str | No
             sizes.append(size)
             places.append(role == "p")
     shape = tuple(part.size if i == kernel.split else size for i, size in enumerate(kernel.shape))
-    if tangent is None:
-        first, second = draws.values(part, tuple(sizes), tuple(places))
-    else:
-        first, second = draws.tangents(part, tuple(sizes), tuple(places), tangent)
-        return first.reshape(-1, *shape), second.reshape(-1, *shape)
+    if direction is not None:
+        first, second = draws.tangents(part, tuple(sizes), tuple(places), *direction)
+        return first.reshape(shape), second.reshape(shape)
+    first, second = draws.values(part, tuple(sizes), tuple(places))
     return first.reshape(shape), second.reshape(-1, *shape)
 
 
-def _jvp(forward: Callable[..., Any], primal: tuple[Any, ...], tangent: tuple[Any, ...]) -> tuple[Any, Any]:
+def _jvp(forward: Callable[..., Any], primal: tuple[Any, ...], tangent: tuple[Any, ...]) -> list[Tensor]:
+    """Derivatives of every output; not a number where there is no forward derivative (recurrent kernels, indices)."""
     try:
-        out, derivative = torch.func.jvp(forward, primal, tangent)[:2]
-        return out, derivative
-    except (NotImplementedError, RuntimeError):
-        # no forward derivative (recurrent kernels, integer outputs): the slope is unknown, and says so
-        out = forward(*primal)
-        return out, pytree.tree_map(lambda t: torch.full_like(t, float("nan"), dtype=torch.float64), out)
-
-
-def _in_row(values: Tensor, row: int, rows: int) -> Tensor:
-    """[1, 2] -> [rows, 2] with the values in the one row that is reported; the others are not computed."""
-    table = torch.full((rows, 2), float("nan"), dtype=torch.float64)
-    table[row] = values[0]
-    return table
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have none
+            out = pytree.tree_leaves(torch.func.jvp(forward, primal, tangent)[1])
+    except (NotImplementedError, RuntimeError, ValueError):
+        out = [torch.full_like(t, math.nan, dtype=torch.float64) for t in pytree.tree_leaves(forward(*primal))]
+    return [t if t.is_floating_point() else t.double() for t in out]
 
 
 def for_mode(node: fx.Node, args: tuple[Any, ...], mode: str) -> tuple[Any, ...]:
@@ -246,60 +205,3 @@ def for_mode(node: fx.Node, args: tuple[Any, ...], mode: str) -> tuple[Any, ...]
     if node.target is aten.scaled_dot_product_attention.default and len(args) > 4:
         return (*args[:4], 0.0, *args[5:])
     return args
-
-
-class _Measured:
-    """Outputs of one joint draw: at a, at b of every pair, and their derivatives along slope and NTK directions."""
-
-    def __init__(self, first: Tensor, second: Tensor, slope: tuple[Tensor, Tensor], ntk: tuple[Tensor, Tensor]):
-        self.first, self.second, self.slope, self.ntk = first.double(), second.double(), slope, ntk
-
-    def moments(self, axes: Axes) -> dict[str, Tensor]:
-        """cov, slope, ntk as [P, 2], and the mean."""
-        places = [i for i, axis in enumerate(axes) if any(role == "p" for role, _ in axis)]
-        first = self.first.expand(self.second.shape)
-        return {
-            "cov": _pair_moments(first, self.second, places),
-            "slope": _in_row(_pair_moments(self.slope[0][None], self.slope[1][None], places), Pairs.UNIT, len(first)),
-            "ntk": _in_row(_pair_moments(self.ntk[0][None], self.ntk[1][None], places), Pairs.SELF, len(first)),
-            "mean": self.first.mean(),
-        }
-
-    def law(self, axes: Axes) -> tuple[Tensor, Tensor]:
-        """Draws of single entries: at a [S]; at b in the same and in another position [P, 2, S]."""
-        places = [i + 1 for i, axis in enumerate(axes) if any(role == "p" for role, _ in axis)]
-        shifts = [1 if self.second.shape[i] > 1 else 0 for i in places]
-        other = self.second.roll(shifts, places) if places else self.second
-        pick = torch.arange(COUNT) * 7919 % self.first.numel()
-        flat = [t.reshape(len(t), -1)[:, pick] for t in (self.second, other)]
-        return self.first.reshape(-1)[pick], torch.stack(flat, 1)
-
-
-def _pair_moments(first: Tensor, second: Tensor, places: list[int]) -> Tensor:
-    """Mean of first * second at the same position, and at two different ones; shape [P, 2]."""
-    dims = [i + 1 for i in places]
-    result = torch.empty(len(second), 2, dtype=torch.float64)
-    product = first * second
-    result[:, SAME] = product.flatten(1).mean(1)
-    count = _count(tuple(second.shape[d] for d in dims))
-    if count == 1:
-        result[:, DIFF] = result[:, SAME]
-        return result
-    crossed = (first.sum(dims) * second.sum(dims) - product.sum(dims)) / (count * (count - 1))
-    result[:, DIFF] = crossed.flatten(1).mean(1) if crossed.ndim > 1 else crossed
-    return result
-
-
-def _result_axes(shape: tuple[int, ...], inputs: list[Kernel], declared: tuple[int, ...]) -> Axes:
-    """Meaning of the result's dimensions: an input's where the layout is kept, else batch, positions, channels last."""
-    for kernel in inputs:
-        if len(kernel.axes) == len(shape):
-            return tuple(_resized(axis, size) for axis, size in zip(kernel.axes, shape, strict=True))
-    roles = ["b", *("p" for _ in shape[1:-1]), "c"]
-    return tuple(((role, size),) if size > 1 else () for role, size in zip(roles[: len(shape)], shape, strict=False))
-
-
-def _resized(axis: tuple[tuple[str, int], ...], size: int) -> tuple[tuple[str, int], ...]:
-    if _count(tuple(s for _, s in axis)) == size:
-        return axis
-    return ((axis[0][0] if axis else "p", size),) if size > 1 else ()

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx
 
+from kgraph.canonical import operation_name
 from kgraph.errors import RuleError
 from kgraph.kernel import Kernel, Pairs
 from kgraph.site import Site, shape_of, site_of
@@ -54,8 +55,33 @@ class Context:
             return str(argument.target) if argument.op == "get_attr" else argument.name
         return self.node.name
 
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """The operation and its arguments but the first: equal for two calls of one layer."""
+        rest = enumerate(self.node.args[1:], 1)
+        arguments = [self.argument_name(i) if isinstance(a, fx.Node) else repr(a) for i, a in rest]
+        return self.node.target, self.parametrization, self.shape, *arguments
+
     def error(self, what: str, hint: str = "") -> RuleError:
         return RuleError(what, node=self.node.name, source=self.site.source, hint=hint)
+
+
+_TURNS = ("t", "transpose", "numpy_T", "mT", "permute")
+TURNED = "^T"
+"""Ends the name of a root whose weight is used the other way around: W x and W^T y are different numbers of one W."""
+_VIEWS = ("contiguous", "clone", "to", "detach", "alias")
+
+
+def parameter_of(node: fx.Node) -> tuple[str, bool]:
+    """Name of the parameter (or node) that a weight is, and whether it is turned around on the way."""
+    turned = False
+    while node.op != "get_attr":
+        name, source = operation_name(node), node.args[0] if node.args else None
+        if name not in (*_TURNS, *_VIEWS) or not isinstance(source, fx.Node):
+            return node.name, turned
+        turned ^= name in _TURNS
+        node = source
+    return str(node.target), turned
 
 
 def rule(*targets: object) -> Callable[[Rule], Rule]:

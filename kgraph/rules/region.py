@@ -1,0 +1,98 @@
+"""Which nodes must be run together, because their inputs share random weights in a way no formula shows.
+
+A frontier of nodes is drawn as independent fields (parts that are expressions of the same Gaussians get the same
+draws), and everything between it and the wanted node is run as it is. A drawn node must share no weight with
+another one out of sight, nor with a layer that is run: such nodes are run as well, latest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from kgraph import algebra
+from kgraph.kernel import Kernel, Part
+from kgraph.rules.table import TURNED, parameter_of
+
+LARGEST = 40
+"""Nodes of a region; past them the rest is taken as independent, and said so."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """Nodes to run, in order; nodes to draw; and whether drawn ones still share weights."""
+
+    nodes: tuple[fx.Node, ...]
+    frontier: tuple[fx.Node, ...]
+    entangled: bool
+
+
+def find_region(node: fx.Node, values: Mapping[fx.Node, Any]) -> Region:
+    """The region behind ``node``'s value."""
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    region, frontier = [node], random_inputs(node, values)
+    while len(region) < LARGEST:
+        late = _to_run(region, frontier, values, order)
+        if late is None:
+            return Region(_sorted(region, order), tuple(frontier), False)
+        inputs = random_inputs(late, values)
+        if not inputs:
+            break
+        region.append(late)
+        frontier = list(dict.fromkeys([n for n in frontier if n is not late] + inputs))
+        frontier = [n for n in frontier if n not in region]
+    return Region(_sorted(region, order), tuple(frontier), True)
+
+
+def _sorted(nodes: list[fx.Node], order: dict[fx.Node, int]) -> tuple[fx.Node, ...]:
+    return tuple(sorted(nodes, key=order.__getitem__))
+
+
+def _to_run(
+    region: list[fx.Node], frontier: list[fx.Node], values: Mapping[fx.Node, Any], order: dict[fx.Node, int]
+) -> fx.Node | None:
+    """The latest drawn node that cannot be drawn by itself."""
+    weights = {name for node in region for name in weights_of(node, values)}
+    found = [n for n in frontier if _discrete(n) or any(_reads(part, weights) for part in parts_of(values[n]))]
+    for i, one in enumerate(frontier):
+        for two in frontier[i + 1 :]:
+            pairs = ((a, b) for a in parts_of(values[one]) for b in parts_of(values[two]))
+            if any(algebra.entangled(a, b) for a, b in pairs):
+                found.append(max(one, two, key=order.__getitem__))
+    return max(found, key=order.__getitem__, default=None)
+
+
+def weights_of(node: fx.Node, values: Mapping[fx.Node, Any]) -> list[str]:
+    """Names of the known tensors that a node reads, as rules name their roots."""
+    known = [n for n in node.all_input_nodes if isinstance(values.get(n), Tensor)]
+    return [parameter_of(n)[0] for n in known]
+
+
+def _reads(part: Part, weights: set[str]) -> bool:
+    return any(root.name.removesuffix(TURNED) in weights for root in part.roots)
+
+
+def _discrete(node: fx.Node) -> bool:
+    """Whether a node's entries are truth values or indices: no Gaussian field stands for them."""
+    value = node.meta.get("val")
+    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return any(not tensor.is_floating_point() for tensor in tensors)
+
+
+def random_inputs(node: fx.Node, values: Mapping[fx.Node, Any]) -> list[fx.Node]:
+    return [n for n in node.all_input_nodes if kernels_of(values[n])]
+
+
+def kernels_of(value: Any) -> list[Kernel]:
+    """The kernels in a node's value."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Kernel)]
+
+
+def parts_of(value: Any) -> list[Part]:
+    """Their parts."""
+    return [part for kernel in kernels_of(value) for part in kernel.parts]

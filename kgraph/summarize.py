@@ -1,0 +1,72 @@
+"""From kernels to plain data: the rows of a report."""
+
+from __future__ import annotations
+
+import math
+
+from torch import fx
+
+from kgraph.analysis import Analysis, NodeKernel
+from kgraph.canonical import operation_name
+from kgraph.capture import Graph
+from kgraph.kernel import DIFF, SAME, Kernel, Pairs
+from kgraph.nonlinear import is_activation
+from kgraph.propagate import Propagation
+from kgraph.site import shape_of, site_of
+
+
+def summarize(graph: Graph, result: Propagation) -> Analysis:
+    """The rows of a report: one for every node whose value is random."""
+    kernels = result.kernels()
+    depth = _depths(graph.module.graph, kernels)
+    rows = tuple(_row(node, kernel, result.pairs, depth[node], kernels) for node, kernel in kernels.items())
+    output = next(n for n in graph.module.graph.nodes if n.op == "output")
+    final = next((n for n in output.all_input_nodes if n in kernels), None)
+    return Analysis(
+        model=graph.name,
+        mode=result.mode,
+        cosines=result.pairs.cosines,
+        positions="exchangeable",
+        nodes=rows,
+        output=final.name if final is not None else rows[-1].name,
+        seconds=result.seconds,
+        max_slope=None,
+        max_slope_at="",
+        notes=(*graph.notes, *result.notes),
+        parametrization=result.parametrization,
+    )
+
+
+def _depths(graph: fx.Graph, kernels: dict[fx.Node, Kernel]) -> dict[fx.Node, int]:
+    depth: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        before = max((depth[n] for n in node.all_input_nodes if n in depth), default=0)
+        depth[node] = before + (node in kernels and is_activation(node))
+    return depth
+
+
+def _row(node: fx.Node, kernel: Kernel, pairs: Pairs, depth: int, kernels: dict[fx.Node, Kernel]) -> NodeKernel:
+    part = kernel.merged
+    cov: list[list[float]] = part.cov.tolist()
+    q = cov[Pairs.SELF][SAME]
+    nan = math.nan
+    cosines = tuple(cov[i][SAME] / q if q > 0 else nan for i in range(len(pairs.cosines)))
+    places = cov[Pairs.SELF][DIFF] / q if q > 0 and kernel.positions > 1 else nan
+    site = site_of(node)
+    return NodeKernel(
+        name=node.name,
+        module=site.path if node.op != "call_module" else str(node.target),
+        op=operation_name(node) if node.op != "placeholder" else "input",
+        shape=shape_of(node) or kernel.shape,
+        source=site.source,
+        depth=depth,
+        q=q,
+        c=cosines,
+        c_positions=places,
+        slope=float(part.slope[Pairs.UNIT, SAME]) / q if q > 0 else nan,
+        mean=part.mean,
+        how=kernel.how.name,
+        note=kernel.how.note,
+        inputs=tuple(n.name for n in node.all_input_nodes if n in kernels),
+        ntk=float(part.ntk[Pairs.SELF, SAME]),
+    )
