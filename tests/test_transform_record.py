@@ -13,8 +13,8 @@ from torch import nn
 from transformed import chain, record
 
 import kgraph
-from kgraph.record import STALE
 from kgraph.lift import EmittedModule
+from kgraph.record import STALE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # PyTorch, about its own pytree
 
