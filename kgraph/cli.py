@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,7 +65,23 @@ Inputs = Annotated[
     list[str] | None,
     typer.Option("--input", help="Shape of an input: 1,3,64,64 or 1,128:long. Repeat for more. Default: inferred."),
 ]
+
+
+class MethodName(str, Enum):
+    """Names of `kgraph.transform`'s methods: typer takes lists of enumerations, not of literals."""
+
+    dks = "dks"
+    tat = "tat"
+    edge_of_chaos = "edge-of-chaos"
+    ntk_chaos = "ntk-chaos"
+    residual_scaling = "residual-scaling"
+
+
 MethodOption = Annotated[Literal["dks", "tat"], typer.Option(help="How to shape the kernel.")]
+MethodOptions = Annotated[
+    list[MethodName],
+    typer.Option("--method", help="How to shape the kernel. Repeat it for methods that set different things."),
+]
 Shortcut = Annotated[float | None, typer.Option(help="Weight of the shortcut in residual sums, in [0, 1].")]
 Seed = Annotated[int, typer.Option(help="Seed of the model's and the method's random weights.")]
 ModeOption = Annotated[Literal["train", "eval"] | None, typer.Option(help="Mode to analyse. Default: the model's own.")]
@@ -115,7 +132,7 @@ def analyze(
 @app.command(epilog="Example: `kgraph transform timm:resnet50 --method tat --shortcut-weight 0.8 --out model.pt`")
 def transform(
     model: Model,
-    method: MethodOption = "tat",
+    methods: MethodOptions = [MethodName.tat],  # noqa: B006 (typer copies it)
     kwargs: Kwargs = "{}",
     inputs: Inputs = None,
     shortcut_weight: Shortcut = None,
@@ -130,7 +147,9 @@ def transform(
 
     module, examples = _load(model, kwargs, inputs, seed)
     with spinner(f"transforming {model}"):
-        result = kgraph.transform(module, method, examples, shortcut_weight=shortcut_weight, seed=seed)
+        result = kgraph.transform(
+            module, [m.value for m in methods], examples, shortcut_weight=shortcut_weight, seed=seed
+        )
     if not _is_stdout(json):
         _console().print(result.kgraph.comparison)
     _write(result.kgraph.comparison, html, json)

@@ -99,11 +99,18 @@ def test_transform_passes_its_options_and_leaves_its_files(calls: list[Any], mod
     options = ["--method", "dks", "--shortcut-weight", "0.8", "--seed", "3"]
     result = run("transform", model, *options, "--out", out, "--onnx", onnx, "--html", html)
     assert result.exit_code == 0, result.output
-    assert calls[0][3] == {"method": "dks", "shortcut_weight": 0.8, "seed": 3}
+    assert calls[0][3] == {"method": ["dks"], "shortcut_weight": 0.8, "seed": 3}
     assert "shape activation" in result.stdout and "maximal slope is 1.7" in result.stdout
     assert torch.load(out, weights_only=False).out_features == 2
     assert calls[1][0] == "export" and Path(onnx).exists() and "1.0e-06" in result.stderr
     assert "c 0 after" in Path(html).read_text()
+
+
+def test_methods_combine(model: str) -> None:
+    result = run("transform", model, "--method", "edge-of-chaos", "--method", "residual-scaling")
+    assert "EdgeOfChaos" in result.output or "residual" in result.output
+    refused = run("transform", model, "--method", "tat", "--method", "edge-of-chaos")
+    assert refused.exit_code == 2 and "both set the model's weights" in refused.stderr
 
 
 def test_export(calls: list[Any], model: str, tmp_path: Path) -> None:
