@@ -17,12 +17,22 @@ from kgraph.errors import (
     RuleError,
     TargetError,
 )
+from kgraph.fluctuations import Fluctuations, NodeFluctuations, fluctuations
 from kgraph.gram import Kernels, NodeGram, kernels, nngp, ntk
+from kgraph.isometry import Isometry, LayerIsometry, isometry
 from kgraph.kernel_comparison import KernelComparison, NodeComparison, compare
+from kgraph.meanfield import MeanField, PhaseDiagram, critical_point, mean_field, phase_diagram
+from kgraph.measured_fluctuations import MeasuredFluctuations, MeasuredNode, measure_fluctuations
 from kgraph.methods import DKS, TAT
 from kgraph.montecarlo import montecarlo
 from kgraph.ntk_report import NTKReport, ntk_report
+from kgraph.order_chaos_measure import order_chaos
+from kgraph.order_chaos_report import OrderChaosReport
+from kgraph.param_groups import param_groups
+from kgraph.passes.graph_parametrize import graph_parametrize
+from kgraph.residual_depth import ResidualDepth, residual_depth
 from kgraph.shaping import ShapedConstants, shape_activation
+from kgraph.systems import EdgeOfChaos, NTKChaos, ResidualScaling
 
 __version__ = "0.1.0"
 
@@ -30,30 +40,53 @@ __all__ = [
     "DKS",
     "TAT",
     "CaptureError",
+    "EdgeOfChaos",
     "EmpiricalNTK",
     "ExportError",
+    "Fluctuations",
     "InputError",
+    "Isometry",
     "KGraphError",
     "KernelComparison",
     "Kernels",
+    "LayerIsometry",
+    "MeanField",
+    "MeasuredFluctuations",
+    "MeasuredNode",
     "ModelError",
+    "NTKChaos",
     "NTKReport",
     "NodeComparison",
+    "NodeFluctuations",
     "NodeGram",
+    "OrderChaosReport",
     "PassError",
+    "PhaseDiagram",
+    "ResidualDepth",
+    "ResidualScaling",
     "RuleError",
     "ShapedConstants",
     "TargetError",
     "TransformRecord",
     "analyze",
     "compare",
+    "critical_point",
     "empirical_ntk",
     "export_onnx",
+    "fluctuations",
+    "graph_parametrize",
+    "isometry",
     "kernels",
+    "mean_field",
+    "measure_fluctuations",
     "montecarlo",
     "nngp",
     "ntk",
     "ntk_report",
+    "order_chaos",
+    "param_groups",
+    "phase_diagram",
+    "residual_depth",
     "shape_activation",
     "shaping_targets",
     "transform",

@@ -104,7 +104,7 @@ def transposed_taps(size: int, padding: int, dilation: int, stride: int, delta: 
     return [list(range(first, size, classes)) for first in range(classes)]
 
 
-def _per_axis(name: str, value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+def per_axis(name: str, value: int | Sequence[int], axes: int) -> tuple[int, ...]:
     values = (value,) * axes if isinstance(value, int) else tuple(value)
     if len(values) == 1:
         values = values * axes
@@ -113,7 +113,9 @@ def _per_axis(name: str, value: int | Sequence[int], axes: int) -> tuple[int, ..
     return values
 
 
-def _padding(padding: int | str | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
+def layer_padding(
+    padding: int | str | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, ...]:
     """Padding before the first position, by axis; PyTorch's 'same' and 'valid' included."""
     if padding == "same":
         return tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
@@ -121,7 +123,7 @@ def _padding(padding: int | str | Sequence[int], kernel: Sequence[int], dilation
         return (0,) * len(kernel)
     if isinstance(padding, str):
         raise InputError(f"padding must be 'same', 'valid' or numbers, got '{padding}'")
-    return _per_axis("padding", padding, len(kernel))
+    return per_axis("padding", padding, len(kernel))
 
 
 def _check(weight: Tensor, distribution: str, groups: int, gain: float) -> None:
@@ -176,9 +178,9 @@ def reinitialize_weight_(
     """
     _check(weight, distribution, groups, gain)
     kernel = tuple(weight.shape[2:])
-    dilations = _per_axis("dilation", dilation, len(kernel))
-    strides = _per_axis("stride", stride, len(kernel))
-    geometry = list(zip(kernel, _padding(padding, kernel, dilations), dilations, strides, strict=True))
+    dilations = per_axis("dilation", dilation, len(kernel))
+    strides = per_axis("stride", stride, len(kernel))
+    geometry = list(zip(kernel, layer_padding(padding, kernel, dilations), dilations, strides, strict=True))
     if weight.is_meta:
         return weight
     if transposed:
