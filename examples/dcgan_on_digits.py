@@ -45,7 +45,7 @@ from torch.nn import functional
 
 import kgraph
 from kgraph import NTKChaos
-from kgraph.order_chaos_pixels import period_share
+from kgraph.studies.order_chaos.pixels import period_share
 
 NOISE, BATCH, SIDE = 32, 64, 16
 EARLY = 10

@@ -48,7 +48,7 @@ from torch import Tensor, nn
 import kgraph
 from kgraph import ResidualScaling
 from kgraph.depth_correlated import DepthWeights, draw_paths
-from kgraph.residual_depth import ChainDepth
+from kgraph.studies.residual_depth.report import ChainDepth
 
 FIGURES = Path(__file__).parent / "figures"
 WIDTH = 40

@@ -17,21 +17,21 @@ from kgraph.errors import (
     RuleError,
     TargetError,
 )
-from kgraph.fluctuations import Fluctuations, NodeFluctuations, fluctuations
 from kgraph.gram import Kernels, NodeGram, kernels, nngp, ntk
-from kgraph.isometry import Isometry, LayerIsometry, isometry
 from kgraph.kernel_comparison import KernelComparison, NodeComparison, compare
 from kgraph.meanfield import MeanField, PhaseDiagram, critical_point, mean_field, phase_diagram
-from kgraph.measured_fluctuations import MeasuredFluctuations, MeasuredNode, measure_fluctuations
 from kgraph.methods import DKS, TAT
 from kgraph.montecarlo import montecarlo
 from kgraph.ntk_report import NTKReport, ntk_report
-from kgraph.order_chaos_measure import order_chaos
-from kgraph.order_chaos_report import OrderChaosReport
 from kgraph.param_groups import param_groups
 from kgraph.passes.graph_parametrize import graph_parametrize
-from kgraph.residual_depth import ResidualDepth, residual_depth
 from kgraph.shaping import ShapedConstants, shape_activation
+from kgraph.studies.finite_width.measured import MeasuredFluctuations, MeasuredNode, measure_fluctuations
+from kgraph.studies.finite_width.report import Fluctuations, NodeFluctuations, fluctuations
+from kgraph.studies.isometry.report import Isometry, LayerIsometry, isometry
+from kgraph.studies.order_chaos.measure import order_chaos
+from kgraph.studies.order_chaos.report import OrderChaosReport
+from kgraph.studies.residual_depth.report import ResidualDepth, residual_depth
 from kgraph.systems import EdgeOfChaos, NTKChaos, ResidualScaling
 
 __version__ = "0.1.0"

@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 
 from kgraph.canonical import aten, operation_name
 from kgraph.errors import InputError, TargetError
+from kgraph.meanfield.order_chaos import ActivationMoments, Form, activation_moments, regime_of, shift_of
 from kgraph.modules import FunctionModule, ShapedActivation
 from kgraph.nonlinear import Region, find_regions
-from kgraph.order_chaos import ActivationMoments, Form, activation_moments, regime_of, shift_of
 from kgraph.passes.base import Pass, Workspace
 from kgraph.passes.ntk_chaos_layers import affine_layer
 from kgraph.passes.remove_norms import NORMS

@@ -18,9 +18,9 @@ from kgraph.canonical import operation_name
 from kgraph.depth_correlated import DepthWeights, displacement_exponent, draw_paths
 from kgraph.modules import WeightedSum
 from kgraph.passes.base import Pass, Workspace, owner_path
-from kgraph.residual_branches import LINEAR, Branch
-from kgraph.residual_chains import Block, FoundChains, ResidualChain, find_chains
-from kgraph.residual_roles import bias_of, fan_in, layers_by_role, obstacle, parameter_uses, weight_of
+from kgraph.residual.branches import LINEAR, Branch
+from kgraph.residual.chains import Block, FoundChains, ResidualChain, find_chains
+from kgraph.residual.roles import bias_of, fan_in, layers_by_role, obstacle, parameter_uses, weight_of
 from kgraph.rules.linear import mean_square
 
 BETA, ALPHA = "residual_beta", "residual_alpha"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import kgraph
 from kgraph.capture import Graph
+from kgraph.meanfield.order_chaos import activation_moments, shift_of
 from kgraph.modules import FunctionModule, ShapedActivation
-from kgraph.order_chaos import activation_moments, shift_of
 
 REFERENCE: dict[str, Any] = json.loads((Path(__file__).parent / "reference" / "order_chaos.json").read_text())
 _KINDS = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}

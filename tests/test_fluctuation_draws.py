@@ -16,9 +16,9 @@ from torch.func import hessian, jacrev
 
 import kgraph
 from kgraph.capture import capture
-from kgraph.chain_reader import read_chain
 from kgraph.errors import InputError
-from kgraph.fluctuation_draws import derivative_statistics, draw_parameters, layer_statistics
+from kgraph.studies.finite_width.draws import derivative_statistics, draw_parameters, layer_statistics
+from kgraph.studies.finite_width.reader import read_chain
 
 HERE = Path(__file__).parent
 REFERENCE = json.loads((HERE / "reference" / "isometry.json").read_text())

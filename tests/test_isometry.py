@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import kgraph
-from kgraph import EdgeOfChaos, isometry_measured
+from kgraph import EdgeOfChaos
 from kgraph.capture import capture
 from kgraph.errors import InputError
-from kgraph.isometry_measured import Segment
 from kgraph.meanfield import chain_jacobian, critical_point
+from kgraph.studies.isometry import measured as isometry_measured
+from kgraph.studies.isometry.measured import Segment
 
 JACOBIAN = json.loads((Path(__file__).parent / "reference" / "isometry.json").read_text())["S4_jacobian"]["data"]
 RTOL = {"orth": 0.15, "gauss": 0.25}

@@ -15,9 +15,9 @@ from torch import Generator, Tensor, nn
 
 from kgraph.errors import InputError
 from kgraph.initializers import reinitialize_weight_
-from kgraph.isometry_chain import convolution_moments, matrix_moments
 from kgraph.meanfield import tap_shares
 from kgraph.orthogonal_convolutions import orthogonal_convolution_
+from kgraph.studies.isometry.chain import convolution_moments, matrix_moments
 
 CONV = json.loads((Path(__file__).parent / "reference" / "isometry.json").read_text())["S4_conv"]["data"]
 MC = 0.03

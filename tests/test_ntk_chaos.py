@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import kgraph
 from kgraph import NTKChaos
 from kgraph.errors import InputError, TargetError
+from kgraph.meanfield.order_chaos import activation_moments
 from kgraph.modules import ShapedActivation
-from kgraph.order_chaos import activation_moments
 from kgraph.parent_scale import ParentScale
 
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))

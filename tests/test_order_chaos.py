@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kgraph.errors import InputError, TargetError
-from kgraph.order_chaos import (
+from kgraph.meanfield.order_chaos import (
     activation_moments,
     balanced,
     characteristic_value,

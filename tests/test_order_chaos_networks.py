@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kgraph
 from kgraph.capture import capture
-from kgraph.order_chaos import activation_moments
+from kgraph.meanfield.order_chaos import activation_moments
 
 DCNN = REFERENCE["dcnn"]
 K4 = (4, 2, 1, 0)

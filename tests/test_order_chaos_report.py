@@ -14,8 +14,8 @@ from torch import nn
 
 import kgraph
 from kgraph import NTKChaos
-from kgraph.order_chaos import activation_moments, balanced, fully_connected
-from kgraph.order_chaos_pixels import measure_pixels, period_share
+from kgraph.meanfield.order_chaos import activation_moments, balanced, fully_connected
+from kgraph.studies.order_chaos.pixels import measure_pixels, period_share
 
 K4 = (4, 2, 1, 0)
 

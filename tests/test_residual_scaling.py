@@ -19,7 +19,7 @@ from kgraph.errors import InputError, PassError
 from kgraph.modules import WeightedSum
 from kgraph.passes.base import Workspace
 from kgraph.passes.residual_scaling import BETA, FoldResidualWeights, ScaleBranches
-from kgraph.residual_chains import FoundChains, find_chains
+from kgraph.residual.chains import FoundChains, find_chains
 
 DEPTH = REFERENCE["S5_depth"]["data"]
 X = torch.randn(2, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kgraph.errors import InputError
-from kgraph.order_chaos import Form
+from kgraph.meanfield.order_chaos import Form
 from kgraph.passes.base import Pass
 from kgraph.passes.graph_parametrize import GraphParametrize
 from kgraph.passes.ntk_chaos import BalanceActivations, DrawNTK, NoteNorms

@@ -13,10 +13,10 @@ import torch
 from torch import Generator, Tensor
 from torch.func import jvp, vjp, vmap
 
-from kgraph.chain import ChainLayer
-from kgraph.fluctuation_recursion import jumps
 from kgraph.maps import Pointwise
 from kgraph.maps.quadrature import value_and_slope
+from kgraph.studies.finite_width.chain import ChainLayer
+from kgraph.studies.finite_width.recursion import jumps
 
 Parameters = list[tuple[Tensor, Tensor]]
 """(W, b) of every layer."""

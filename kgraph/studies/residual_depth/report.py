@@ -22,9 +22,9 @@ from kgraph.errors import InputError, ModelError
 from kgraph.propagate import propagate
 from kgraph.report.numbers import count, short
 from kgraph.report.table import PLAIN_WIDTH, pick, to_text
-from kgraph.residual_chains import ResidualChain, find_chains
-from kgraph.residual_measure import Samples, measure_chains
-from kgraph.residual_prediction import Prediction, predict_chain
+from kgraph.residual.chains import ResidualChain, find_chains
+from kgraph.studies.residual_depth.measure import Samples, measure_chains
+from kgraph.studies.residual_depth.prediction import Prediction, predict_chain
 from kgraph.systems import ResidualScaling
 
 _SHOWN = 5

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, fx
 
 from kgraph.canonical import operation_name
-from kgraph.residual_branches import AFFINE
-from kgraph.residual_chains import ResidualChain
+from kgraph.residual.branches import AFFINE
+from kgraph.residual.chains import ResidualChain
 
 
 def layers_by_role(module: fx.GraphModule, chain: ResidualChain) -> dict[str, list[fx.Node]]:

@@ -22,9 +22,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kgraph.chain import ChainLayer
 from kgraph.maps import Pointwise
 from kgraph.maps.quadrature import Plan, line_rule, value_and_slope
+from kgraph.studies.finite_width.chain import ChainLayer
 
 Deficit = Literal["exact", "leading"]
 _STEP = 1e-7

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from kgraph.errors import KGraphError
-from kgraph.order_chaos_pixels import Pixels
+from kgraph.studies.order_chaos.pixels import Pixels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from kgraph.order_chaos_report import OrderChaosReport
+    from kgraph.studies.order_chaos.report import OrderChaosReport
 
 COLORS = {"order": "tab:cyan", "edge": "tab:green", "chaos": "tab:purple"}
 

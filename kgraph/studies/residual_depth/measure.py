@@ -17,8 +17,8 @@ from kgraph.empirical import seeded
 from kgraph.inputs import batch_size
 from kgraph.montecarlo import _signed_permutation
 from kgraph.node_moments import _Interpreter
-from kgraph.residual_chains import ResidualChain
-from kgraph.residual_roles import layers_by_role, obstacle, parameter_uses, stacked, tensor_of, weight_of
+from kgraph.residual.chains import ResidualChain
+from kgraph.residual.roles import layers_by_role, obstacle, parameter_uses, stacked, tensor_of, weight_of
 
 Redraw = Callable[[torch.Generator], None]
 _SIGMAS = 5.0

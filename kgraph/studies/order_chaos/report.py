@@ -15,11 +15,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from kgraph.order_chaos import Regime, regime_of
-from kgraph.order_chaos_pixels import Pixels
-from kgraph.order_chaos_plot import plot
+from kgraph.meanfield.order_chaos import Regime, regime_of
 from kgraph.report.numbers import short
 from kgraph.report.table import to_text
+from kgraph.studies.order_chaos.pixels import Pixels
+from kgraph.studies.order_chaos.plot import plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

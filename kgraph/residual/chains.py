@@ -4,7 +4,7 @@ A block is a sum one of whose terms, the shortcut, is an ancestor of the others,
 and the block's input but dropout, copies and constants. Blocks follow one another where nothing but pointwise
 functions stands between a sum and the next shortcut.
 
-What a block is made of: `kgraph.residual_branches`.
+What a block is made of: `kgraph.residual.branches`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import fx
 
 from kgraph.canonical import aten, operation_name
 from kgraph.modules import WeightedSum
-from kgraph.residual_branches import IDENTITY, Branch, BranchReader, IsRandom
+from kgraph.residual.branches import IDENTITY, Branch, BranchReader, IsRandom
 from kgraph.site import shape_of, site_of
 
 _SUMS = (aten.add.Tensor, aten.sub.Tensor)

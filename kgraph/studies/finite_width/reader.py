@@ -14,7 +14,6 @@ from torch.utils import _pytree as pytree
 
 from kgraph.canonical import operation_name
 from kgraph.capture import Graph
-from kgraph.chain import Chain, ChainLayer, Distribution, law_of
 from kgraph.errors import InputError, RuleError
 from kgraph.maps import Pointwise, pointwise
 from kgraph.nonlinear import _pointwise_node, known_value
@@ -22,6 +21,7 @@ from kgraph.rules.conv import _each, _paddings, tap_counts
 from kgraph.rules.linear import mean_square
 from kgraph.rules.pointwise import is_pointwise
 from kgraph.site import shape_of, site_of
+from kgraph.studies.finite_width.chain import Chain, ChainLayer, Distribution, law_of
 
 _LINEAR = {"linear", "addmm", "mm", "matmul"}
 _CONV = {"conv1d", "conv2d", "conv3d"}

@@ -15,8 +15,15 @@ from torch.utils._pytree import tree_leaves
 from kgraph.canonical import operation_name
 from kgraph.capture import Graph, capture
 from kgraph.errors import InputError
-from kgraph.fluctuation_tables import as_html, shown, table_of
-from kgraph.isometry_chain import (
+from kgraph.maps import Pointwise
+from kgraph.meanfield import JacobianMoments, Moments, depth_scale, fourier_multipliers, mean_field, tap_shares
+from kgraph.nonlinear import Region, find_regions
+from kgraph.propagate import Propagation, propagate
+from kgraph.report.numbers import count, elide, short
+from kgraph.report.table import PLAIN_WIDTH, to_text
+from kgraph.rules.linear import mean_square
+from kgraph.site import shape_of, site_of
+from kgraph.studies.isometry.chain import (
     CONVOLUTIONS,
     TRANSPOSED,
     bias_of,
@@ -26,15 +33,8 @@ from kgraph.isometry_chain import (
     predict,
     weight_of,
 )
-from kgraph.isometry_measured import MeasuredJacobian, Segment, between, measure_jacobian
-from kgraph.maps import Pointwise
-from kgraph.meanfield import JacobianMoments, Moments, depth_scale, fourier_multipliers, mean_field, tap_shares
-from kgraph.nonlinear import Region, find_regions
-from kgraph.propagate import Propagation, propagate
-from kgraph.report.numbers import count, elide, short
-from kgraph.report.table import PLAIN_WIDTH, to_text
-from kgraph.rules.linear import mean_square
-from kgraph.site import shape_of, site_of
+from kgraph.studies.isometry.measured import MeasuredJacobian, Segment, between, measure_jacobian
+from kgraph.studies.tables import as_html, shown, table_of
 
 _NEAR = 1e-3
 """|chi_1 - 1| below which chi_c = 2 - chi_1 in the chaotic phase: the c map's bend, to first order."""

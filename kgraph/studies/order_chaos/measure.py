@@ -20,10 +20,10 @@ from kgraph.gram import Kernels, kernels
 from kgraph.inputs import Inputs, resolve_inputs
 from kgraph.kernel import SAME, Kernel, Pairs
 from kgraph.nonlinear import find_regions
-from kgraph.order_chaos_pixels import MOST_PIXELS, Pixels, measure_pixels, transposed_stride
-from kgraph.order_chaos_report import LayerOrder, OrderChaosReport
 from kgraph.propagate import Propagation, propagate
 from kgraph.site import site_of
+from kgraph.studies.order_chaos.pixels import MOST_PIXELS, Pixels, measure_pixels, transposed_stride
+from kgraph.studies.order_chaos.report import LayerOrder, OrderChaosReport
 
 _AFFINE = ("linear", "addmm", "mm", "matmul")
 _CERTAIN = 1e-3

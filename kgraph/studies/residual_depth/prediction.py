@@ -11,10 +11,10 @@ from torch import Tensor, fx
 from kgraph.depth_correlated import DepthWeights, autocovariance, chain_law
 from kgraph.kernel import SAME, Pairs
 from kgraph.propagate import Propagation
-from kgraph.residual_chains import ResidualChain
-from kgraph.residual_measure import correlated_roles, nodes_of
-from kgraph.residual_roles import fan_in, layers_by_role, stacked, tensor_of, weight_of
+from kgraph.residual.chains import ResidualChain
+from kgraph.residual.roles import fan_in, layers_by_role, stacked, tensor_of, weight_of
 from kgraph.rules.linear import mean_square
+from kgraph.studies.residual_depth.measure import correlated_roles, nodes_of
 
 _LONGEST = 4000
 """Layers up to which the law of correlated weights, quadratic in them, is computed."""

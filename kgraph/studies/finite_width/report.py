@@ -13,10 +13,13 @@ from rich.text import Text
 from torch import nn
 
 from kgraph.capture import Graph, capture
-from kgraph.chain import Chain, ChainLayer, Distribution, Law
-from kgraph.chain_reader import read_chain
 from kgraph.errors import InputError
-from kgraph.fluctuation_recursion import (
+from kgraph.how import QUADRATURE, How, assumed
+from kgraph.report.numbers import count, elide, short
+from kgraph.report.table import HOW, PLAIN_WIDTH, to_text
+from kgraph.studies.finite_width.chain import Chain, ChainLayer, Distribution, Law
+from kgraph.studies.finite_width.reader import read_chain
+from kgraph.studies.finite_width.recursion import (
     Correlators,
     Deficit,
     deficit_of,
@@ -24,10 +27,7 @@ from kgraph.fluctuation_recursion import (
     gaussian_moments,
     next_layer,
 )
-from kgraph.fluctuation_tables import SCALES, as_html, brief, head_of, shown, table_of, unit
-from kgraph.how import QUADRATURE, How, assumed
-from kgraph.report.numbers import count, elide, short
-from kgraph.report.table import HOW, PLAIN_WIDTH, to_text
+from kgraph.studies.tables import SCALES, as_html, brief, head_of, shown, table_of, unit
 
 _ORDER = ("V", "F", "B", "D", "A", "P", "Q")
 
@@ -44,7 +44,7 @@ class NodeFluctuations:
         C_W, C_b: variances of weights (times width_in) and biases.
         deficit: what orthogonality takes off Cov(z_i^2, z_j^2)/K^2 in this layer.
         K, Theta: E[z_i^2] and E[H_ii] at infinite width.
-        V, D, F, A, B, P, Q: n times the connected correlators, see `kgraph.fluctuation_recursion`.
+        V, D, F, A, B, P, Q: n times the connected correlators, see `kgraph.studies.finite_width.recursion`.
         how: "quadrature", or "assumed" where a law is.
     """
 

@@ -14,14 +14,14 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from kgraph.capture import Graph, capture
-from kgraph.chain import ChainLayer, Distribution
-from kgraph.chain_reader import read_chain
 from kgraph.errors import InputError
-from kgraph.fluctuation_draws import Progress, Sampler, second_derivative_is_seen
-from kgraph.fluctuation_tables import SCALES, as_html, brief, head_of, shown, table_of
-from kgraph.fluctuations import Fluctuations, fluctuations
 from kgraph.report.numbers import count, elide, short
 from kgraph.report.table import PLAIN_WIDTH, to_text
+from kgraph.studies.finite_width.chain import ChainLayer, Distribution
+from kgraph.studies.finite_width.draws import Progress, Sampler, second_derivative_is_seen
+from kgraph.studies.finite_width.reader import read_chain
+from kgraph.studies.finite_width.report import Fluctuations, fluctuations
+from kgraph.studies.tables import SCALES, as_html, brief, head_of, shown, table_of
 
 Disagreement = tuple[str, str, float, float, float]
 

@@ -1,0 +1,1 @@
+"""Order and chaos: r, the scaled NTK, borders and checkerboards (arXiv 1907.05715)."""
