@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from kgraph.capture import check_model
 from kgraph.errors import InputError
-from kgraph.gram.kernels import _batched
+from kgraph.gram.kernels import batched_inputs
 from kgraph.inputs import Inputs
 
 Factor = float | Tensor
@@ -131,7 +131,7 @@ def seeded(model: nn.Module, seed: int) -> Iterator[None]:
 
 def _rows(model: nn.Module, parameters: Tensors, buffers: Tensors, x: Any, seed: int) -> list[Tensor]:
     """Output of every input, [O] each, as functions of ``parameters``: one graph an input where inputs do not meet."""
-    inputs, count = _batched(pytree.tree_map(_double, x))
+    inputs, count = batched_inputs(pytree.tree_map(_double, x))
 
     def run(values: Tensors, rows: slice) -> Tensor:
         return _run(model, {**values, **{k: b.clone() for k, b in buffers.items()}}, _sliced(inputs, rows, count), seed)

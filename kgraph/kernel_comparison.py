@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from kgraph.canonical import operation_name
 from kgraph.capture import Graph, check_model
 from kgraph.errors import InputError
-from kgraph.gram.kernels import NodeGram, _batched, _captured, kernels
+from kgraph.gram.kernels import NodeGram, _captured, batched_inputs, kernels
 from kgraph.node_moments import NodeMoments, cosine_of, measure, own_moments
 from kgraph.nonlinear import is_activation
 from kgraph.report.numbers import cosine, count, elide, short
@@ -180,7 +180,7 @@ def compare(
     if draws < 2:
         raise InputError(f"draws is {draws}", hint="A standard error needs at least 2")
     x = pytree.tree_map(_double, x1)
-    inputs, n = _batched(x)
+    inputs, n = batched_inputs(x)
     if n < 2:
         raise InputError("there is one input", hint="A cosine needs two")
     own = copy.deepcopy(model).double()

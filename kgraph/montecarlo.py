@@ -196,7 +196,7 @@ def montecarlo(
     runner = Runner(graph, cosines, mode, background)
     generator = torch.Generator().manual_seed(seed)
     samples: dict[str, list[Tensor]] = {}
-    with _redrawn(graph.root, _as_they_are(graph)) as redraw, torch.no_grad():
+    with redrawn(graph.root, _as_they_are(graph)) as redraw, torch.no_grad():
         for draw in range(draws):
             redraw(generator)
             for name, moments in runner.run(generator).items():
@@ -243,13 +243,13 @@ def _as_they_are(graph: Graph) -> frozenset[str]:
 
 
 @contextmanager
-def _redrawn(root: nn.Module, kept: frozenset[str] = frozenset()) -> Iterator[Callable[[torch.Generator], None]]:
+def redrawn(root: nn.Module, kept: frozenset[str] = frozenset()) -> Iterator[Callable[[torch.Generator], None]]:
     """Offer a function that re-draws all parameters but ``kept`` in place; put the originals back at the end."""
     originals = {id(p): (p, p.detach().clone()) for name, p in root.named_parameters() if name not in kept}
 
     def redraw(generator: torch.Generator) -> None:
         for parameter, original in originals.values():
-            parameter.data.copy_(_signed_permutation(original, generator))
+            parameter.data.copy_(signed_permutation(original, generator))
 
     try:
         yield redraw
@@ -258,7 +258,7 @@ def _redrawn(root: nn.Module, kept: frozenset[str] = frozenset()) -> Iterator[Ca
             parameter.data.copy_(original)
 
 
-def _signed_permutation(tensor: Tensor, generator: torch.Generator) -> Tensor:
+def signed_permutation(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Permute the two channel dimensions and flip their signs; vectors (biases, gains) are only permuted."""
     if tensor.ndim == 0 or not tensor.is_floating_point():
         return tensor

@@ -19,7 +19,7 @@ from kgraph.canonical import aten
 from kgraph.capture import Graph
 from kgraph.empirical import Factor, empirical_ntk, seeded
 from kgraph.gram.taps import tap_shares
-from kgraph.montecarlo import _redrawn
+from kgraph.montecarlo import redrawn
 from kgraph.rules.sampled import for_mode
 
 DIRECTIONS = 32
@@ -62,7 +62,7 @@ class NodeMoments:
 
     def _run(self, inputs: list[Any], mode: str, take: Taker, seed: int = 0) -> None:
         with torch.no_grad(), seeded(self.graph.root, seed):
-            _Interpreter(self.graph.module, mode, take).run(*inputs, enable_io_processing=False)
+            MeasuringInterpreter(self.graph.module, mode, take).run(*inputs, enable_io_processing=False)
 
     def _find_batch_dims(self) -> dict[str, int]:
         """The dimension of every node that runs over inputs (outermost): it doubles with them, and repeats itself."""
@@ -92,7 +92,7 @@ def _by_input(value: Tensor, dim: int, n: int) -> Tensor:
     return value.detach().double().movedim(dim, 0).reshape(n, -1)
 
 
-class _Interpreter(fx.Interpreter):
+class MeasuringInterpreter(fx.Interpreter):
     """The flat graph in one mode, with buffers left alone."""
 
     def __init__(self, module: fx.GraphModule, mode: str, take: Taker) -> None:
@@ -155,7 +155,7 @@ def measure(
     samples: dict[str, list[Tensor]] = {}
     thetas: list[Tensor] = []
     sketch = None if (nodes.outputs or math.inf) <= DIRECTIONS else DIRECTIONS
-    with _redrawn(model) as redraw:
+    with redrawn(model) as redraw:
         for _ in range(draws):
             redraw(generator)
             flip_taps(model, generator)

@@ -237,7 +237,7 @@ def _repeats(node: fx.Node) -> int:
 def _source_of(
     module: fx.GraphModule, node: fx.Node, source: dict[fx.Node, fx.Node], random: Callable[[fx.Node], bool]
 ) -> fx.Node | None:
-    if not random(node) or not _pointwise_node(node):
+    if not random(node) or not is_pointwise_node(node):
         return None
     weights = _slopes_of(node)
     inputs = [n for n in node.all_input_nodes if n not in weights]
@@ -258,7 +258,7 @@ def _is_known(node: fx.Node, random: Callable[[fx.Node], bool]) -> bool:
     return not random(node) and (node.op == "get_attr" or inward)
 
 
-def _pointwise_node(node: fx.Node) -> bool:
+def is_pointwise_node(node: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(_submodule(node), (ShapedActivation, *_ACTIVATION_MODULES))
     named = (is_pointwise(node.target) and node.target not in _RANDOM) or node.target is aten.prelu.default

@@ -10,7 +10,7 @@ from kgraph.canonical import operation_name
 from kgraph.initializers import delta_tap, layer_padding, per_axis
 from kgraph.nonlinear import Region
 from kgraph.passes.base import Workspace
-from kgraph.passes.reinitialize import _CONVOLUTIONS, _TRANSPOSED, _geometry
+from kgraph.passes.reinitialize import CONVOLUTIONS, TRANSPOSED, geometry_of
 from kgraph.passes.remove_norms import NORMS
 from kgraph.site import shape_of
 
@@ -21,7 +21,7 @@ _PADS = ("pad", "constant_pad_nd")
 def affine_arguments(work: Workspace, node: fx.Node) -> tuple[int, int, int | None] | None:
     """Places of input, weight and bias among the arguments of an affine layer; None for other nodes."""
     name = operation_name(node)
-    if name in ("linear", *_CONVOLUTIONS, *_TRANSPOSED) and work.is_random(node.args[0]):
+    if name in ("linear", *CONVOLUTIONS, *TRANSPOSED) and work.is_random(node.args[0]):
         return 0, 1, 2
     if name == "addmm" and work.is_random(node.args[1]):
         return 1, 2, 0
@@ -73,9 +73,9 @@ def border_losses(work: Workspace, all_taps: bool) -> list[str]:
 
 def _reads_padding(work: Workspace, node: fx.Node, all_taps: bool) -> bool:
     name = operation_name(node)
-    if name in _TRANSPOSED:
+    if name in TRANSPOSED:
         return False
-    source = node.args[0] if name in _CONVOLUTIONS and work.is_random(node.args[0]) else None
+    source = node.args[0] if name in CONVOLUTIONS and work.is_random(node.args[0]) else None
     weight = node.args[1] if isinstance(source, fx.Node) else None
     if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node):
         return False
@@ -83,7 +83,7 @@ def _reads_padding(work: Workspace, node: fx.Node, all_taps: bool) -> bool:
         if operation_name(source) == "pad" and len(source.args) > 2 and source.args[2] != "constant":
             return False
         (source,) = source.all_input_nodes
-    geometry, kernel = _geometry(node, transposed=False), shape_of(weight)[2:]
+    geometry, kernel = geometry_of(node, transposed=False), shape_of(weight)[2:]
     dilations, strides = (per_axis(key, geometry[key], len(kernel)) for key in ("dilation", "stride"))
     pads = layer_padding(geometry["padding"], kernel, dilations)
     axes: Any = zip(kernel, pads, dilations, strides, shape_of(source)[2:], shape_of(node)[2:], strict=True)
@@ -100,7 +100,7 @@ def _crops(size: int, pad: int, dilation: int, stride: int, places: int, outputs
 
 def strays(work: Workspace, regions: list[Region], q: float, all_taps: bool) -> str:
     """Nonlinear layers whose propagated q is not q*, where nothing that ``unmet`` names explains it."""
-    transposed = any(operation_name(node) in _TRANSPOSED for node in work.nodes)
+    transposed = any(operation_name(node) in TRANSPOSED for node in work.nodes)
     if transposed or border_losses(work, all_taps) or any("no bias" in unmet for unmet in work.unmet):
         return ""
     kernels = work.kernels()

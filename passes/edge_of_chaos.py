@@ -25,12 +25,12 @@ from kgraph.orthogonal_convolutions import orthogonal_convolution_
 from kgraph.passes.base import Pass, Workspace
 from kgraph.passes.critical_checks import affine_arguments, border_losses, depths_of, obstacles, strays
 from kgraph.passes.reinitialize import (
-    _CONVOLUTIONS,
-    _TRANSPOSED,
-    _direct_weight,
-    _draw_each_tap,
-    _geometry,
-    _single_position,
+    CONVOLUTIONS,
+    TRANSPOSED,
+    direct_weight,
+    draw_each_tap,
+    geometry_of,
+    single_position,
 )
 from kgraph.rules.linear import mean_square
 
@@ -119,7 +119,7 @@ class CriticalWeights(Pass):
 
     def _draw_layer(self, work: Workspace, layer: _Layer, done: set[str], generator: Generator) -> None:
         node, why = layer.node, layer.why
-        parameter = _direct_weight(work, node, layer.at)
+        parameter = direct_weight(work, node, layer.at)
         if parameter is None:
             work.keep(node, "weight", "it is computed from something else than one parameter")
             return
@@ -140,12 +140,12 @@ class CriticalWeights(Pass):
         name = operation_name(node)
         if name in ("addmm", "matmul", "mm"):
             weight = weight.T
-        convolution = name in (*_CONVOLUTIONS, *_TRANSPOSED)
-        options: dict[str, Any] = _geometry(node, transposed=name in _TRANSPOSED) if convolution else {}
+        convolution = name in (*CONVOLUTIONS, *TRANSPOSED)
+        options: dict[str, Any] = geometry_of(node, transposed=name in TRANSPOSED) if convolution else {}
         options["generator"] = generator
-        if options.get("transposed") and _single_position(node):
+        if options.get("transposed") and single_position(node):
             law = "gaussian" if self.distribution == "gaussian" else "suo"
-            _draw_each_tap(weight, law, options["groups"], generator)
+            draw_each_tap(weight, law, options["groups"], generator)
             weight *= gain
         elif self.distribution == "gaussian":
             reinitialize_weight_(weight, distribution="gaussian", delta=False, gain=gain, **options)
@@ -160,7 +160,7 @@ class CriticalWeights(Pass):
             return True
         tensor = work.tensor(weight)
         readers = [user for user in weight.users if affine_arguments(work, user) is not None]
-        if len(readers) > 1 or operation_name(layer.node) in _TRANSPOSED:
+        if len(readers) > 1 or operation_name(layer.node) in TRANSPOSED:
             return True
         fan_in = tensor.shape[0] if operation_name(layer.node) in ("addmm", "matmul", "mm") else tensor[0].numel()
         scatter = 8 * (2 / tensor.numel()) ** 0.5 if self.distribution == "gaussian" else 0.0
@@ -176,7 +176,9 @@ def _variances(
         random = [n for n in node.all_input_nodes if work.is_random(n)]
         if affine_arguments(work, node) is not None:
             return 1.0, 0.0, "it reads a layer without activation"
-        if len(random) != 1:
+        if len(random) > 1:  # of what is about to be redrawn: its q is not known yet
+            return 1.0, 0.0, f"it keeps the q of {node.name}, which joins several tensors"
+        if not random:
             break
         node = random[0]
     if not isinstance(node, fx.Node) or node not in ends:

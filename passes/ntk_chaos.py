@@ -21,7 +21,7 @@ from kgraph.nonlinear import Region, find_regions
 from kgraph.passes.base import Pass, Workspace
 from kgraph.passes.ntk_chaos_layers import affine_layer
 from kgraph.passes.remove_norms import NORMS
-from kgraph.passes.shape_activations import _activation, _swap, kept_reason
+from kgraph.passes.shape_activations import activation_of, kept_reason, swap_activation
 
 _CENTRING = (aten.layer_norm.default, aten.batch_norm.default, aten.group_norm.default, aten.instance_norm.default)
 _THROUGH = ("dropout", "reshape", "view", "flatten", "permute", "transpose", "contiguous", "clone")
@@ -78,7 +78,7 @@ class BalanceActivations(Pass):
         before = f"mean {moments.mean:.4g}, second moment {moments.second:.4g}"
         after = f"mean {(moments.mean - shift) * moments.power(shift) ** -0.5:.4g}, second moment 1"
         work.record(region.end, "balance activation", why, before, after)
-        _swap(work, region, shaped)
+        swap_activation(work, region, shaped)
 
     def _shift(self, region: Region, moments: ActivationMoments, normed: bool) -> float:
         if self.r is None:
@@ -141,7 +141,7 @@ def _norm_behind(node: fx.Node) -> object | None:
 def _original(work: Workspace, region: Region) -> nn.Module:
     """The activation as a module; a learnable slope is handed to it."""
     single = len(region.nodes) == 1 and region.end.target is aten.prelu.default
-    return FunctionModule(aten.prelu.default) if single else _activation(work, region)
+    return FunctionModule(aten.prelu.default) if single else activation_of(work, region)
 
 
 def _check_q(work: Workspace) -> None:

@@ -21,8 +21,8 @@ from kgraph.passes.base import Pass, Workspace
 from kgraph.rules.linear import mean_square
 from kgraph.site import shape_of
 
-_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Reinitialize(Pass):
         done: set[str] = set()
         for node in work.nodes:
             name = operation_name(node)
-            if name in ("linear", *_CONVOLUTIONS, *_TRANSPOSED) and work.is_random(node.args[0]):
+            if name in ("linear", *CONVOLUTIONS, *TRANSPOSED) and work.is_random(node.args[0]):
                 self._layer(work, node, 1, 2, done, generator)
             elif name == "addmm" and work.is_random(node.args[1]):
                 self._layer(work, node, 2, 0, done, generator)
@@ -57,7 +57,7 @@ class Reinitialize(Pass):
         bad = {
             str(weight.target)
             for node in work.nodes
-            if operation_name(node) in ("linear", *_CONVOLUTIONS) and work.is_random(node.args[0])
+            if operation_name(node) in ("linear", *CONVOLUTIONS) and work.is_random(node.args[0])
             if isinstance(weight := node.args[1], fx.Node) and weight.op == "get_attr"
             if not _keeps_q(work.tensor(weight))
         }
@@ -72,7 +72,7 @@ class Reinitialize(Pass):
         done: set[str],
         generator: torch.Generator,
     ) -> None:
-        parameter = _direct_weight(work, node, at)
+        parameter = direct_weight(work, node, at)
         if parameter is None:
             work.keep(node, "weight", "it is computed from something else than one parameter")
             return
@@ -95,11 +95,11 @@ class Reinitialize(Pass):
             return
         geometry: dict[str, Any] = {}
         if name != "linear":
-            geometry = _geometry(node, transposed=name in _TRANSPOSED)
+            geometry = geometry_of(node, transposed=name in TRANSPOSED)
             overlapping = any(s < k for s, k in zip(_wide(geometry["stride"], weight), weight.shape[2:], strict=True))
-            geometry["delta"] = self.delta and (overlapping or name in _TRANSPOSED)
-        if geometry.get("transposed") and _single_position(node):
-            _draw_each_tap(weight.data, self.distribution, geometry["groups"], generator)
+            geometry["delta"] = self.delta and (overlapping or name in TRANSPOSED)
+        if geometry.get("transposed") and single_position(node):
+            draw_each_tap(weight.data, self.distribution, geometry["groups"], generator)
             return
         reinitialize_weight_(weight.data, distribution=self.distribution, generator=generator, **geometry)  # type: ignore[arg-type]
 
@@ -113,12 +113,12 @@ def _keeps_q(weight: Tensor) -> bool:
     return abs(mean_square(weight) * fan_in - 1) < 1e-3 + 8 * (2 / drawn) ** 0.5
 
 
-def _single_position(node: fx.Node) -> bool:
+def single_position(node: fx.Node) -> bool:
     source = node.args[0]
     return isinstance(source, fx.Node) and all(size == 1 for size in shape_of(source)[2:])
 
 
-def _draw_each_tap(weight: Tensor, distribution: str, groups: int, generator: torch.Generator) -> None:
+def draw_each_tap(weight: Tensor, distribution: str, groups: int, generator: torch.Generator) -> None:
     """A transposed convolution of one input position (the first of a generator): every output position meets
     one tap, so every tap is drawn as a linear layer of its own.
     """
@@ -140,7 +140,7 @@ def _wide(value: Any, weight: Tensor) -> list[int]:
     return values * (weight.ndim - 2) if len(values) == 1 else values
 
 
-def _geometry(node: fx.Node, *, transposed: bool) -> dict[str, Any]:
+def geometry_of(node: fx.Node, *, transposed: bool) -> dict[str, Any]:
     names = ("stride", "padding", "dilation", "groups")
     if transposed:
         names = ("stride", "padding", "output_padding", "groups", "dilation")
@@ -174,7 +174,7 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
-def _direct_weight(work: Workspace, node: fx.Node, at: int) -> fx.Node | None:
+def direct_weight(work: Workspace, node: fx.Node, at: int) -> fx.Node | None:
     """The parameter node of a layer; a weight computed from one parameter of its shape is replaced by it.
 
     Weight standardization is such a computation: it would normalize the new weight away.

@@ -78,7 +78,7 @@ class ShapeActivations(Pass):
         except KGraphError as error:
             work.unmet.append(f"{region.end.name}: {error}")
             return None
-        return _Site(region, _name(region), leaky, constants, _activation(work, region))
+        return _Site(region, _name(region), leaky, constants, activation_of(work, region))
 
     def _shape(self, work: Workspace, site: _Site) -> None:
         region, constants, activation = site.region, site.constants, site.activation
@@ -96,7 +96,7 @@ class ShapeActivations(Pass):
         )
         why = self._why(site.leaky)
         work.record(region.end, "shape activation", why, site.before, _describe(constants, region))
-        _swap(work, region, shaped)
+        swap_activation(work, region, shaped)
 
     def _why(self, leaky: bool) -> str:
         """The local value that was solved, and the target of the whole network it was solved for."""
@@ -248,7 +248,7 @@ def _set_slope(work: Workspace, region: Region, constants: ShapedConstants) -> S
     return _solved("leaky_relu", negative_slope=held) if constants.output_shift == 0 else leaky_centred(held)
 
 
-def _activation(work: Workspace, region: Region) -> nn.Module:
+def activation_of(work: Workspace, region: Region) -> nn.Module:
     """The region as a module: the user's own where it is one, an operation, or a small graph."""
     node = region.end
     own = find_module(work.graph.root, site_of(node).path)
@@ -278,7 +278,7 @@ def _as_graph(region: Region) -> nn.Module:
     return fx.GraphModule(region.module, graph)
 
 
-def _swap(work: Workspace, region: Region, shaped: ShapedActivation) -> None:
+def swap_activation(work: Workspace, region: Region, shaped: ShapedActivation) -> None:
     """Call the shaped activation instead; a learnable slope is handed to it and keeps its name in the state dict."""
     node = region.end
     graph = work.graph.module.graph

@@ -239,3 +239,22 @@ def test_thousand_layers_example_learns(load: Any, tmp_path: Path) -> None:
 def test_phase_diagram_example(load: Any, tmp_path: Path) -> None:
     diagram = load("phase_diagram").main(["--quick", "--figure", str(tmp_path / "phases.png")])
     assert float(diagram.chi_1[0, 0]) < 1 < float(diagram.chi_1[0, -1])
+
+
+class _Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(torch.tanh(x))
+
+
+def test_a_layer_behind_a_sum_keeps_its_q() -> None:
+    """The sum's q follows from weights that are drawn here too: that of before would be the wrong one to correct."""
+    model = nn.Sequential(nn.Linear(16, 32), *(_Branch() for _ in range(4)), nn.Linear(32, 8))
+    shaped = kgraph.transform(model, "edge-of-chaos", torch.randn(2, 16))
+    last = [change for change in shaped.kgraph.ledger.changes if change.node.startswith("5 ")]
+    assert "sigma_w^2 1," in last[0].after and "joins several tensors" in last[0].why
+    rows = {row.name: row for row in shaped.kgraph.after.nodes}
+    assert rows["linear_5"].q == pytest.approx(rows[rows["linear_5"].inputs[0]].q)

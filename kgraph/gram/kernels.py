@@ -94,8 +94,8 @@ def kernels(
     """
     _check("parametrization", parametrization, ("standard", "ntk"))
     _check("positions", positions, tuple(LAYOUTS))
-    first, n1 = _batched(x1)
-    second, n2 = _batched(x2) if x2 is not None else (None, n1)
+    first, n1 = batched_inputs(x1)
+    second, n2 = batched_inputs(x2) if x2 is not None else (None, n1)
     graph = model if isinstance(model, Graph) else _captured(model, first)
     mode = mode or ("train" if graph.root.training else "eval")
     _check("mode", mode, ("train", "eval"))
@@ -135,7 +135,7 @@ def _arguments(x: Any) -> Inputs:
     raise InputError(f"inputs are a {type(x).__name__}", hint="Pass a tensor, a tuple or a dict of arguments")
 
 
-def _batched(x: Any) -> tuple[Inputs, int]:
+def batched_inputs(x: Any) -> tuple[Inputs, int]:
     inputs = Inputs(*pytree.tree_map_only(Tensor, lambda leaf: leaf.cpu(), tuple(_arguments(x))))
     sizes = {leaf.shape[0] for leaf in pytree.tree_leaves(tuple(inputs)) if isinstance(leaf, Tensor) and leaf.ndim}
     if len(sizes) != 1:

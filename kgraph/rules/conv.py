@@ -44,7 +44,7 @@ def _outer(factors: Sequence[Tensor]) -> Tensor:
 Sizes = int | Sequence[int]
 
 
-def _each(value: Sizes, dims: int) -> list[int]:
+def each_axis(value: Sizes, dims: int) -> list[int]:
     values = [value] if isinstance(value, int) else list(value)
     return [int(v) for v in (values * dims if len(values) == 1 else values)]
 
@@ -71,8 +71,8 @@ def _convolve(
     if not isinstance(x, Kernel) or not isinstance(weight, Tensor):
         return context.sample()
     dims = weight.ndim - 2
-    strides, dilations = _each(stride, dims), _each(dilation, dims)
-    paddings = _paddings(padding, weight.shape[2:], dilations)
+    strides, dilations = each_axis(stride, dims), each_axis(dilation, dims)
+    paddings = paddings_of(padding, weight.shape[2:], dilations)
     sizes_in, sizes_out = x.shape[-dims:], context.shape[-dims:]
     counts = [
         tap_counts(sizes_in[i], sizes_out[i], weight.shape[2 + i], strides[i], paddings[i], dilations[i], transposed)
@@ -109,13 +109,13 @@ def _summed_taps(context: Context, part: Part, layer: Affine, same: float, diffe
     return replace(result, ntk=own + arriving.ntk)
 
 
-def _paddings(padding: Sizes | str, taps: Sequence[int], dilations: Sequence[int]) -> list[int]:
+def paddings_of(padding: Sizes | str, taps: Sequence[int], dilations: Sequence[int]) -> list[int]:
     if padding == "valid":
         return [0] * len(taps)
     if padding == "same":  # PyTorch pads the odd one at the end, so the front gets the floor
         return [dilation * (size - 1) // 2 for size, dilation in zip(taps, dilations, strict=True)]
     assert not isinstance(padding, str)
-    return _each(padding, len(taps))
+    return each_axis(padding, len(taps))
 
 
 @rule(

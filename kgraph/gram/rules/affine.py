@@ -117,7 +117,7 @@ def weight_product(context: Context, x: Value, weight: Tensor) -> Value:
     return _linear(context, x, weight, None, weight.shape[1], (1, 99))
 
 
-def _each(value: int | Sequence[int], dims: int) -> list[int]:
+def each_axis(value: int | Sequence[int], dims: int) -> list[int]:
     values = [value] if isinstance(value, int) else list(value)
     return [int(v) for v in (values * dims if len(values) == 1 else values)]
 
@@ -128,7 +128,7 @@ def _paddings(padding: int | Sequence[int] | str, taps: Sequence[int], dilations
     if padding == "same":  # PyTorch pads the odd one at the end, so the front gets the floor
         return [dilation * (size - 1) // 2 for size, dilation in zip(taps, dilations, strict=True)]
     assert not isinstance(padding, str)
-    return _each(padding, len(taps))
+    return each_axis(padding, len(taps))
 
 
 def _with_axes(x: Value, dims: int) -> Value:
@@ -160,11 +160,11 @@ def _convolve(
     transposed: bool = False,
 ) -> Value:
     dims = weight.ndim - 2
-    stride, dilation = _each(options[0], dims), _each(options[2], dims)
+    stride, dilation = each_axis(options[0], dims), each_axis(options[2], dims)
     padding = _paddings(options[1], weight.shape[2:], dilation)
     x = _with_axes(x, dims)
     sizes_in = x.shape[-dims:]
-    extra = _each(output_padding, dims)
+    extra = each_axis(output_padding, dims)
     sizes = tuple(
         out_size(
             sizes_in[i],

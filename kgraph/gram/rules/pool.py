@@ -11,7 +11,7 @@ from kgraph.canonical import aten
 from kgraph.gram.build import moved, scaled
 from kgraph.gram.field import Drawn, Field
 from kgraph.gram.places import Mix, adaptive_matrix, window_matrix
-from kgraph.gram.rules.affine import _each
+from kgraph.gram.rules.affine import each_axis
 from kgraph.gram.rules.table import Context, rule
 from kgraph.gram.value import CannotFollow, Value, place_start, roles, single_place
 
@@ -49,9 +49,9 @@ def avg_pool(
     divisor: int | None = None,
 ) -> Value:
     dims = len(x.axes) - 2
-    widths = _each(kernel, dims)
-    strides = _each(stride, dims) if stride else widths
-    paddings = _each(padding, dims)
+    widths = each_axis(kernel, dims)
+    strides = each_axis(stride, dims) if stride else widths
+    paddings = each_axis(padding, dims)
     if any(paddings) and not count_include_pad and dims > 1:
         raise CannotFollow("an average that leaves padding out in two directions")
     for i in range(dims):
@@ -117,8 +117,8 @@ def max_pool(
         x = single_place(x, 2 + i)
         if roles(x.axes[2 + i]) - {"p"}:
             raise CannotFollow("a maximum over channels or inputs")
-    widths, paddings, dilations = _each(kernel, dims), _each(padding, dims), _each(dilation, dims)
-    strides = _each(stride, dims) if stride else widths
+    widths, paddings, dilations = each_axis(kernel, dims), each_axis(padding, dims), each_axis(dilation, dims)
+    strides = each_axis(stride, dims) if stride else widths
     new = [
         pooled_size(x.shape[2 + i], widths[i], strides[i], paddings[i], dilations[i], ceil_mode) for i in range(dims)
     ]

@@ -16,8 +16,8 @@ from kgraph.canonical import operation_name
 from kgraph.capture import Graph
 from kgraph.errors import InputError, RuleError
 from kgraph.maps import Pointwise, pointwise
-from kgraph.nonlinear import _pointwise_node, known_value
-from kgraph.rules.conv import _each, _paddings, tap_counts
+from kgraph.nonlinear import is_pointwise_node, known_value
+from kgraph.rules.conv import each_axis, paddings_of, tap_counts
 from kgraph.rules.linear import mean_square
 from kgraph.rules.pointwise import is_pointwise
 from kgraph.site import shape_of, site_of
@@ -147,7 +147,7 @@ class _Reader:
         others = [known_value(n, self.module) for n in node.all_input_nodes if n not in arriving]
         if any(value.is_meta or value.unique().numel() != 1 for value in others):
             return False
-        return _pointwise_node(node) or (node.op == "call_function" and is_pointwise(node.target))
+        return is_pointwise_node(node) or (node.op == "call_function" and is_pointwise(node.target))
 
     def _step(self, node: fx.Node) -> _Step:
         def argument(n: fx.Node) -> Any:
@@ -237,8 +237,8 @@ class _Reader:
         used = [0] if flat.shape[2] == 1 or weight.is_meta else flat.square().sum((0, 1)).nonzero().flatten().tolist()
         if groups != 1 or len(used) != 1:
             self._broken(node, "only one group with one nonzero tap is the same matrix at every position")
-        dims, dilations = len(taps), _each(dilation, len(taps))
-        paddings, strides = _paddings(padding, taps, dilations), _each(stride, dims)
+        dims, dilations = len(taps), each_axis(dilation, len(taps))
+        paddings, strides = paddings_of(padding, taps, dilations), each_axis(stride, dims)
         places = torch.unravel_index(torch.tensor(used[0]), taps)
         old, new = shape_of(args[0])[-dims:], shape_of(node)[-dims:]
         for axis, place in enumerate(places):

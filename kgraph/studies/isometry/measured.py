@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from kgraph.capture import Graph
 from kgraph.errors import InputError
-from kgraph.node_moments import _Interpreter
+from kgraph.node_moments import MeasuringInterpreter
 
 MOST_EXACT = 1024
 """Inputs of a Jacobian that is written out and decomposed."""
@@ -42,7 +42,7 @@ class MeasuredJacobian:
     how: str
 
 
-class _Keeper(_Interpreter):
+class _Keeper(MeasuringInterpreter):
     """Runs the graph once in float64 and keeps the values of some nodes."""
 
     def __init__(self, module: fx.GraphModule, mode: str, wanted: set[fx.Node]) -> None:
@@ -76,7 +76,7 @@ class Segment:
         if not all(isinstance(x, Tensor) and x.is_floating_point() for x in (self.at, self.value)):
             raise InputError(f"{start.name} or {end.name} is no real tensor", hint="Pass other nodes as start and end")
         self._outer = {node: value for node, value in keeper.kept.items() if node in outer}
-        self._run_node = _Interpreter(graph.module, mode, lambda name, value: None)
+        self._run_node = MeasuringInterpreter(graph.module, mode, lambda name, value: None)
         self._last = {n: node for node in self.nodes for n in node.all_input_nodes}
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from kgraph.capture import Graph
 from kgraph.empirical import seeded
 from kgraph.inputs import batch_size
-from kgraph.montecarlo import _signed_permutation
-from kgraph.node_moments import _Interpreter
+from kgraph.montecarlo import signed_permutation
+from kgraph.node_moments import MeasuringInterpreter
 from kgraph.residual.chains import ResidualChain
 from kgraph.residual.roles import layers_by_role, obstacle, parameter_uses, stacked, tensor_of, weight_of
 
@@ -75,7 +75,7 @@ def redrawn(graph: Graph, chains: tuple[ResidualChain, ...]) -> Iterator[Redraw]
     def redraw(generator: torch.Generator) -> None:
         for key, (parameter, original) in originals.items():
             if key not in together:
-                parameter.data.copy_(_signed_permutation(original, generator))
+                parameter.data.copy_(signed_permutation(original, generator))
         for group in groups:
             count = originals[group[0]][1].numel()
             order = torch.randperm(count, generator=generator)
@@ -112,7 +112,7 @@ def measure_chains(
             redraw(generator)
             given = [_input(leaf, inputs, batch_size(graph.inputs), generator) for leaf in _leaves(graph)]
             with seeded(graph.root, int(torch.randint(0, 2**31, (), generator=generator))):
-                _Interpreter(graph.module, mode, take).run(*given, enable_io_processing=False)
+                MeasuringInterpreter(graph.module, mode, take).run(*given, enable_io_processing=False)
             for i, chain in enumerate(chains):
                 states = [values[node.name] for node in nodes_of(chain)]
                 collected[i].append(_moments(states, inputs, generator))
