@@ -16,8 +16,9 @@ from torch import Tensor
 from kgraph.draws import evaluate, leaves_of, unknown_law
 from kgraph.errors import InputError
 from kgraph.how import EXACT, QUADRATURE, How, assumed
-from kgraph.kernel import DIFF, Apply, Mask, Pairs, Part, Product, Root, Samples, Sum, Unknown
+from kgraph.kernel import DIFF, Apply, Mask, Pairs, Part, Product, Samples, Sum, Unknown
 from kgraph.maps import Pointwise, closed_form
+from kgraph.roots import Root, Roots
 
 IDENTITY = Pointwise(lambda u: u, closed_form("identity"))
 
@@ -187,7 +188,7 @@ def _plus(fn: Pointwise, constant: float) -> Pointwise:
     return fn.affine(output_shift=constant)
 
 
-def empirical(like: Part, first: Tensor, second: Tensor, slope: Tensor, ntk: Tensor, roots: frozenset) -> Part:
+def empirical(like: Part, first: Tensor, second: Tensor, slope: Tensor, ntk: Tensor, roots: Roots) -> Part:
     """A part known by draws: ``first[S]`` at input a and ``second[P, 2, S]`` at input b."""
     product = first * second
     square = first.square()
@@ -208,7 +209,7 @@ def mask(like: Part, keep: float, height: float, shared: Tensor, name: str) -> P
     """``height`` with probability ``keep``, else 0: E[m m'] = height^2 keep where one draw serves both, else keep^2."""
     cov = height**2 * torch.where(shared, keep, keep**2).to(like.cov)
     zero = torch.zeros_like(cov)
-    return Part(like.size, cov, zero, zero, height * keep, frozenset({Root(name)}), Mask(keep, height, shared))
+    return Part(like.size, cov, zero, zero, height * keep, Roots({Root(name)}), Mask(keep, height, shared))
 
 
 def drop(part: Part, probability: float, name: str, *, whole: bool = False) -> Part:

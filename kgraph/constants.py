@@ -12,8 +12,9 @@ from torch import Tensor
 
 from kgraph import algebra
 from kgraph.alignment import broadcast_axes
-from kgraph.kernel import DIFF, SAME, Apply, Axes, Kernel, Part, Product, Root, Sum
+from kgraph.kernel import DIFF, SAME, Apply, Axes, Kernel, Part, Product, Sum
 from kgraph.maps import Pointwise
+from kgraph.roots import Root, Roots
 
 _MOST_VALUES = 1024
 
@@ -98,7 +99,7 @@ def _times(part: Part, c: Moments) -> Part:
     gains[SAME], gains[DIFF] = c.same, c.different
     fields = {name: getattr(part, name) * gains for name in ("cov", "slope", "ntk")}
     own = known_part(part, c, "factor")  # known, not random: it has no root that a later sum could meet
-    law = Product(replace(own, roots=frozenset()), part)
+    law = Product(replace(own, roots=Roots()), part)
     return replace(part, **fields, mean=part.mean * c.mean, expr=law)
 
 
@@ -134,7 +135,7 @@ def _channels(like: Part, name: str, *, by_position: bool = False) -> Part:
     cov = torch.ones_like(like.cov)
     cov[:, DIFF] = float(not by_position)
     zero = torch.zeros_like(cov)
-    return Part(like.size, cov, zero, zero, 0.0, frozenset({Root(name)}))
+    return Part(like.size, cov, zero, zero, 0.0, Roots({Root(name)}))
 
 
 def _looked_up(channel: Part, values: Tensor) -> Part:
@@ -172,7 +173,7 @@ def known_part(like: Part, c: Moments, name: str) -> Part:
     cov = torch.empty_like(like.cov)
     cov[:, SAME], cov[:, DIFF] = c.same, c.different
     zero = torch.zeros_like(cov)
-    known = Part(like.size, cov, zero, zero, c.mean, frozenset({Root(name)}))
+    known = Part(like.size, cov, zero, zero, c.mean, Roots({Root(name)}))
     if c.values is None or not c.varies:
         return known
     channel = _channels(like, name, by_position=c.same != c.different)

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from kgraph.kernel import SAME, Apply, Expr, Mask, Part, Product, Root, Samples, Sum
+from kgraph.kernel import SAME, Apply, Expr, Mask, Part, Product, Samples, Sum
+from kgraph.roots import Root, Roots
 
 _rebuilt: weakref.WeakKeyDictionary[Part, dict[Hashable, Part]] = weakref.WeakKeyDictionary()
 
@@ -62,7 +63,7 @@ def slice_part(part: Part, low: int, high: int, label: str) -> Part:
     """Channels ``low:high``: the same law, of other random numbers than a disjoint range's."""
 
     def cut(piece: Part) -> Part:
-        roots = frozenset(Root(r.name, (*r.cuts, (label, low, high))) for r in piece.roots)
+        roots = Roots(Root(r.name, (*r.cuts, (label, low, high))) for r in piece.roots)
         return replace(piece, size=high - low, roots=roots)
 
     return rebuild(part, ("slice", low, high, label), cut)

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from kgraph.how import EXACT, How
 from kgraph.maps import Pointwise
+from kgraph.roots import Roots
 
 SAME, DIFF = 0, 1
 
@@ -39,27 +39,6 @@ class Pairs:
     def inputs(self) -> Tensor:
         """Input cosine of every row, shape [P]."""
         return torch.tensor([*self.cosines, 1.0, 1.0, self.data_cosine], dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class Root:
-    """A random parameter, perhaps cut to a range of its output channels: (axis label, from, to)."""
-
-    name: str
-    cuts: tuple[tuple[str, int, int], ...] = ()
-
-    def disjoint(self, other: Root) -> bool:
-        """Whether the two name different random numbers."""
-        if self.name != other.name:
-            return True
-        mine = {label: (low, high) for label, low, high in self.cuts}
-        for label, low, high in other.cuts:
-            if label in mine and (mine[label][1] <= low or high <= mine[label][0]):
-                return True
-        return False
-
-
-_CUTS = attrgetter("cuts")
 
 
 @dataclass(frozen=True)
@@ -143,7 +122,7 @@ class Part:
     slope: Tensor
     ntk: Tensor
     mean: float = 0.0
-    roots: frozenset[Root] = frozenset()
+    roots: Roots = field(default_factory=Roots)
     expr: Expr = field(default_factory=Gaussian)
     how: How = EXACT
 
@@ -169,9 +148,7 @@ class Part:
 
     def independent(self, other: Part) -> bool:
         """Whether the two share no random parameter."""
-        if not any(map(_CUTS, self.roots)) and not any(map(_CUTS, other.roots)):
-            return self.roots.isdisjoint(other.roots)  # whole parameters: a residual stream has read thousands
-        return all(mine.disjoint(theirs) for mine in self.roots for theirs in other.roots)
+        return self.roots.disjoint(other.roots)
 
     def position_mean(self, positions: int) -> Tensor:
         """Kernel averaged over all pairs of ``positions`` positions, shape [P]."""
@@ -248,7 +225,7 @@ def merge(parts: tuple[Part, ...]) -> Part:
         slope=average("slope"),
         ntk=average("ntk"),
         mean=sum(share * part.mean for share, part in zip(shares, parts, strict=True)),
-        roots=frozenset().union(*(part.roots for part in parts)),
+        roots=Roots.union(part.roots for part in parts),
         expr=Gaussian() if _same_gaussian(parts) else Unknown("channels of several laws"),
         how=max((part.how for part in parts), key=lambda how: (how.level, how.error)),
     )

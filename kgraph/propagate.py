@@ -17,7 +17,8 @@ from kgraph import draws
 from kgraph.canonical import aten, operation_name
 from kgraph.capture import Graph
 from kgraph.errors import InputError
-from kgraph.kernel import SAME, Kernel, Pairs, Part, Root
+from kgraph.kernel import SAME, Kernel, Pairs, Part
+from kgraph.roots import Root, Roots
 from kgraph.rules import Context, Sampler, find_rule
 from kgraph.rules.pointwise import is_pointwise, unary
 from kgraph.rules.unallocated import Unallocated
@@ -227,7 +228,7 @@ def input_kernel(node: fx.Node, shape: tuple[int, ...], pairs: Pairs) -> Kernel:
     axes = tuple(
         ((("b" if i == 0 else "c" if i == channel else "p"), size),) if size > 1 else () for i, size in enumerate(shape)
     )
-    roots = frozenset({Root(node.name)})  # what is made of an input is not independent of it
+    roots = Roots({Root(node.name)})  # what is made of an input is not independent of it
     return Kernel((Part(shape[channel], cov, slope, torch.zeros_like(cov), roots=roots),), axes)
 
 

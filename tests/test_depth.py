@@ -14,10 +14,11 @@ from torch import Tensor, nn
 import kgraph
 from kgraph import DKS, TAT
 from kgraph.capture import capture
-from kgraph.kernel import Gaussian, Part, Root, Sum
+from kgraph.kernel import Gaussian, Part, Sum
 from kgraph.nonlinear import Region
 from kgraph.passes.base import Workspace
 from kgraph.passes.scale_residuals import _Lengths
+from kgraph.roots import Root, Roots
 from kgraph.skeleton import Step
 from kgraph.subnetworks import Subnetworks, find_subnetworks
 from kgraph.sweep import Array, Maps, Program, Value, combine
@@ -201,7 +202,7 @@ def test_lengths_since_parting() -> None:
 def part(name: str, *terms: Part, cuts: tuple[tuple[str, int, int], ...] = ()) -> Part:
     zero = torch.zeros(6, 2, dtype=torch.float64)
     expr = Sum(tuple((1.0, term) for term in terms)) if terms else Gaussian()
-    roots = frozenset({Root(name, cuts)}).union(*(term.roots for term in terms))
+    roots = Roots.union([Roots({Root(name, cuts)}), *(term.roots for term in terms)])
     return Part(1, zero, zero, zero, roots=roots, expr=expr)
 
 

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional
 
 from kgraph import algebra, entries
-from kgraph.kernel import Pairs, Part, Root
+from kgraph.kernel import Pairs, Part
 from kgraph.maps import relu as relu_map
+from kgraph.roots import Root, Roots
 
 relu = torch.relu
 
@@ -20,7 +21,7 @@ def gaussian(name: str, q: float = 1.0) -> Part:
     c = Pairs().inputs
     cov = torch.stack([c * q, 0 * c], 1)
     slope = torch.stack([torch.full_like(c, q), 0 * c], 1)
-    return Part(8, cov, slope, 0 * cov, 0.0, frozenset({Root(name)}))
+    return Part(8, cov, slope, 0 * cov, 0.0, Roots({Root(name)}))
 
 
 def varied(width: int) -> nn.Module:

@@ -13,7 +13,7 @@ from kgraph.gram.build import moved, sliced
 from kgraph.gram.field import Field
 from kgraph.gram.places import Relabel
 from kgraph.gram.value import Axes, Axis, CannotFollow, Value, expanded, places_of, roles, size_of
-from kgraph.kernel import Root
+from kgraph.roots import Root
 
 CHANNELS = Root("channels of known tensors")
 

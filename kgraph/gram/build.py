@@ -28,8 +28,8 @@ from kgraph.gram.field import (
     Sum,
 )
 from kgraph.gram.places import Gather, PlaceMap, apply
-from kgraph.kernel import Root
 from kgraph.maps import Pointwise
+from kgraph.roots import Root
 
 
 def scaled(u: Field, factor: float) -> Field:

@@ -19,8 +19,8 @@ from kgraph.gram.block import Block
 from kgraph.gram.layout import Run
 from kgraph.gram.places import PlaceMap, Places
 from kgraph.how import EXACT, How
-from kgraph.kernel import Root
 from kgraph.maps import Pointwise
+from kgraph.roots import Root
 
 Roots = frozenset[Root]
 

@@ -17,8 +17,8 @@ from kgraph.gram import field as f
 from kgraph.gram.engine import Engine
 from kgraph.gram.rules import Context, find_rule, sample, unary
 from kgraph.gram.value import Axis, CannotFollow, Value
-from kgraph.kernel import Root
 from kgraph.propagate import TOKEN_VIEWS, channel_dim
+from kgraph.roots import Root
 from kgraph.rules.pointwise import is_pointwise
 
 Progress = Callable[[int, int], None]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kgraph.canonical import aten
-from kgraph.kernel import DIFF, SAME, Kernel, Part, Root
+from kgraph.kernel import DIFF, SAME, Kernel, Part
+from kgraph.roots import Root, Roots
 from kgraph.rules.linear import mean_square
 from kgraph.rules.table import Context, rule
 
@@ -27,7 +28,7 @@ def embedding(context: Context, weight: Tensor, ids: Tensor, padding_idx: int = 
     ntk = torch.zeros_like(cov)
     ntk[:, SAME] = c * (q if context.parametrization == "ntk" else 1.0)
     size = weight.shape[1]
-    part = Part(size, cov, slope, ntk, mean, frozenset({Root(context.argument_name(0))}))
+    part = Part(size, cov, slope, ntk, mean, Roots({Root(context.argument_name(0))}))
     positions = tuple((("b" if i == 0 else "p", n),) if n > 1 else () for i, n in enumerate(ids.shape))
     return Kernel((part,), (*positions, (("c", size),)))
 

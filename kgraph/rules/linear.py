@@ -10,7 +10,8 @@ from torch import Tensor, fx
 
 from kgraph.canonical import aten
 from kgraph.entries import once
-from kgraph.kernel import DIFF, Axes, Kernel, Part, Root
+from kgraph.kernel import DIFF, Axes, Kernel, Part
+from kgraph.roots import Root, Roots
 from kgraph.rules.table import TURNED, Context, parameter_of, rule
 
 
@@ -76,7 +77,7 @@ def affine_part(context: Context, part: Part, layer: Affine, size: int) -> Part:
         slope=layer.weight * part.slope,
         ntk=own_weight * part.cov + own_bias + layer.weight * part.ntk,
         mean=layer.bias_mean,
-        roots=frozenset({Root(layer.root)}),
+        roots=Roots({Root(layer.root)}),
         how=part.how,
     )
 
@@ -117,7 +118,7 @@ def _last_dim(
     if isinstance(source, fx.Node):
         base, own = parameter_of(source)
         name, other = (base + TURNED, base) if own ^ turned else (base, base + TURNED)
-        if any(root.name == other for part in x.parts for root in part.roots):
+        if any(part.roots.named(other) for part in x.parts):
             return context.sample()
     fan_in = weight.numel() // max(out, 1)
     sb2, mean = bias_moments(bias)

@@ -74,7 +74,7 @@ def weights_of(node: fx.Node, values: Mapping[fx.Node, Any]) -> list[str]:
 
 
 def _reads(part: Part, weights: set[str]) -> bool:
-    return any(root.name.removesuffix(TURNED) in weights for root in part.roots)
+    return any(part.roots.named(name) or part.roots.named(name + TURNED) for name in weights)
 
 
 def _discrete(node: fx.Node) -> bool:

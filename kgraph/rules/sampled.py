@@ -24,7 +24,8 @@ from kgraph.canonical import aten, operation_name
 from kgraph.draws import COUNT, unknown_law
 from kgraph.fields import FieldDraws
 from kgraph.how import assumed
-from kgraph.kernel import SAME, Kernel, Pairs, Part, Root
+from kgraph.kernel import SAME, Kernel, Pairs, Part
+from kgraph.roots import Root, Roots
 from kgraph.rules.measured import Measured, matched, result_axes
 from kgraph.rules.region import Region, find_region, kernels_of, weights_of
 from kgraph.site import site_of
@@ -114,8 +115,8 @@ class Sampler:
         inputs = [k for n in region.frontier for k in kernels_of(self.values[n])]
         axes = result_axes(tuple(measured[0].first.shape), inputs, site_of(node).shape)
         fields = [m.moments(axes) for m in measured]
-        roots = frozenset().union(*(part.roots for kernel in inputs for part in kernel.parts))
-        roots |= {Root(name) for n in region.nodes if _is_layer(n) for name in weights_of(n, self.values)}
+        roots = Roots.union(part.roots for kernel in inputs for part in kernel.parts)
+        roots |= Roots({Root(name) for n in region.nodes if _is_layer(n) for name in weights_of(n, self.values)})
         channels = next((size for axis in axes for role, size in axis if role == "c"), 1)
         mean = {name: torch.stack([f[name] for f in fields]).mean(0) for name in fields[0]}
         q = torch.stack([f["cov"][Pairs.SELF, SAME] for f in fields])

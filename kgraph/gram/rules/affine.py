@@ -17,7 +17,7 @@ from kgraph.gram.rules.table import Context, rule
 from kgraph.gram.taps import axis_runs, geometry_of, tap_shares
 from kgraph.gram.value import Axes, CannotFollow, Value, place_start, places_of, roles, size_of
 from kgraph.how import How, assumed
-from kgraph.kernel import Root
+from kgraph.roots import Root
 from kgraph.rules.linear import real_mean
 
 

@@ -12,7 +12,7 @@ from kgraph.gram.field import Leaf
 from kgraph.gram.rules.affine import second_moment
 from kgraph.gram.rules.table import Context, rule
 from kgraph.gram.value import Value
-from kgraph.kernel import Root
+from kgraph.roots import Root
 
 
 @rule(aten.embedding.default)

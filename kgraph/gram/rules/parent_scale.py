@@ -10,8 +10,8 @@ from kgraph.gram.field import Affine, Field, Layer
 from kgraph.gram.rules.affine import second_moment
 from kgraph.gram.rules.table import Context, rule
 from kgraph.gram.value import Value
-from kgraph.kernel import Root
 from kgraph.parent_scale import PARENT_SCALE, ParentScale
+from kgraph.roots import Root
 from kgraph.rules.linear import real_mean
 
 

@@ -11,9 +11,9 @@ from kgraph.gram.build import mapped, scaled
 from kgraph.gram.field import Field, Masked
 from kgraph.gram.rules.table import Context, rule
 from kgraph.gram.value import Value
-from kgraph.kernel import Root
 from kgraph.maps import Pointwise
 from kgraph.modules import Scale, ShapedActivation
+from kgraph.roots import Root
 from kgraph.rules.pointwise import function_of, shaped_map
 
 

@@ -20,8 +20,8 @@ from kgraph.gram.rules.affine import make_layer
 from kgraph.gram.rules.merge import plus, times
 from kgraph.gram.rules.table import Context, rule
 from kgraph.gram.value import CannotFollow, Value, permuted, roles, single_place
-from kgraph.kernel import Root
 from kgraph.maps import Pointwise, closed_form
+from kgraph.roots import Root
 
 SIGMOID = Pointwise(torch.sigmoid)
 TANH = Pointwise(torch.tanh)
