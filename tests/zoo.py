@@ -298,6 +298,7 @@ ZOO: dict[str, Callable[[], Built]] = {
     "mobilenetv3_small": lambda: timm_model("mobilenetv3_small_100"),
     "efficientnet_b0": lambda: timm_model("efficientnet_b0"),
     "convnext_atto": lambda: timm_model("convnext_atto"),
+    "convnext_tiny": lambda: timm_model("convnext_tiny"),
     "vit_tiny": lambda: timm_model("vit_tiny_patch16_224", img_size=64),
     "mixer_s32": lambda: timm_model("mixer_s32_224", img_size=64),
     "resnetv2_50": lambda: timm_model("resnetv2_50"),
