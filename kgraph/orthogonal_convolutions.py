@@ -45,13 +45,13 @@ def orthogonal_convolution_(
     1 - 1/s^d of the inputs). A transposed convolution gets the adjoint.
 
     Args:
-        weight: PyTorch's layout, [out, in/groups, *kernel]; transposed [in, out/groups, *kernel]. A meta tensor is
-            left as it is.
+        weight: PyTorch's layout, ``[out, in/groups, *kernel]``; transposed ``[in, out/groups, *kernel]``. A meta
+            tensor is left as it is.
         form: "delta": one matrix on one tap (of each residue of the stride); keeps every Fourier mode of the
             variances. "general": Kautsky and Turcajova's product over the whole kernel; the variance of the taps is
             binomial, so that modes decay.
         scaling: "isometry": all singular values are ``gain``. "variance": times sqrt(max(1, out / (in s^d))), so that
-            E z^2 = gain^2 |x|^2 / in whatever the shape; the same where out <= in.
+            ``E z^2 = gain^2 |x|^2 / in`` whatever the shape; the same where out <= in.
         gain: sigma_w.
         padding, dilation, stride: the layer's. Norm is kept exactly under circular padding, and by the delta form
             under zero padding too where the output is not cropped.

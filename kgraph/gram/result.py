@@ -14,11 +14,11 @@ class NodeGram:
 
     Attributes:
         name: fx node name.
-        nngp: E[u_a u_b] averaged over channels, [n1, n2, *places] or [n1, n2, *places, *places] (full).
+        nngp: E[u_a u_b] averaged over channels, ``[n1, n2, *places]`` or ``[n1, n2, *places, *places]`` (full).
         ntk: NTK block, alike; None if not asked for.
         places: sizes of the position axes.
         how: how the numbers were obtained.
-        one_minus_c: 1 - c, [n1, n2, *places]; nan where q = 0. Under "diagonal" positions it is carried from layer
+        one_minus_c: 1 - c, ``[n1, n2, *places]``; nan where q = 0. Under "diagonal" positions it is carried from layer
             to layer, so that thousands of them leave its digits; else it is the difference. None where every pair
             of positions is held.
     """

@@ -17,7 +17,7 @@ from kgraph.systems.system import Aspect, System
 class ResidualScaling(System):
     """h + V g(h) becomes h + L^-beta V g(h), L being the number of residual sums of a chain of equal shape.
 
-        displacement |h_L - h_0| / |h_0| ~ L^(x - beta)      x: 1/2 iid, 1 rbf; fbm: max(H, 1/2) res-3, H res-1
+        displacement ``|h_L - h_0| / |h_0| ~ L^(x - beta)``,  x: 1/2 iid, 1 rbf; fbm: max(H, 1/2) res-3, H res-1
 
     so that beta = x, the default, keeps a limit that neither explodes nor is the identity: a neural SDE for iid
     weights, a neural ODE for smooth ones.

@@ -47,7 +47,7 @@ class DepthCurve:
 
 @dataclass(frozen=True)
 class LogRatio:
-    """ln(|h_L| / |h_0|): mean and standard deviation over networks and inputs."""
+    """``ln(|h_L| / |h_0|)``: mean and standard deviation over networks and inputs."""
 
     predicted_mean: float
     predicted_sd: float
@@ -67,10 +67,10 @@ class ChainDepth:
         alpha: constant of the branches; nan where they differ.
         beta: -ln(alpha) / ln(L).
         how: how the predictions were obtained, or why there are none.
-        displacement: |h_l - h_0| / |h_0|.
-        gradient: |dL/dh_l| / |dL/dh_L|.
-        gradient_displacement: |dL/dh_l - dL/dh_L| / |dL/dh_L|.
-        log_ratio: of |h_L| / |h_0|.
+        displacement: ``|h_l - h_0| / |h_0|``.
+        gradient: ``|dL/dh_l| / |dL/dh_L|``.
+        gradient_displacement: ``|dL/dh_l - dL/dh_L| / |dL/dh_L|``.
+        log_ratio: of ``|h_L| / |h_0|``.
     """
 
     name: str
@@ -134,7 +134,7 @@ class ResidualDepth:
             yield Text(f"no block: {name}: {reason}", style="dim")
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """|h_l - h_0| / |h_0| and |dL/dh_l| / |dL/dh_L| against l / L as an image file.
+        """``|h_l - h_0| / |h_0|`` and ``|dL/dh_l| / |dL/dh_L|`` against l / L as an image file.
 
         Raises:
             InputError: matplotlib is not installed.
@@ -171,10 +171,10 @@ def residual_depth(
 ) -> ResidualDepth:
     """Find a model's residual chains; predict and measure how far they are from the identity, layer by layer.
 
-        |h_l - h_0| / |h_0|,   |dL/dh_l| / |dL/dh_L|      rms over networks and inputs
+        ``|h_l - h_0| / |h_0|``,   ``|dL/dh_l| / |dL/dh_L|``      rms over networks and inputs
 
     beta = 1/2 in alpha = L^-beta keeps both at order one for independent weights: (1 + alpha^2 / 2)^L - 1 is the
-    square of either for relu blocks, and ln(|h_L| / |h_0|) is normal of mean 1/4 - 1/(2d), variance 1/(2d).
+    square of either for relu blocks, and ``ln(|h_L| / |h_0|)`` is normal of mean 1/4 - 1/(2d), variance 1/(2d).
 
     Args:
         model: any bare module, left as it was; also what `kgraph.transform` returned.
