@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import hessian, jacrev
+from torch.func import hessian, jacfwd, jacrev
 
 import kgraph
 from kgraph.capture import capture
 from kgraph.errors import InputError
-from kgraph.studies.finite_width.draws import derivative_statistics, draw_parameters, layer_statistics
+from kgraph.studies.finite_width.derivatives import derivative_statistics
+from kgraph.studies.finite_width.draws import draw_parameters, layer_statistics
 from kgraph.studies.finite_width.reader import read_chain
 
 HERE = Path(__file__).parent
@@ -112,25 +113,6 @@ def test_exact_deficits_pile_up_with_depth(wide: dict[str, kgraph.MeasuredFluctu
     assert wide["orth"].disagreements(exact) != []
 
 
-@pytest.mark.parametrize("key", LAWS)
-def test_dntk_of_few_draws(key: str) -> None:
-    """S3_ddntk_n16: its P and Q at depths 2, 5, 10, with its own large errors."""
-    depths = [2, 5, 10]
-    found = kgraph.measure_fluctuations(
-        chain([16] * 11),
-        draws=400,
-        seed=5,
-        dntk=named(depths),
-        distribution=LAWS[key],
-        **CRITICAL,  # type: ignore[arg-type]
-    )
-    for depth in depths:
-        row, node = REFERENCE["S3_ddntk_n16"]["data"][f"{key}_L{depth}"], found.nodes[depth - 1]
-        for name in "PQ":
-            error = math.hypot(node.error[name], row[f"{name}_se"])
-            assert node.scaled[name] == pytest.approx(row[name], abs=4 * error), (depth, name)
-
-
 @pytest.mark.parametrize("law", LAWS.values())
 def test_unequal_widths_biases_and_other_functions(law: str) -> None:
     model = chain([10, 120, 80, 144, 80, 96], nn.GELU, bias=True)
@@ -145,14 +127,14 @@ def test_unequal_widths_biases_and_other_functions(law: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["standard", "ntk"])
-def test_H_and_dH_are_those_of_autograd(form: str) -> None:
-    """The layerwise NTK against Jacobians, the nested forward derivatives against the Hessian, on one network."""
+def test_H_and_dH_and_ddH_are_those_of_autograd(form: str) -> None:
+    """The layerwise NTK against Jacobians, the nested forward derivatives against dense second and third ones."""
     model = chain([3, 4, 5, 3], nn.SiLU, bias=True)
     layers = read_chain(capture(model), "gaussian", 1.3, 0.3).layers
     drawn = draw_parameters(layers, 2, torch.Generator().manual_seed(0))
     x = torch.tensor([0.3, -1.0, 0.8], dtype=torch.float64)
     rows = layer_statistics(layers, drawn, x, form)[:, -1]
-    derived = derivative_statistics(layers, drawn, x, form)
+    derived = derivative_statistics(layers, drawn, x, form, third=True)
     shapes = [t.shape[1:] for pair in drawn for t in pair]
     rates = [
         (lambda_W / layer.width_in, lambda_b) for layer in layers for lambda_W, lambda_b in [layer.learning_rates(form)]
@@ -188,7 +170,13 @@ def test_H_and_dH_are_those_of_autograd(form: str) -> None:
         torch.testing.assert_close(rows[draw], torch.stack(wanted), rtol=1e-10, atol=1e-12)
         p = (off * torch.einsum("ijj,i->ij", dH, z)).sum() / pairs
         q = (off * torch.einsum("iij,j->ij", dH, z)).sum() / pairs
-        torch.testing.assert_close(derived[draw], torch.stack([p, q]), rtol=1e-10, atol=1e-12)
+        v, third = J * gains, jacfwd(hessian(network))(flat)
+        bent = torch.einsum("ipq,kq->ikp", second, v)
+        ddI = torch.einsum("ipqr,jp,kq,lr->ijkl", third, v, v, v)
+        ddII = torch.einsum("ikp,jlp,p->ijkl", bent, bent, gains)
+        orders = [(ddI, "iijj"), (ddII, "iijj"), (ddII, "ijij"), (ddII, "ijji")]
+        ddH = [(off * torch.einsum(f"{order}->ij", tensor)).sum() / pairs for tensor, order in orders]
+        torch.testing.assert_close(derived[draw], torch.stack([p, q, *ddH]), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])

@@ -1,7 +1,7 @@
-"""Networks of a chain's law, drawn many at a time: units z, NTK over units H, and contractions of its derivative dH.
+"""Networks of a chain's law, drawn many at a time: units z, NTK over units H, and contractions of its derivatives.
 
 H comes layer by layer, H' = 1 (lambda_b + lambda_W |s|^2 / n) + (W phi') H (W phi')^T with s = phi(z), which is
-the sum over parameters itself; dH by nested forward derivatives of the drawn networks.
+the sum over parameters itself; dH and ddH by `kgraph.studies.finite_width.derivatives`.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
-from torch.func import jvp, vjp, vmap
 
 from kgraph.maps import Pointwise
 from kgraph.maps.quadrature import value_and_slope
 from kgraph.studies.finite_width.chain import ChainLayer
+from kgraph.studies.finite_width.derivatives import DERIVED, Parameters, derivative_statistics, numbers
 from kgraph.studies.finite_width.recursion import jumps
 
-Parameters = list[tuple[Tensor, Tensor]]
-"""(W, b) of every layer."""
 Progress = Callable[[int, int], None]
-STATISTICS = ("z z", "zi zi zj zj", "Hii", "Hii Hjj", "Hii zj zj", "Hij Hij", "Hij zi zj", "dHijj zi", "dHiij zj")
+STATISTICS = ("z z", "zi zi zj zj", "Hii", "Hii Hjj", "Hii zj zj", "Hij Hij", "Hij zi zj", *DERIVED)
 """Means over units, or over pairs i != j, of one network."""
 _NUMBERS = 1 << 25
 """Numbers held at once by the draws of one batch."""
@@ -85,53 +83,14 @@ def _statistics(z: Tensor, H: Tensor) -> Tensor:
     return torch.stack([z2.mean(-1), apart(z2, z2), h.mean(-1), apart(h, h), apart(h, z2), squares, crossed], -1)
 
 
-def derivative_statistics(
-    layers: Sequence[ChainLayer], parameters: Parameters, x: Tensor, parametrization: str
-) -> Tensor:
-    """The last two `STATISTICS` at the last of ``layers``, [draws, 2].
+def derivatives_are_seen(phi: Pointwise, K: float, third: bool) -> bool:
+    """Whether differentiating phi by rule misses nothing that counts.
 
-    With v_j = lambda grad z_j: dH_ijj = D^2 z_i [v_j, v_j] and sum_j dH_iij z_j = D^2 z_i [v_i, sum_j z_j v_j], each a
-    forward derivative of a forward derivative (`torch.func.jvp`), for all draws and units at once (`vmap`).
+    Twice: no jump of phi' except at phi(0) = 0. For ``third``, where phi'' is squared and differentiated: no kink.
     """
-    rates = [layer.learning_rates(parametrization) for layer in layers]
-    gains = [(lambda_W / layer.width_in, lambda_b) for layer, (lambda_W, lambda_b) in zip(layers, rates, strict=True)]
-
-    def network(own: Parameters) -> Tensor:
-        z = x
-        for index, (layer, (W, b)) in enumerate(zip(layers, own, strict=True)):
-            z = W @ (layer.phi.fn(z) if index else z) + b
-        return z
-
-    def second(own: Parameters, v: Parameters, w: Parameters) -> Tensor:
-        """D^2 z [v, w]."""
-        return jvp(lambda p: jvp(network, (p,), (v,))[1], (own,), (w,))[1]
-
-    def one(own: Parameters) -> Tensor:
-        z, pullback = vjp(network, own)[:2]
-        (gradients,) = vmap(pullback)(torch.eye(len(z), dtype=z.dtype))
-        v = [(g_W * W, g_b * b) for (g_W, g_b), (W, b) in zip(gains, gradients, strict=True)]
-        w = [(_others(z, W), _others(z, b)) for W, b in v]
-        twice = [(torch.cat([W, W]), torch.cat([b, b])) for W, b in v]
-        both = [(torch.cat([W, X]), torch.cat([b, c])) for (W, b), (X, c) in zip(v, w, strict=True)]
-        same, mixed = vmap(second, (None, 0, 0))(own, twice, both).chunk(2)  # D^2 z_i [v_j, v_j], D^2 z_i [v_j, w_j]
-        pairs = len(z) * (len(z) - 1) or math.nan
-        p = ((same * z).sum() - (same.diagonal() * z).sum()) / pairs
-        return torch.stack([p, mixed.diagonal().sum() / pairs])
-
-    return vmap(one)(parameters)
-
-
-def _others(z: Tensor, v: Tensor) -> Tensor:
-    """``sum_{j != i} z_j v_j`` for every i."""
-    weighted = v * z.reshape(-1, *(1 for _ in v.shape[1:]))
-    return weighted.sum(0) - weighted
-
-
-def second_derivative_is_seen(phi: Pointwise, K: float) -> bool:
-    """Whether differentiating phi twice by rule misses nothing that counts: no jump of phi' except at phi(0) = 0."""
     plan, root = phi.plan(K), torch.tensor(K, dtype=torch.float64).sqrt()
-    if not len(plan.kinks):
-        return True
+    if third or not len(plan.kinks):
+        return not len(plan.kinks)
     size = float(value_and_slope(phi.fn, root * torch.linspace(-2, 2, 41, dtype=torch.float64))[1].abs().max())
     bent = jumps(lambda z: value_and_slope(phi.fn, z)[1], plan, root, size)
     at = plan.kinks[bent]
@@ -144,14 +103,14 @@ class Sampler:
 
     Args:
         layers: of the chain.
-        wanted: indices of the layers whose dH is wanted too.
+        wanted: indices of the layers whose dH is wanted too, and whether ddH is.
         q: |x|^2 / dimension of the one input, whose direction is drawn.
         parametrization: of H.
         seed: of all draws.
     """
 
     def __init__(
-        self, layers: Sequence[ChainLayer], wanted: list[int], q: float, parametrization: str, seed: int
+        self, layers: Sequence[ChainLayer], wanted: dict[int, bool], q: float, parametrization: str, seed: int
     ) -> None:
         self.layers, self.wanted, self.parametrization = layers, wanted, parametrization
         self.generator = Generator().manual_seed(seed)
@@ -159,7 +118,7 @@ class Sampler:
         self.x = x * torch.sqrt(q / x.square().mean())
 
     def run(self, draws: int, progress: Progress | None) -> Tensor:
-        """[draws, layers, 9]: columns `STATISTICS`, nan where dH is not wanted."""
+        """[draws, layers, 13]: columns `STATISTICS`, nan where dH or ddH is not wanted."""
         weights = sum(layer.width_in * layer.width_out for layer in self.layers)
         step = max(1, _NUMBERS // (4 * weights))
         parts: list[Tensor] = []
@@ -172,16 +131,14 @@ class Sampler:
 
     def _batch(self, parameters: Parameters) -> Tensor:
         own = layer_statistics(self.layers, parameters, self.x, self.parametrization)
-        other = torch.full((*own.shape[:2], 2), math.nan, dtype=torch.float64)
-        for index in self.wanted:
-            other[:, index] = self._derivatives(index + 1, parameters)
+        other = torch.full((*own.shape[:2], len(DERIVED)), math.nan, dtype=torch.float64)
+        for index, third in self.wanted.items():
+            other[:, index] = self._derivatives(index + 1, third, parameters)
         return torch.cat([own, other], -1)
 
-    def _derivatives(self, depth: int, parameters: Parameters) -> Tensor:
+    def _derivatives(self, depth: int, third: bool, parameters: Parameters) -> Tensor:
         layers, own = self.layers[:depth], parameters[:depth]
-        # every output unit has its own direction through all weights, and nesting keeps a few of each
-        directions = 12 * layers[-1].width_out * sum(layer.width_in * layer.width_out for layer in layers)
-        step = max(1, _NUMBERS // directions)
+        step = max(1, _NUMBERS // numbers(layers, third))
         draws = len(own[0][0])
         pieces = [[(W[low : low + step], b[low : low + step]) for W, b in own] for low in range(0, draws, step)]
-        return torch.cat([derivative_statistics(layers, piece, self.x, self.parametrization) for piece in pieces])
+        return torch.cat([derivative_statistics(layers, p, self.x, self.parametrization, third) for p in pieces])

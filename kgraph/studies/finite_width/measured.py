@@ -18,12 +18,14 @@ from kgraph.errors import InputError
 from kgraph.report.numbers import count, elide, short
 from kgraph.report.table import PLAIN_WIDTH, to_text
 from kgraph.studies.finite_width.chain import ChainLayer, Distribution
-from kgraph.studies.finite_width.draws import Progress, Sampler, second_derivative_is_seen
+from kgraph.studies.finite_width.draws import Progress, Sampler, derivatives_are_seen
 from kgraph.studies.finite_width.reader import read_chain
 from kgraph.studies.finite_width.report import Fluctuations, fluctuations
 from kgraph.studies.tables import SCALES, as_html, brief, head_of, shown, table_of
 
 Disagreement = tuple[str, str, float, float, float]
+_THIRD = {"R": "KR/nΘ³", "S": "KS/nΘ³", "T": "KT/nΘ³", "U": "KU/nΘ³"}
+_QUANTITIES = ("K", "Theta", *SCALES, *_THIRD)
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class MeasuredNode:
         name, module: of the graph node.
         width_in: n of the layer.
         K, Theta: E[z_i^2], E[H_ii].
-        scaled: V/K^2, D/(K Theta), F/(K Theta), A/Theta^2, B/Theta^2, P/Theta^2, Q/Theta^2 (nan unless
-            asked for), V, ... being n times the connected correlators.
+        scaled: V/K^2, D/(K Theta), F/(K Theta), A/Theta^2, B/Theta^2, P/Theta^2, Q/Theta^2, and R, S, T, U times
+            K/Theta^3 (P to U nan unless asked for), V, ... being n times the connected correlators.
         K_error, Theta_error, error: jackknife standard errors.
     """
 
@@ -94,6 +96,8 @@ class MeasuredFluctuations:
         An expansion in depth / width says nothing where that is 1. Returns (node, quantity, predicted, measured,
         allowed).
         """
+        if not set(quantities) <= set(SCALES):
+            raise InputError(f"quantities is {tuple(quantities)}", hint=f"Predicted are {', '.join(SCALES)}")
         found: list[Disagreement] = []
         narrowest = math.inf
         for depth, (node, own) in enumerate(zip(self.nodes, (predicted or self.predicted).nodes, strict=True), 1):
@@ -142,19 +146,24 @@ class MeasuredFluctuations:
         if derived:
             kept = [derived[i] for i in shown(len(derived), all_nodes)]
             parts += [Text(""), self._table(("P", "Q"), kept, wrong, width)]
+        third = [i for i in derived if math.isfinite(self.nodes[i].scaled["R"])]
+        if third:
+            heads = ["node", "n", "K", *(head for name in _THIRD for head in (_THIRD[name], "±"))]
+            kept = [third[i] for i in shown(len(third), all_nodes)]
+            parts += [Text(""), table_of(heads, 1, (self._cells(i, tuple(_THIRD), wrong, width) for i in kept))]
         return parts + [Text(f"note: {note}", style="dim") for note in self.notes]
 
     def _table(self, names: Sequence[str], rows: Sequence[int], wrong: set[tuple[str, str]], width: int) -> Table:
         heads = ["node", "n", "K", *(head for name in names for head in (head_of(name), "±", "predicted"))]
-        return table_of(heads, 1, (self._cells(i, names, wrong, max(9, width - 88)) for i in rows))
+        return table_of(heads, 1, (self._cells(i, names, wrong, width) for i in rows))
 
     def _cells(self, index: int, names: Sequence[str], wrong: set[tuple[str, str]], width: int) -> list[str]:
         node, own = self.nodes[index], self.predicted.nodes[index]
-        cells = [elide(node.name, width), str(node.width_in), short(node.K)]
+        cells = [elide(node.name, max(9, width - 88)), str(node.width_in), short(node.K)]
         for name in names:
             mark = "! " if (node.name, name) in wrong else ""
-            error = brief(node.error[name] / node.width_in, 1)
-            cells += [brief(node.relative[name]), error, mark + brief(own.relative[name])]
+            cells += [brief(node.relative[name]), brief(node.error[name] / node.width_in, 1)]
+            cells += [mark + brief(own.relative[name])] if name in own.relative else []
         return cells
 
 
@@ -165,6 +174,7 @@ def measure_fluctuations(
     draws: int = 400,
     seed: int = 0,
     dntk: bool | Sequence[str] = False,
+    ddntk: bool | Sequence[str] = False,
     distribution: Distribution = "measured",
     weight_variance: float | None = None,
     bias_variance: float | None = None,
@@ -172,9 +182,14 @@ def measure_fluctuations(
     parametrization: str = "standard",
     progress: Progress | None = None,
 ) -> MeasuredFluctuations:
-    """Measure V, F, B, D, A (and P, Q) of a chain over draws of its weights, beside `kgraph.fluctuations`.
+    """Measure V, F, B, D, A (and P to U) of a chain over draws of its weights, beside `kgraph.fluctuations`.
 
     All draws run at once, in float64: matrices [draws, out, in] of each layer's law and variance, one fixed input.
+
+    With ``ddntk`` also the means of the two tensors of third order in lambda, for which no recursion is given here,
+
+        R = n E[dd_I H_iijj],    S = n E[dd_II H_iijj],    T = n E[dd_II H_ijij],    U = n E[dd_II H_ijji],    i != j
+        dd_I H_ijkl = lambda^3 (d3z_i) (dz_j) (dz_k) (dz_l),    dd_II H_ijkl = lambda^3 (dz_k d2z_i) (d2z_j dz_l)
 
     V, F, B and P meet the recursions up to O(depth / n). A, D and Q are differences that nearly cancel: their own 1/n
     terms are smaller than the 1/n^2 ones at any width below some hundreds, so they are given but not compared.
@@ -185,12 +200,13 @@ def measure_fluctuations(
         draws: at least 3.
         seed: of the draws; the global generator is not touched.
         dntk: also measure P and Q, by nested forward derivatives: at all nodes, or at those named.
+        ddntk: also measure P, Q, R, S, T and U, which takes some n times the work of P and Q.
         progress: called with (done, draws).
 
     Raises:
         InputError: fewer than three draws, or an unknown node; and what `kgraph.fluctuations` raises.
 
-    Source: Day, Kahn, Roberts 2023, arXiv 2310.07765.
+    Source: Day, Kahn, Roberts 2023, arXiv 2310.07765; R to U: Roberts, Yaida, Hanin 2022, arXiv 2106.10165.
     """
     if draws < 3:
         raise InputError(f"draws is {draws}", hint="A jackknife error of a variance needs at least 3")
@@ -201,30 +217,34 @@ def measure_fluctuations(
     )
     layers = read_chain(graph, distribution, **declared).layers
     notes = ["A, D, Q are measured with the 1/n² terms that hide them at small n: in .scaled, not compared"]
-    wanted = _wanted(layers, dntk)
-    seen = _seen(predicted, layers)
+    third = _wanted(layers, ddntk, "ddntk")
+    wanted = sorted({*_wanted(layers, dntk, "dntk"), *third})
+    seen, smooth = (_seen(predicted, layers, order) for order in (False, True))
     if any(index >= seen for index in wanted):
         notes.append(f"P, Q not measured from {layers[seen].name} on: phi'' before it has spikes that derivatives miss")
-    sampler = Sampler(layers, [i for i in wanted if i < seen], input_q, parametrization, seed)
+    if any(index >= smooth for index in third):
+        notes.append(f"R, S, T, U not measured from {layers[smooth].name} on: the function before it has a kink")
+    taken = {i: i in third and i < smooth for i in wanted if i < seen}
+    sampler = Sampler(layers, taken, input_q, parametrization, seed)
     samples = sampler.run(draws, progress)
     nodes = tuple(_node(layer, samples[:, i]) for i, layer in enumerate(layers))
     return MeasuredFluctuations(predicted, nodes, draws, (*predicted.notes, *notes))
 
 
-def _wanted(layers: Sequence[ChainLayer], dntk: bool | Sequence[str]) -> list[int]:
-    """Indices of the layers whose P and Q are asked for; the first has none."""
-    if isinstance(dntk, bool):
-        return list(range(1, len(layers))) if dntk else []
-    for name in dntk:
+def _wanted(layers: Sequence[ChainLayer], asked: bool | Sequence[str], option: str) -> list[int]:
+    """Indices of the layers whose derivatives are asked for; the first has none."""
+    if isinstance(asked, bool):
+        return list(range(1, len(layers))) if asked else []
+    for name in asked:
         if not any(name in (layer.name, layer.module) for layer in layers):
-            raise InputError(f"dntk names {name!r}, which is no linear layer", hint="Name nodes of the printed table")
-    return [i for i, layer in enumerate(layers) if layer.name in dntk or layer.module in dntk]
+            raise InputError(f"{option} names {name!r}, which is no linear layer", hint="Name nodes of the table")
+    return [i for i, layer in enumerate(layers) if layer.name in asked or layer.module in asked]
 
 
-def _seen(predicted: Fluctuations, layers: Sequence[ChainLayer]) -> int:
-    """Index of the first layer behind a function with a kink whose phi'' counts."""
+def _seen(predicted: Fluctuations, layers: Sequence[ChainLayer], third: bool) -> int:
+    """Index of the first layer behind a function with a kink that counts where phi is differentiated."""
     for index, (before, layer) in enumerate(zip(predicted.nodes[:-1], layers[1:], strict=True), start=1):
-        if not (before.K > 0 and second_derivative_is_seen(layer.phi, before.K)):
+        if not (before.K > 0 and derivatives_are_seen(layer.phi, before.K, third)):
             return index
     return len(layers)
 
@@ -235,21 +255,21 @@ def _node(layer: ChainLayer, rows: Tensor) -> MeasuredNode:
     values = _estimates(rows.mean(0), layer.width_in)
     without = _estimates((rows.sum(0) - rows) / (draws - 1), layer.width_in)
     error = ((draws - 1) / draws * (without - without.mean(0)).square().sum(0)).sqrt()
-    named = {name: (float(v), float(e)) for name, v, e in zip(("K", "Theta", *SCALES), values, error, strict=True)}
+    named = {name: (float(v), float(e)) for name, v, e in zip(_QUANTITIES, values, error, strict=True)}
     return MeasuredNode(
         layer.name,
         layer.module,
         layer.width_in,
         *named["K"],
         *named["Theta"],
-        {name: named[name][0] for name in SCALES},
-        {name: named[name][1] for name in SCALES},
+        {name: named[name][0] for name in _QUANTITIES[2:]},
+        {name: named[name][1] for name in _QUANTITIES[2:]},
     )
 
 
 def _estimates(means: Tensor, n: int) -> Tensor:
-    """K, Theta and the scaled tensors in the order of `SCALES` from [..., 9] means of `STATISTICS`."""
-    zz, zzzz, h, hh, hzz, HH, Hzz, p, q = means.unbind(-1)
+    """`_QUANTITIES` from [..., 13] means of `STATISTICS`."""
+    zz, zzzz, h, hh, hzz, HH, Hzz, p, q, *third = means.unbind(-1)
     K, Theta = zz, h
     scaled = (
         zzzz / K**2 - 1,
@@ -259,5 +279,6 @@ def _estimates(means: Tensor, n: int) -> Tensor:
         HH / Theta**2,
         p / Theta**2,
         q / Theta**2,
+        *(mean * K / Theta**3 for mean in third),
     )
     return torch.stack([K, Theta, *(n * s for s in scaled)], -1)
