@@ -142,7 +142,7 @@ def transform(
     graph = capture(owned, inputs)
     first = propagate(graph, mode=mode)
     before = _report(graph, first)
-    outcome = rewrite(graph, plan, first) if plan is not None else _by_systems(graph, chosen, seed, first)
+    outcome = rewrite(graph, plan, first) if plan is not None else _by_systems(graph, chosen, seed, first, mode)
     ledger = _with_folded(outcome.ledger, folded)
     after = _report(outcome.graph, outcome.propagation)
     shaped = outcome.graph.emit()
@@ -166,10 +166,12 @@ def _plan(chosen: tuple[AnyMethod, ...], plan: Plan) -> Plan | None:
     return None
 
 
-def _by_systems(graph: Graph, chosen: tuple[AnyMethod, ...], seed: int, first: Propagation) -> Outcome:
+def _by_systems(graph: Graph, chosen: tuple[AnyMethod, ...], seed: int, first: Propagation, mode: str) -> Outcome:
+    """Systems leave norms and dropout where they are: the kernel after is that of the mode before."""
     work = compose(graph, [one for one in chosen if isinstance(one, System)], seed, first)
     title = " + ".join(repr(one) for one in chosen)
-    return Outcome(graph, None, None, work.ledger(title), work.propagation())
+    propagation = work.propagation() if work.mode == mode else propagate(graph, mode=mode)
+    return Outcome(graph, None, None, work.ledger(title), propagation)
 
 
 def _copied(model: nn.Module) -> nn.Module:

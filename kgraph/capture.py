@@ -216,15 +216,20 @@ def _check_forward(model: nn.Module, inputs: Inputs) -> _Census:
         try:
             model(*inputs[0], **inputs[1])
         except Exception as error:  # whatever the user's forward raises on bad inputs
-            shapes = [tuple(v.shape) for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor)]
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(
-                f"{type(model).__name__} does not run on the example inputs of shapes {shapes}: {first}",
-                hint="Pass example_inputs that the model's forward accepts",
-            ) from error
+            raise does_not_run(model, inputs, error) from error
         finally:
             hook.remove()
     return census
+
+
+def does_not_run(model: nn.Module, inputs: Inputs, error: Exception) -> InputError:
+    """What to raise when ``model`` refused ``inputs`` with ``error``."""
+    shapes = [tuple(v.shape) for v in pytree.tree_leaves(tuple(inputs)) if isinstance(v, Tensor)]
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return InputError(
+        f"{type(model).__name__} does not run on the example inputs of shapes {shapes}: {first}",
+        hint="Pass example_inputs that the model's forward accepts",
+    )
 
 
 def _captured(model: nn.Module, inputs: Inputs, notes: list[str], *, training: bool) -> Graph:

@@ -156,8 +156,8 @@ def transform(
     if out is not None:
         import torch
 
-        with _files(out):
-            torch.save(result, out)
+        with _files(out), out.open("wb") as file:  # torch.save's own error for a missing folder is no OSError
+            torch.save(result, file)
         _wrote(out)
     if onnx is not None:
         _export(result, onnx, examples)
@@ -201,6 +201,8 @@ def demo(
     console.print(Text(f"changes: {done or 'none'}"))
     for line in info.ledger.unmet:
         console.print(Text(f"not met: {line}", style="red"))
+    for line in info.ledger.notes:
+        console.print(Text(f"note: {line}"))
     _write(info.comparison, out / "report.html", None)
     _export(result, out / "model.onnx", examples)
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from kgraph.capture import check_model
+from kgraph.capture import check_model, does_not_run
+from kgraph.checks import with_values
 from kgraph.errors import InputError
 from kgraph.gram.kernels import batched_inputs
 from kgraph.inputs import Inputs
@@ -71,7 +72,7 @@ def empirical_ntk(
         ModelError: not a bare module.
         InputError: fewer than two directions, an unknown parameter, or an output without one row an input.
     """
-    check_model(model)
+    with_values(check_model(model))
     if sketch is not None and sketch < 2:
         raise InputError(f"sketch is {sketch}", hint="A standard error needs at least 2 directions")
     parameters, buffers = _double_copy(model)
@@ -159,6 +160,8 @@ def _run(model: nn.Module, tensors: Tensors, inputs: Inputs, seed: int) -> Tenso
     try:
         with seeded(model, seed), torch.enable_grad():
             output = functional_call(model, tensors, inputs.args, inputs.kwargs)
+    except Exception as error:  # whatever the user's forward raises on bad inputs
+        raise does_not_run(model, inputs, error) from error
     finally:
         for module, training in modes:
             module.training = training

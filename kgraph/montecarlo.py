@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kgraph.analysis import Analysis, NodeKernel
 from kgraph.canonical import aten
 from kgraph.capture import Graph, capture, check_model
+from kgraph.checks import with_values
 from kgraph.errors import InputError
 from kgraph.finite import Runner
 
@@ -189,7 +190,8 @@ def montecarlo(
     """
     if draws < 2:
         raise InputError(f"draws is {draws}", hint="A standard error needs at least 2")
-    mode = mode or ("train" if check_model(model).training else "eval")
+    with_values(check_model(model))
+    mode = mode or ("train" if model.training else "eval")
     if mode not in ("train", "eval"):
         raise InputError(f"mode is {mode!r}", hint="Choose 'train' or 'eval'")
     graph = capture(model, example_inputs, verify=False)

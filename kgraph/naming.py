@@ -69,6 +69,8 @@ def _timm(name: str, options: dict[str, Any]) -> nn.Module:
         import timm
     except ImportError as error:
         raise NamingError(f"'timm:{name}' needs timm ({error}); install it with: pip install timm") from error
+    except Exception as error:  # a torchvision made for another torch raises a RuntimeError of its own
+        raise NamingError(f"importing timm for 'timm:{name}' failed: {type(error).__name__}: {error}") from error
     return _call(lambda **given: timm.create_model(name, **given), f"timm:{name}", options)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from kgraph.canonical import aten, operation_name
+from kgraph.kernel import Kernel
 from kgraph.passes.base import Pass, Workspace
 from kgraph.site import site_of
 
@@ -53,10 +54,11 @@ class RemoveNorms(Pass):
 
 
 def _remove(work: Workspace, node: fx.Node, source: fx.Node) -> None:
-    q = float(work.before().values[source].merged.q)
+    value = work.before().values.get(source)  # None: an earlier pass made it
+    before = f"q {float(value.merged.q):.3g} in" if isinstance(value, Kernel) else ""
     note = _give_bias(work, source)
     why = f"normalization-free by design{note}"
-    work.record(node, f"remove {NORMS[node.target]}", why, f"q {q:.3g} in", "gone")  # type: ignore[index]
+    work.record(node, f"remove {NORMS[node.target]}", why, before, "gone")  # type: ignore[index]
     node.replace_all_uses_with(source)
     work.graph.module.graph.erase_node(node)
 

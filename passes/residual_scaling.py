@@ -59,6 +59,8 @@ class ScaleBranches(Pass):
             work.keep(node, "sum", f"not understood as a residual block: {reason}")
         if not found.chains:
             work.unmet.append("the model has no chain of residual blocks h + branch(h): nothing was scaled")
+        elif all(chain.length == 1 for chain in found.chains):
+            work.unmet.append("every chain of residual blocks has one block, and 1^-beta = 1: nothing was scaled")
         for chain in found.chains:
             self._scale(work, chain)
 

@@ -173,8 +173,8 @@ def measure_fluctuations(
     *,
     draws: int = 400,
     seed: int = 0,
-    dntk: bool | Sequence[str] = False,
-    ddntk: bool | Sequence[str] = False,
+    dntk: bool | str | Sequence[str] = False,
+    ddntk: bool | str | Sequence[str] = False,
     distribution: Distribution = "measured",
     weight_variance: float | None = None,
     bias_variance: float | None = None,
@@ -231,10 +231,11 @@ def measure_fluctuations(
     return MeasuredFluctuations(predicted, nodes, draws, (*predicted.notes, *notes))
 
 
-def _wanted(layers: Sequence[ChainLayer], asked: bool | Sequence[str], option: str) -> list[int]:
+def _wanted(layers: Sequence[ChainLayer], asked: bool | str | Sequence[str], option: str) -> list[int]:
     """Indices of the layers whose derivatives are asked for; the first has none."""
     if isinstance(asked, bool):
         return list(range(1, len(layers))) if asked else []
+    asked = [asked] if isinstance(asked, str) else asked
     for name in asked:
         if not any(name in (layer.name, layer.module) for layer in layers):
             raise InputError(f"{option} names {name!r}, which is no linear layer", hint="Name nodes of the table")

@@ -99,7 +99,7 @@ class _Reader:
             if node.op == "placeholder":
                 self.members = self.members or {node: 0}
                 self.random.add(node)
-            elif arriving:
+            elif arriving and not isinstance(node.meta.get("val"), (int, torch.SymInt)):  # sizes hold no random number
                 self.random.add(node)
                 self._visit(node, arriving)
         if not self.layers:

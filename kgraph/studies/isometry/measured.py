@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, svds
 from torch import Tensor, fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from kgraph.capture import Graph
@@ -75,6 +76,9 @@ class Segment:
         self.at, self.value = keeper.kept[start], keeper.kept[end]
         if not all(isinstance(x, Tensor) and x.is_floating_point() for x in (self.at, self.value)):
             raise InputError(f"{start.name} or {end.name} is no real tensor", hint="Pass other nodes as start and end")
+        if not self.at.numel() or not (self.at.isfinite().all() and self.value.isfinite().all()):
+            what = "not finite" if self.at.numel() else "empty"
+            raise InputError(f"the Jacobian {start.name} -> {end.name} cannot be measured: a value there is {what}")
         self._outer = {node: value for node, value in keeper.kept.items() if node in outer}
         self._run_node = MeasuringInterpreter(graph.module, mode, lambda name, value: None)
         self._last = {n: node for node in self.nodes for n in node.all_input_nodes}
@@ -113,7 +117,8 @@ class Segment:
 
     def _jvp(self, tangents: Tensor) -> Tensor:
         at = self._repeated(len(tangents))
-        out: Any = torch.func.jvp(self, (at,), (tangents.reshape(at.shape),))[1]
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attentions have no forward derivative
+            out: Any = torch.func.jvp(self, (at,), (tangents.reshape(at.shape),))[1]
         return out.reshape(len(tangents), -1).detach()
 
     def _vjp(self, cotangents: Tensor) -> Tensor:

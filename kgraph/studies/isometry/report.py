@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from kgraph.canonical import operation_name
 from kgraph.capture import Graph, capture
+from kgraph.checks import with_values
 from kgraph.errors import InputError
 from kgraph.maps import Pointwise
 from kgraph.meanfield import JacobianMoments, Moments, depth_scale, fourier_multipliers, mean_field, tap_shares
@@ -191,6 +192,7 @@ def isometry(
     if probes < 2:
         raise InputError(f"probes is {probes}", hint="A standard error needs at least 2")
     graph = model if isinstance(model, Graph) else capture(model, example_inputs)
+    with_values(graph.root)
     result = propagate(graph, mode=mode)
     regions = [r for r in find_regions(graph.module, lambda n: n in result.kernels()) if r.source in result.kernels()]
     first, last = _ends(graph, regions, start, end)

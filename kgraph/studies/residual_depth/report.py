@@ -258,7 +258,9 @@ def _log_ratio(predicted: Prediction, samples: Samples | None) -> LogRatio:
 
 
 def _chain_parts(chain: ChainDepth) -> Iterator[RenderableType]:
-    constant = f"alpha = {chain.alpha:.6g} = L^-{chain.beta:.4g}" if chain.beta == chain.beta else f"{chain.alpha:.6g}"
+    constant = f"{chain.alpha:.6g}"
+    if not math.isnan(chain.beta):
+        constant = f"alpha = {constant} = L^{0.0 - chain.beta:.4g}"
     yield Text("")
     yield Text(f"{chain.name}: L = {chain.length}, {', '.join(chain.blocks)}, {constant}", style="bold")
     table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
