@@ -82,6 +82,12 @@ def mapped(fn: Pointwise, u: Field) -> Field:
             return Known(u.places, u.roots, u.how, fn(u.data.clone()).double())
         case Moved(arg=arg, op=op) if not op.mixes and not isinstance(op, Gather):
             return moved(mapped(fn, arg), op)
+        case Moved(arg=arg, op=Gather() as op) if u.level is None and arg.level is not None:
+            at_zero = float(fn(torch.zeros(1, dtype=torch.float64)))  # what holes become
+            return shifted(moved(mapped(fn.affine(output_shift=-at_zero), arg), op), at_zero)
+        case Joined(args=args, axis=axis) if u.level is None:
+            parts = tuple(mapped(fn, arg) for arg in args)
+            return Joined(u.places, u.roots, u.how, parts, axis)
         case Masked(arg=arg, keep=keep, mask=mask):
             return _mapped_mask(fn, u, arg, keep, mask)
     inner, base = as_function(u)

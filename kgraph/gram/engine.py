@@ -59,6 +59,7 @@ class Engine:
         self.rows, self.layout, self.parametrization, self.with_ntk = rows, layout, parametrization, with_ntk
         self.draws = JointDraws(self, seed)
         self.gaps = Gaps(self) if layout.name == "diagonal" else None
+        self.ways: dict[str, int] = {}  # the dimension that layers sum a weight over, by its name
         self._blocks: weakref.WeakKeyDictionary[Field, weakref.WeakKeyDictionary[Field, Block]]
         self._blocks = weakref.WeakKeyDictionary()
         self._means: weakref.WeakKeyDictionary[Field, Tensor] = weakref.WeakKeyDictionary()

@@ -41,9 +41,14 @@ class Field:
     how: How = EXACT
 
     @property
+    def level(self) -> float | None:
+        """The mean, where the field is Gaussian and its mean is one number for all inputs and positions."""
+        return None
+
+    @property
     def gaussian(self) -> bool:
         """Whether the field is Gaussian (jointly over inputs and positions) with a constant mean."""
-        return False
+        return self.level is not None
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -71,8 +76,8 @@ class Known(Field):
         return first if bool((self.data == first).all()) else None
 
     @property
-    def gaussian(self) -> bool:
-        return self.constant is not None
+    def level(self) -> float | None:
+        return self.constant
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,8 @@ class Affine(Field):
     layer: Layer = field(default_factory=lambda: Layer("", 1.0, 0.0, 0.0, (1.0, 0.0)))
 
     @property
-    def gaussian(self) -> bool:
-        return True
+    def level(self) -> float | None:
+        return self.layer.bias_mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +140,8 @@ class Leaf(Field):
     gap: Tensor | None = None
 
     @property
-    def gaussian(self) -> bool:
-        return True
+    def level(self) -> float | None:
+        return self.mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,8 +151,8 @@ class Sliced(Field):
     arg: Field = field(default_factory=lambda: Field(()))
 
     @property
-    def gaussian(self) -> bool:
-        return self.arg.gaussian
+    def level(self) -> float | None:
+        return self.arg.level
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,8 +170,9 @@ class Sum(Field):
     terms: tuple[tuple[float, Field], ...] = ()
 
     @cached_property
-    def gaussian(self) -> bool:  # type: ignore[override]
-        return all(term.gaussian for _, term in self.terms)
+    def level(self) -> float | None:  # type: ignore[override]
+        levels = [(weight, term.level) for weight, term in self.terms]
+        return sum(w * x for w, x in levels if x is not None) if all(x is not None for _, x in levels) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,10 +182,12 @@ class Product(Field):
     left: Field = field(default_factory=lambda: Field(()))
     right: Field = field(default_factory=lambda: Field(()))
 
-    @property
-    def gaussian(self) -> bool:
-        sides = (self.left, self.right)
-        return all(s.gaussian for s in sides) and any(isinstance(s, Known) for s in sides)
+    @cached_property
+    def level(self) -> float | None:  # type: ignore[override]
+        one, two = self.left.level, self.right.level
+        if one is None or two is None or not any(isinstance(s, Known) for s in (self.left, self.right)):
+            return None
+        return one * two
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,9 +197,10 @@ class Moved(Field):
     arg: Field = field(default_factory=lambda: Field(()))
     op: PlaceMap = None  # type: ignore[assignment]
 
-    @property
-    def gaussian(self) -> bool:
-        return self.arg.gaussian
+    @cached_property
+    def level(self) -> float | None:  # type: ignore[override]
+        level = self.arg.level
+        return level if not level or self.op.keeps_constants else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,8 +212,13 @@ class Located(Field):
     shift: Tensor = field(default_factory=lambda: torch.zeros(1))
 
     @cached_property
-    def gaussian(self) -> bool:  # type: ignore[override]
-        return self.arg.gaussian and bool((self.shift == self.shift.reshape(-1)[0]).all())
+    def level(self) -> float | None:  # type: ignore[override]
+        level = self.arg.level
+        if level is None:
+            return None
+        means = self.shift + level * self.gain if level else self.shift
+        first = means.reshape(-1)[0]
+        return float(first) if bool((means == first).all()) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,8 +237,9 @@ class Joined(Field):
     axis: int = 0
 
     @cached_property
-    def gaussian(self) -> bool:  # type: ignore[override]
-        return all(arg.gaussian for arg in self.args)
+    def level(self) -> float | None:  # type: ignore[override]
+        levels = {arg.level for arg in self.args}
+        return levels.pop() if len(levels) == 1 else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,6 +41,7 @@ class JointDraws:
     def __init__(self, engine: Engine, seed: int) -> None:
         self.engine, self.seed = engine, seed
         self.count = MOST_DRAWS
+        self.channels = 1  # of the inputs: as many draws as give every one of them the same weight
         self._fields: weakref.WeakKeyDictionary[Field, tuple[Tensor, Tensor | None]] = weakref.WeakKeyDictionary()
         self._leaves: list[Field] = []
         self._masks: dict[str, Tensor] = {}
@@ -65,7 +66,7 @@ class JointDraws:
     def standard_error(self, u: Field) -> float:
         """Relative standard error of the mean q value, from blocks of the draws."""
         x = self.of(u)[0]
-        blocks = x.square().reshape(_BLOCKS, -1).mean(1)
+        blocks = x[: len(x) // _BLOCKS * _BLOCKS].square().reshape(_BLOCKS, -1).mean(1)
         return float(blocks.std() / (_BLOCKS**0.5 * blocks.mean().clamp_min(1e-300)))
 
     def of(self, u: Field) -> tuple[Tensor, Tensor | None]:
@@ -82,6 +83,7 @@ class JointDraws:
         if not self._fields:
             while self.count > 512 and self.count * numbers > _MOST_NUMBERS:
                 self.count //= 2
+            self.count -= self.count % self.channels if self.channels <= self.count else 0
         if self.count * numbers > 8 * _MOST_NUMBERS:
             raise InputError(
                 f"joint draws of {numbers} numbers at a time do not fit in memory",
@@ -136,9 +138,10 @@ class JointDraws:
         return torch.Generator().manual_seed(1_000_003 * self.seed + self._streams)
 
     def _known(self, u: f.Known) -> tuple[Tensor, Tensor | None]:
-        """Channels in turn (the same ones of every known tensor), all equally often."""
+        """Channels in turn (the same ones of every known tensor), all equally often; evenly spread if too many."""
         inputs, channels = self.engine.rows.inputs, u.data.shape[1]
-        chosen = torch.arange(self.count) % channels
+        turn = torch.arange(self.count)
+        chosen = turn % channels if channels <= self.count else turn * channels // self.count
         value = u.data[:, chosen].transpose(0, 1).expand(-1, inputs, *u.places)
         if not self.engine.with_ntk:
             return value, None

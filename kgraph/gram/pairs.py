@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kgraph.errors import RuleError
 from kgraph.gram import field as f
 from kgraph.gram.block import Block, nothing
 from kgraph.gram.field import Field
@@ -93,14 +94,20 @@ def sliced_block(engine: Engine, u: f.Sliced, v: f.Sliced) -> Block:
     return engine.pair(u.arg, v.arg) if mine == theirs else engine.outer_means(u, v)
 
 
-def affine_block(engine: Engine, u: f.Affine, v: f.Affine) -> Block | None:
+def affine_block(engine: Engine, u: f.Affine, v: f.Affine) -> Block:
     one, two = u.layer, v.layer
     if one.root != two.root:
         return engine.outer_means(u, v)
     same = (one.geometry is None and two.geometry is None) or (
         one.geometry is not None and two.geometry is not None and one.geometry.key == two.geometry.key
     )
-    return _through_layer(engine, engine.pair(u.arg, v.arg), u, v) if same else None
+    if not same:
+        raise RuleError(
+            f"the convolution {one.root!r} is used with several strides, paddings, dilations or output sizes, and what "
+            "they give is compared",
+            hint="There is no rule for the kernel between them; kgraph.analyze does not need it",
+        )
+    return _through_layer(engine, engine.pair(u.arg, v.arg), u, v)
 
 
 def both_joined_block(engine: Engine, u: f.Joined, v: f.Joined) -> Block:

@@ -33,6 +33,11 @@ class Gather:
     def _holes(self) -> bool:
         return bool((self.index < 0).any())
 
+    @property
+    def keeps_constants(self) -> bool:
+        """Whether a field that is one number everywhere stays it."""
+        return not self._holes
+
     def apply(self, x: Tensor, start: int) -> Tensor:
         dim = start + self.axis
         if self.drop:
@@ -64,6 +69,11 @@ class Mix:
         kept = () if self.drop else (len(self.matrix),)
         return (*places[: self.axis], *kept, *places[self.axis + 1 :])
 
+    @cached_property
+    def keeps_constants(self) -> bool:
+        sums = self.matrix.double().sum(1)
+        return bool((sums - 1).abs().max() < 1e-12)
+
     def apply(self, x: Tensor, start: int) -> Tensor:
         dim = start + self.axis
         matrix = self.matrix.to(x)
@@ -86,6 +96,7 @@ class Relabel:
     view: Places
     order: tuple[int, ...]
     mixes = False
+    keeps_constants = True
 
     def places(self, places: Places) -> Places:
         return tuple(self.view[i] for i in self.order)
@@ -110,6 +121,7 @@ class Insert:
     axis: int
     size: int
     mixes = False
+    keeps_constants = True
 
     def places(self, places: Places) -> Places:
         return (*places[: self.axis], self.size, *places[self.axis :])

@@ -16,6 +16,7 @@ from kgraph.capture import Graph
 from kgraph.gram import field as f
 from kgraph.gram.engine import Engine
 from kgraph.gram.rules import Context, find_rule, sample, unary
+from kgraph.gram.rules.table import untransposed
 from kgraph.gram.value import Axis, CannotFollow, Value
 from kgraph.propagate import TOKEN_VIEWS, channel_dim
 from kgraph.roots import Root
@@ -85,7 +86,9 @@ class Walk:
 
     def _placeholder(self, node: fx.Node, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
-            return known_input(node, value)
+            known = known_input(node, value)
+            self.engine.draws.channels = max(self.engine.draws.channels, known.channels)
+            return known
         if isinstance(value, Tensor):
             self.tokens.add(node)
         return value
@@ -173,8 +176,10 @@ def _uses(graph: fx.Graph) -> Counter[str]:
     """How many operations read each parameter."""
     count: Counter[str] = Counter()
     for node in graph.nodes:
-        if node.op == "get_attr":
-            count[str(node.target)] += len(node.users)
+        base, _ = untransposed(node)
+        name = str(base.target) if base.op == "get_attr" else base.name
+        readers = [user for user in node.users if untransposed(user)[0] is not base]
+        count[name] += len(readers)
     return count
 
 

@@ -69,8 +69,9 @@ def layer_output(context: Context, u: Field, layer: Layer, places: tuple[int, ..
     if context.uses[layer.root] > 1:
         return output
     engine = context.engine
+    block = engine.pair(output, output)
     gap = engine.gaps.gap(output, output) if engine.gaps is not None else None
-    return Leaf(places, roots, engine.how(output), engine.pair(output, output), layer.bias_mean, gap)
+    return Leaf(places, roots, engine.how(output), block, layer.bias_mean, gap)  # how: known once the block is
 
 
 def make_layer(
@@ -90,9 +91,13 @@ def make_layer(
     return Layer(names[0], sw2, sb2, mean, own, geometry)
 
 
-def _linear(context: Context, x: Value, weight: Tensor, bias: Tensor | None, out: int, at: tuple[int, int]) -> Value:
+def _linear(
+    context: Context, x: Value, weight: Tensor, bias: Tensor | None, out: int, at: tuple[int, int], along: int
+) -> Value:
+    """``along``: the dimension of the weight that is summed over; ``at``: arguments that are weight and bias."""
     u, axes = contracted(x, [len(x.axes) - 1])
     names = (context.name(at[0]), context.name(at[1]))
+    context.read_one_way(at[0], along)
     layer = make_layer(context, names, weight, bias, weight.numel() // max(out, 1))
     result = layer_output(context, u, layer, u.places)
     return Value(((out, result),), (*axes[:-1], (("c", out),) if out > 1 else ()))
@@ -100,21 +105,21 @@ def _linear(context: Context, x: Value, weight: Tensor, bias: Tensor | None, out
 
 @rule(aten.linear.default)
 def linear(context: Context, x: Value, weight: Tensor, bias: Tensor | None = None) -> Value:
-    return _linear(context, x, weight, bias, weight.shape[0], (1, 2))
+    return _linear(context, x, weight, bias, weight.shape[0], (1, 2), 1)
 
 
 @rule(aten.addmm.default)
 def addmm(context: Context, bias: Tensor, x: Value, weight: Tensor, **scales: float) -> Value:
     if scales or not isinstance(x, Value) or not isinstance(weight, Tensor):
         raise CannotFollow("a scaled addmm")
-    return _linear(context, x, weight, bias, weight.shape[1], (2, 0))
+    return _linear(context, x, weight, bias, weight.shape[1], (2, 0), 0)
 
 
 def weight_product(context: Context, x: Value, weight: Tensor) -> Value:
     """``x @ weight`` with a known matrix."""
     if weight.ndim != 2:
         raise CannotFollow("a product with a known tensor that is no matrix")
-    return _linear(context, x, weight, None, weight.shape[1], (1, 99))
+    return _linear(context, x, weight, None, weight.shape[1], (1, 99), 0)
 
 
 def each_axis(value: int | Sequence[int], dims: int) -> list[int]:
@@ -160,6 +165,7 @@ def _convolve(
     transposed: bool = False,
 ) -> Value:
     dims = weight.ndim - 2
+    context.read_one_way(1, int(not transposed))
     stride, dilation = each_axis(options[0], dims), each_axis(options[2], dims)
     padding = _paddings(options[1], weight.shape[2:], dilation)
     x = _with_axes(x, dims)

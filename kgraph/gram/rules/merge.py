@@ -46,6 +46,8 @@ def times(u: Field, v: Field) -> Field:
     two, other = as_function(v)
     if base is other:
         return mapped(_product_of(one, two), base)
+    if isinstance(u, f.Known):  # known factors stand on the right
+        u, v = v, u
     return f.Product(u.places, u.roots | v.roots, u.how | v.how, u, v)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kgraph.gram.joint import NeedsAllPairs
 from kgraph.gram.rules.table import Context
 from kgraph.gram.value import Axes, Axis, Value, roles, size_of
 
@@ -63,6 +64,10 @@ def result_axes(context: Context, call: Call, values: list[Value]) -> Axes:
             return axes
     for axes in _of_operands(values, tuple(probe.shape)):
         if _confined(moved["c"], axes, "c"):  # inputs are mixed, and stay apart: joint draws hold all of them
+            if not context.engine.rows.complete:
+                raise NeedsAllPairs
+            if len(context.engine.rows.batches) > 1:
+                raise context.error("its result mixes inputs, and x1 and x2 are two batches of them", "Pass x1 alone")
             return axes
     raise context.error("no exact kernel rule, and its result mixes channels or inputs", "Use kgraph.analyze")
 

@@ -71,17 +71,14 @@ class _Run:
 
     def __call__(self, *draws: Tensor) -> Tensor:
         channels = size_of(tuple(t for axis in self.operands[0] for t in axis if t[0] == "c"))
-        rounds = max(1, len(draws[0]) // channels)
+        count = len(draws[0])
+        turn = torch.arange(-(-count // channels) * channels)
+        turn[count:] = turn[count:] % channels % count  # the last round is filled up with the first draws
         outputs = []
-        for at in range(rounds):
-            tensors = [
-                as_tensor(x[at * channels : (at + 1) * channels], axes)
-                for x, axes in zip(draws, self.operands, strict=True)
-            ]
+        for chosen in turn.split(channels):
+            tensors = [as_tensor(x[chosen], axes) for x, axes in zip(draws, self.operands, strict=True)]
             outputs.append(as_draws(self.call(*tensors), self.result))
-        result = torch.cat(outputs)
-        missing = len(draws[0]) - len(result)
-        return result if missing <= 0 else torch.cat([result, result[:missing]])
+        return torch.cat(outputs)[:count]
 
 
 def _double(value: Any) -> Any:

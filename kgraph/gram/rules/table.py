@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from kgraph.canonical import aten
 from kgraph.errors import RuleError
 from kgraph.gram.engine import Engine
 from kgraph.gram.value import Value
@@ -49,8 +50,25 @@ class Context:
         """Name of the parameter (or node) behind argument ``index``."""
         argument = self.node.args[index] if index < len(self.node.args) else None
         if isinstance(argument, fx.Node):
+            argument, _ = untransposed(argument)
             return self.parameter(argument) or argument.name
         return self.node.name
+
+    def read_one_way(self, index: int, along: int) -> None:
+        """Note that a layer sums over dimension ``along`` of the weight that is argument ``index``.
+
+        Raises:
+            RuleError: another layer sums over the other one: W and its transpose are not independent, and what
+                they do to each other's outputs is no function of kernels.
+        """
+        argument = self.node.args[index] if index < len(self.node.args) else None
+        turned = isinstance(argument, fx.Node) and untransposed(argument)[1]
+        name, way = self.name(index), along ^ turned
+        if self.engine.ways.setdefault(name, way) != way:
+            raise self.error(
+                f"{name!r} is used as it is and transposed: the two are not independent, and there is no rule for it",
+                "Give the layers weights of their own",
+            )
 
     def trained(self, name: str) -> bool:
         """Whether a tensor of the module is a parameter."""
@@ -59,6 +77,24 @@ class Context:
 
     def error(self, what: str, hint: str = "") -> RuleError:
         return RuleError(what, node=self.node.name, source=site_of(self.node).source, hint=hint)
+
+
+_TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.mT.default)
+
+
+def untransposed(node: fx.Node) -> tuple[fx.Node, bool]:
+    """The matrix that a node is a transpose of (or the node itself), and whether it is turned."""
+    turned = False
+    while node.op == "call_function" and node.target in _TRANSPOSES:
+        before, *how = node.args
+        value = before.meta.get("val") if isinstance(before, fx.Node) else None
+        if not isinstance(before, fx.Node) or not isinstance(value, Tensor) or value.ndim != 2:
+            break
+        permuted = node.target is aten.permute.default
+        one, two = (int(dim) % 2 for dim in (how[0] if permuted else how or (0, 1)))  # type: ignore[union-attr, arg-type]
+        turned ^= (one, two) == (1, 0) if permuted else one != two
+        node = before
+    return node, turned
 
 
 def rule(*targets: object) -> Callable[[Rule], Rule]:
