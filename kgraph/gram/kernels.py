@@ -12,12 +12,14 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from kgraph.capture import Graph, capture, check_model
+from kgraph.checks import with_values
 from kgraph.errors import InputError
 from kgraph.gram.block import Block
 from kgraph.gram.engine import Engine
 from kgraph.gram.exchangeable import Exchangeable
 from kgraph.gram.joint import NeedsAllPairs
 from kgraph.gram.layout import Diagonal, Full, Layout, NeedsFull
+from kgraph.gram.options import check_by_parameter, check_choice, check_memory, check_nodes
 from kgraph.gram.read import gram_of
 from kgraph.gram.result import Kernels, NodeGram
 from kgraph.gram.rows import Rows
@@ -92,13 +94,17 @@ def kernels(
         ModelError, InputError, CaptureError, RuleError: see `kgraph.errors`. InputError too where the matrix is over
             ``memory_gib`` and needs all inputs at once (batch statistics, joint draws).
     """
-    _check("parametrization", parametrization, ("standard", "ntk"))
-    _check("positions", positions, tuple(LAYOUTS))
+    check_choice("parametrization", parametrization, ("standard", "ntk"))
+    check_choice("positions", positions, tuple(LAYOUTS))
+    check_nodes(nodes)
+    check_memory(memory_gib)
     first, n1 = batched_inputs(x1)
     second, n2 = batched_inputs(x2) if x2 is not None else (None, n1)
     graph = model if isinstance(model, Graph) else _captured(model, first)
     mode = mode or ("train" if graph.root.training else "eval")
-    _check("mode", mode, ("train", "eval"))
+    check_choice("mode", mode, ("train", "eval"))
+    check_by_parameter("variances", variances or {}, graph)
+    check_by_parameter("multipliers", multipliers or {}, graph)
     inputs, rows = _joined(first, second, n1, n2)
     options = Options(mode, variances or {}, multipliers or {})
     request = _Request(graph, inputs, options, parametrization, with_ntk, nodes, seed, memory_gib)
@@ -120,11 +126,6 @@ def ntk(model: nn.Module | Graph, x1: Any, x2: Any = None, parametrization: str 
     return result
 
 
-def _check(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(f"{name} is {value!r}", hint=f"Choose one of {', '.join(known)}")
-
-
 def _arguments(x: Any) -> Inputs:
     if isinstance(x, Tensor):
         return Inputs((x,), {})
@@ -140,11 +141,14 @@ def batched_inputs(x: Any) -> tuple[Inputs, int]:
     sizes = {leaf.shape[0] for leaf in pytree.tree_leaves(tuple(inputs)) if isinstance(leaf, Tensor) and leaf.ndim}
     if len(sizes) != 1:
         raise InputError("the inputs have no common first dimension", hint="Pass tensors with one row an input")
+    if 0 in sizes:
+        raise InputError("there are no inputs: the first dimension is 0", hint="Pass at least one")
     return inputs, sizes.pop()
 
 
 def _captured(model: nn.Module, inputs: Inputs) -> Graph:
-    model = _on_cpu(check_model(model))
+    with_values(check_model(model))
+    model = _on_cpu(model)
     reference = next((p for p in model.parameters() if p.is_floating_point()), None)
 
     def example(value: Any) -> Any:
@@ -174,6 +178,9 @@ def _joined(first: Inputs, second: Inputs | None, n1: int, n2: int) -> tuple[lis
             return leaves, Rows.square(n1)
         return [torch.cat([x, x]) if isinstance(x, Tensor) else x for x in leaves], Rows.square(2)
     others = pytree.tree_leaves(tuple(second))
+    shapes = [[tuple(x.shape[1:]) for x in given if isinstance(x, Tensor)] for given in (leaves, others)]
+    if len(leaves) != len(others) or shapes[0] != shapes[1]:
+        raise InputError(f"x1 and x2 differ: {shapes[0]} against {shapes[1]} an input", hint="Pass inputs of one shape")
     both = [torch.cat([x, y]) if isinstance(x, Tensor) else x for x, y in zip(leaves, others, strict=True)]
     return both, Rows.cross(n1, n2)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
+from scipy.special import ndtr, stdtrit
 from torch import Tensor, fx
 
 from kgraph.canonical import aten
@@ -60,12 +62,21 @@ def bias_moments(bias: Tensor | None) -> tuple[float, float]:
 def real_mean(x: Tensor) -> float:
     """E[x], taken as 0 where it differs from it by no more than sampling noise (five standard errors).
 
-    A bias drawn around 0 has a mean of its size over sqrt(n); as a shift it would cost every closed form after it.
+    A bias drawn around 0 has a mean of its size over sqrt(n); as a shift it would cost every closed form after it. The
+    standard error is that of the entries' own spread, by Student's law where they are few; one entry alone is noise.
     """
     values = x.detach().double()
+    if values.numel() < 2:
+        return 0.0
     mean = values.mean()
-    noise = 5 * values.square().mean().sqrt() / math.sqrt(max(values.numel(), 1))
+    noise = _five_sigma(values.numel() - 1) * values.std() / math.sqrt(values.numel())
     return float(mean) if bool(mean.abs() > noise) else 0.0
+
+
+@lru_cache
+def _five_sigma(freedom: int) -> float:
+    """Quantile of Student's law that a normal variable's five standard deviations are."""
+    return float(stdtrit(freedom, ndtr(5.0)))
 
 
 def affine_part(context: Context, part: Part, layer: Affine, size: int) -> Part:

@@ -1,0 +1,54 @@
+"""Checks of what a caller of `kernels` asks for: wrong names and numbers are refused before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor
+
+from kgraph.capture import Graph
+from kgraph.errors import InputError
+
+
+def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    """One of a few words."""
+    if value not in known:
+        raise InputError(f"{name} is {value!r}", hint=f"Choose one of {', '.join(known)}")
+
+
+def check_nodes(nodes: object) -> None:
+    """Names of nodes, or "all"."""
+    if nodes == "all" or (
+        isinstance(nodes, Sequence) and not isinstance(nodes, str) and all(isinstance(name, str) for name in nodes)
+    ):
+        return
+    raise InputError(f"nodes is {nodes!r}", hint='Pass a list of node names, or "all"')
+
+
+def check_memory(memory_gib: object) -> None:
+    """A positive number."""
+    if not isinstance(memory_gib, (int, float)) or isinstance(memory_gib, bool) or not memory_gib > 0:
+        raise InputError(f"memory_gib is {memory_gib!r}", hint="Pass a number of GiB above 0")
+
+
+def check_by_parameter(name: str, values: object, graph: Graph) -> None:
+    """Non-negative numbers (or 0-d tensors) by names of the model's parameters."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{name} is a {type(values).__name__}", hint="Pass a dict of numbers by parameter name")
+    known = [parameter for parameter, _ in graph.root.named_parameters(remove_duplicate=False)]
+    known += [buffer for buffer, _ in graph.root.named_buffers(remove_duplicate=False)]
+    for key, value in values.items():
+        if key not in known:
+            near = get_close_matches(str(key), known, n=3, cutoff=0.4) or known[:3]
+            raise InputError(f"{name} names {key!r}, which is no parameter", hint=f"Such as {', '.join(near)}")
+        if not _is_size(value):
+            raise InputError(f"{name}[{key!r}] is {value!r}", hint="Pass a finite number of at least 0")
+
+
+def _is_size(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and bool(value.isfinite().all()) and float(value.detach()) >= 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
