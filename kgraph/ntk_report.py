@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kgraph.capture import Graph, capture
 from kgraph.errors import InputError
 from kgraph.gram import Kernels, kernels
+from kgraph.gram.tiles import Bar
 
 Run = Callable[[Mapping[str, float | Tensor]], Kernels]
 
@@ -138,9 +139,10 @@ def _parts_by_gradient(run: Run, multipliers: dict[str, float]) -> dict[str, flo
 def _parts_by_runs(run: Run, multipliers: dict[str, float]) -> dict[str, float]:
     """One propagation a parameter, all other multipliers 0: where draws stand between, a gradient does not exist."""
     parts = {}
-    for name, own in multipliers.items():
-        alone = {other: own if other == name else 0.0 for other in multipliers}
-        parts[name] = float(_positions_averaged(run(alone)).diagonal().mean())
+    with Bar(list(multipliers.items()), "NTK by layer") as bar:
+        for name, own in bar:
+            alone = {other: own if other == name else 0.0 for other in multipliers}
+            parts[name] = float(_positions_averaged(run(alone)).diagonal().mean())
     return parts
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from rich.console import Console
@@ -25,6 +25,7 @@ LIVE_BLOCKS = 4
 """Blocks of the largest size alive at once: what an operation reads and writes, a shortcut, and a temporary."""
 _LAYERS = ("aten.conv", "aten.linear", "aten.addmm", "aten.embedding")
 Range = tuple[int, int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -141,24 +142,24 @@ def _turned(x: Tensor, axes: int) -> Tensor:
     return x.permute(1, 0, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
 
 
-class Bar:
-    """Goes through tiles; after a second a progress bar appears on a terminal."""
+class Bar(Generic[T]):
+    """Goes through pieces of work; after a second a progress bar appears on a terminal."""
 
-    def __init__(self, tiles: list[Tile]) -> None:
-        self.tiles = tiles
+    def __init__(self, pieces: list[T], what: str = "Gram matrix") -> None:
+        self.pieces, self.what = pieces, what
         self.bar = Progress(console=Console(stderr=True), transient=True)
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> Bar[T]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
         self.bar.stop()
 
-    def __iter__(self) -> Iterator[Tile]:
-        task = self.bar.add_task("Gram matrix", total=len(self.tiles))
+    def __iter__(self) -> Iterator[T]:
+        task = self.bar.add_task(self.what, total=len(self.pieces))
         start = time.monotonic()
-        for tile in self.tiles:
-            yield tile
+        for piece in self.pieces:
+            yield piece
             self.bar.advance(task)
             if time.monotonic() - start > 1 and self.bar.console.is_terminal and not self.bar.live.is_started:
                 self.bar.start()
