@@ -269,3 +269,20 @@ def test_stationary_is_not_exact_at_borders() -> None:
     model, x = linear_after(conv(mode="reflect")), shifts()
     full, found = (kgraph.nngp(model, x, positions=positions) for positions in ("full", "stationary"))
     assert float((found / full - 1).abs().max()) > 1e-3
+
+
+def test_weights_that_are_functions_of_one_another_are_refused() -> None:
+    """2 W beside W is not independent of it; parts of one parameter are independent of each other."""
+
+    def both(m: Net, x: Tensor) -> Tensor:
+        return m.a(x) + nn.functional.linear(x, 2 * m.a.weight)
+
+    def parts(m: Net, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, m.a.weight[:8]) + nn.functional.linear(x, m.a.weight[8:])
+
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(RuleError, match=r"'a.weight' is behind two weights"):
+        kgraph.nngp(Net(both, a=nn.Linear(8, 16)).double(), x)
+    model = Net(parts, a=nn.Linear(8, 16, bias=False)).double()
+    sw2 = sum(8 * float(half.detach().square().mean()) for half in model.a.weight.chunk(2))
+    torch.testing.assert_close(kgraph.nngp(model, x), sw2 * x @ x.T / 8)

@@ -60,6 +60,7 @@ class Engine:
         self.draws = JointDraws(self, seed)
         self.gaps = Gaps(self) if layout.name == "diagonal" else None
         self.ways: dict[str, int] = {}  # the dimension that layers sum a weight over, by its name
+        self.made_of: dict[str, str] = {}  # the weight that a parameter is behind, by their names
         self._blocks: weakref.WeakKeyDictionary[Field, weakref.WeakKeyDictionary[Field, Block]]
         self._blocks = weakref.WeakKeyDictionary()
         self._means: weakref.WeakKeyDictionary[Field, Tensor] = weakref.WeakKeyDictionary()

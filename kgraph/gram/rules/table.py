@@ -69,6 +69,13 @@ class Context:
                 f"{name!r} is used as it is and transposed: the two are not independent, and there is no rule for it",
                 "Give the layers weights of their own",
             )
+        for base in _made_of(argument) if isinstance(argument, fx.Node) else ():
+            if self.engine.made_of.setdefault(base, name) != name:
+                raise self.error(
+                    f"{base!r} is behind two weights, {self.engine.made_of[base]!r} and {name!r}: there is no rule for "
+                    "layers whose weights are functions of one another",
+                    "Compute the weight once, or give the layers weights of their own",
+                )
 
     def trained(self, name: str) -> bool:
         """Whether a tensor of the module is a parameter."""
@@ -80,6 +87,29 @@ class Context:
 
 
 _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.mT.default)
+
+
+_CUTS = (aten.slice.Tensor, aten.select.int, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
+
+
+def _made_of(weight: fx.Node) -> list[str]:
+    """Parameters of a weight's size that it is computed from entry by entry; parts of one are independent."""
+    size = _entries(weight)
+    found, queue, seen = [], [weight], {weight}
+    while queue:
+        node = queue.pop()
+        if node.op == "get_attr" and _entries(node) == size:
+            found.append(str(node.target))
+        if node.target not in _CUTS:
+            new = [n for n in node.all_input_nodes if n not in seen]
+            seen.update(new)
+            queue += new
+    return found
+
+
+def _entries(node: fx.Node) -> int | None:
+    value = node.meta.get("val")
+    return value.numel() if isinstance(value, Tensor) else None
 
 
 def untransposed(node: fx.Node) -> tuple[fx.Node, bool]:
