@@ -7,7 +7,7 @@ Three variants, none with skip connections: ``kgraph.transform(model, method="ta
 He initialization and no normalization; relus with BatchNorm.
 
 Test accuracy after 120 steps, seed 0 (torch 2.13, CPU, two threads, about a minute a network if idle):
-transformed 94.2 %, He initialization 80.4 %, BatchNorm 10.4 %.
+transformed 94.4 %, He initialization 80.4 %, BatchNorm 10.4 %.
 """
 
 from __future__ import annotations

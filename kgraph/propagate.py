@@ -173,7 +173,7 @@ class _Walk:
             args, kwargs = self.unallocated.filled(node, self.values)
             return find_rule(target)(self._context(node), *args, **kwargs)  # type: ignore[misc]
         if not _random(args, kwargs):
-            return self._known(node, target, args, kwargs)
+            return known_result(node, args, kwargs, self.tokens)
         args, kwargs = self.unallocated.filled(node, self.values)
         context = self._context(node)
         rule = find_rule(target)
@@ -183,18 +183,6 @@ class _Walk:
             return unary(context, target, args, kwargs)
         return context.sample()
 
-    def _known(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:
-        """Nothing random comes in: compute the value itself (but never advance the user's buffers)."""
-        if any(n in self.tokens for n in node.all_input_nodes) and target in TOKEN_VIEWS:
-            self.tokens.add(node)
-        schema = getattr(target, "_schema", None)
-        first = node.args[0] if node.args else None
-        if schema is not None and schema.is_mutable and isinstance(first, fx.Node) and first.op == "get_attr":
-            return args[0]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            return target(*args, **kwargs)
-
     def _reads_tokens(self, node: fx.Node) -> bool:
         return any(n in self.tokens for n in node.all_input_nodes)
 
@@ -203,6 +191,20 @@ class _Walk:
 
     def _context(self, node: fx.Node) -> Context:
         return Context(node, self.mode, self.pairs, self.parametrization, lambda: self.sampler.sample(node))
+
+
+def known_result(node: fx.Node, args: Any, kwargs: Any, tokens: set[fx.Node]) -> Any:
+    """Value of a function of known values; the user's buffers are never advanced, and views of tokens are tokens."""
+    target: Any = node.target
+    if any(n in tokens for n in node.all_input_nodes) and target in TOKEN_VIEWS:
+        tokens.add(node)
+    schema = getattr(target, "_schema", None)
+    first = node.args[0] if node.args else None
+    if schema is not None and schema.is_mutable and isinstance(first, fx.Node) and first.op == "get_attr":
+        return args[0]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return target(*args, **kwargs)
 
 
 def _random(args: Any, kwargs: Any) -> bool:

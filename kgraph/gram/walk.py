@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -18,7 +17,7 @@ from kgraph.gram.engine import Engine
 from kgraph.gram.rules import Context, find_rule, sample, unary
 from kgraph.gram.rules.table import untransposed
 from kgraph.gram.value import Axis, CannotFollow, Value
-from kgraph.propagate import TOKEN_VIEWS, channel_dim
+from kgraph.propagate import channel_dim, known_result
 from kgraph.roots import Root
 from kgraph.rules.pointwise import is_pointwise
 
@@ -113,7 +112,7 @@ class Walk:
         if target is aten.embedding.default and any(n in self.tokens for n in node.all_input_nodes):
             return self._apply(node, find_rule(target), args, kwargs)
         if not _random(args, kwargs):
-            return self._known(node, target, args, kwargs)
+            return known_result(node, args, kwargs, self.tokens)
         rule = find_rule(target)
         if rule is None and is_pointwise(target) and _one_random(args, kwargs):
             return unary(target, args, kwargs)
@@ -135,18 +134,6 @@ class Walk:
             return rule(context, *args, **kwargs)
         except CannotFollow as reason:
             return sample(context, args, kwargs, str(reason))
-
-    def _known(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:
-        """Nothing random comes in: compute the value itself (but never advance the user's buffers)."""
-        if any(n in self.tokens for n in node.all_input_nodes) and target in TOKEN_VIEWS:
-            self.tokens.add(node)
-        schema = getattr(target, "_schema", None)
-        first = node.args[0] if node.args else None
-        if schema is not None and schema.is_mutable and isinstance(first, fx.Node) and first.op == "get_attr":
-            return args[0]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            return target(*args, **kwargs)
 
 
 def known_input(node: fx.Node, x: Tensor) -> Value:

@@ -1,18 +1,19 @@
-"""What the reports of predicted and of measured fluctuations share: scales, the choice of rows, text and HTML."""
+"""What reports by layer share: how they print, the choice of rows, text and HTML; and scales of fluctuations."""
 
 from __future__ import annotations
 
 import html
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
-from rich.console import RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from kgraph.report.numbers import short
-from kgraph.report.table import to_text
+from kgraph.report.table import PLAIN_WIDTH, to_text
 
 SCALES: dict[str, tuple[int, int]] = {
     "V": (2, 0),
@@ -26,6 +27,27 @@ SCALES: dict[str, tuple[int, int]] = {
 """Powers of K and of Theta that make each tensor a pure number: V/K^2, D/(K Theta), ..., Q/Theta^2."""
 MOST_ROWS = 24
 _ROUNDING = 1e-12
+
+
+class LayerReport(ABC):
+    """A report of lines and a table of layers: prints as text, in rich and in notebooks."""
+
+    @abstractmethod
+    def _parts(self, width: int, all_nodes: bool) -> list[RenderableType]:
+        """What is printed, top to bottom; ``all_nodes`` lists every layer of a deep network."""
+
+    def text(self, *, width: int = PLAIN_WIDTH, all_nodes: bool = False) -> str:
+        """What `print` shows; ``all_nodes`` lists every layer of a deep network."""
+        return to_text(self._parts(width, all_nodes), width)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self._parts(options.max_width, False)
+
+    def _repr_html_(self) -> str:
+        return as_html(self._parts(PLAIN_WIDTH, False), PLAIN_WIDTH)
 
 
 def unit(name: str, K: float, Theta: float) -> float:

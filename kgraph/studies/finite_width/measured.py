@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from kgraph.capture import Graph, capture
 from kgraph.errors import InputError
 from kgraph.report.numbers import count, elide, short
-from kgraph.report.table import PLAIN_WIDTH, to_text
 from kgraph.studies.finite_width.chain import ChainLayer, Distribution
 from kgraph.studies.finite_width.draws import Progress, Sampler, derivatives_are_seen
 from kgraph.studies.finite_width.reader import read_chain
 from kgraph.studies.finite_width.report import Fluctuations, fluctuations
-from kgraph.studies.tables import SCALES, as_html, brief, head_of, shown, table_of
+from kgraph.studies.tables import SCALES, LayerReport, brief, head_of, shown, table_of
 
 Disagreement = tuple[str, str, float, float, float]
 _THIRD = {"R": "KR/nΘ³", "S": "KS/nΘ³", "T": "KT/nΘ³", "U": "KU/nΘ³"}
@@ -58,7 +57,7 @@ class MeasuredNode:
 
 
 @dataclass(frozen=True)
-class MeasuredFluctuations:
+class MeasuredFluctuations(LayerReport):
     """Result of `measure_fluctuations`; prints measured beside predicted.
 
     Attributes:
@@ -119,19 +118,6 @@ class MeasuredFluctuations:
             "notes": list(self.notes),
             "predicted": self.predicted.to_dict(),
         }
-
-    def text(self, *, width: int = PLAIN_WIDTH, all_nodes: bool = False) -> str:
-        """What `print` shows."""
-        return to_text(self._parts(width, all_nodes), width)
-
-    def __str__(self) -> str:
-        return self.text()
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from self._parts(options.max_width, False)
-
-    def _repr_html_(self) -> str:
-        return as_html(self._parts(PLAIN_WIDTH, False), PLAIN_WIDTH)
 
     def _parts(self, width: int, all_nodes: bool) -> list[RenderableType]:
         wrong = {d[:2] for d in self.disagreements()}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import RenderableType
 from rich.text import Text
 from torch import nn
 
@@ -16,7 +16,7 @@ from kgraph.capture import Graph, capture
 from kgraph.errors import InputError
 from kgraph.how import QUADRATURE, How, assumed
 from kgraph.report.numbers import count, elide, short
-from kgraph.report.table import HOW, PLAIN_WIDTH, to_text
+from kgraph.report.table import HOW
 from kgraph.studies.finite_width.chain import Chain, ChainLayer, Distribution, Law
 from kgraph.studies.finite_width.reader import read_chain
 from kgraph.studies.finite_width.recursion import (
@@ -27,7 +27,7 @@ from kgraph.studies.finite_width.recursion import (
     gaussian_moments,
     next_layer,
 )
-from kgraph.studies.tables import SCALES, as_html, brief, head_of, shown, table_of, unit
+from kgraph.studies.tables import SCALES, LayerReport, brief, head_of, shown, table_of, unit
 
 _ORDER = ("V", "F", "B", "D", "A", "P", "Q")
 
@@ -83,7 +83,7 @@ class NodeFluctuations:
 
 
 @dataclass(frozen=True)
-class Fluctuations:
+class Fluctuations(LayerReport):
     """Result of `fluctuations`; prints as a table.
 
     Attributes:
@@ -122,19 +122,6 @@ class Fluctuations:
         """All numbers as JSON-ready data, with `scaled` and `relative` of every node."""
         nodes = [asdict(n) | {"scaled": n.scaled, "relative": n.relative} for n in self.nodes]
         return asdict(self) | {"nodes": nodes, "notes": list(self.notes)}
-
-    def text(self, *, width: int = PLAIN_WIDTH, all_nodes: bool = False) -> str:
-        """What `print` shows; ``all_nodes`` lists every layer of a deep chain."""
-        return to_text(self._parts(width, all_nodes), width)
-
-    def __str__(self) -> str:
-        return self.text()
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from self._parts(options.max_width, False)
-
-    def _repr_html_(self) -> str:
-        return as_html(self._parts(PLAIN_WIDTH, False), PLAIN_WIDTH)
 
     def _parts(self, width: int, all_nodes: bool) -> list[RenderableType]:
         rows = shown(len(self.nodes), all_nodes)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import RenderableType
 from rich.text import Text
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
@@ -21,7 +21,6 @@ from kgraph.meanfield import JacobianMoments, Moments, depth_scale, fourier_mult
 from kgraph.nonlinear import Region, find_regions
 from kgraph.propagate import Propagation, propagate
 from kgraph.report.numbers import count, elide, short
-from kgraph.report.table import PLAIN_WIDTH, to_text
 from kgraph.rules.linear import mean_square
 from kgraph.site import shape_of, site_of
 from kgraph.studies.isometry.chain import (
@@ -35,7 +34,7 @@ from kgraph.studies.isometry.chain import (
     weight_of,
 )
 from kgraph.studies.isometry.measured import MeasuredJacobian, Segment, between, measure_jacobian
-from kgraph.studies.tables import as_html, shown, table_of
+from kgraph.studies.tables import LayerReport, shown, table_of
 
 _NEAR = 1e-3
 """|chi_1 - 1| below which chi_c = 2 - chi_1 in the chaotic phase: the c map's bend, to first order."""
@@ -75,7 +74,7 @@ class LayerIsometry:
 
 
 @dataclass(frozen=True)
-class Isometry:
+class Isometry(LayerReport):
     """Report on a network's dynamical isometry.
 
     Attributes:
@@ -111,19 +110,6 @@ class Isometry:
         """All numbers as JSON-ready data."""
         layers = [asdict(layer) | {"distance": layer.distance} for layer in self.layers]
         return asdict(self) | {"layers": layers, "notes": list(self.notes)}
-
-    def text(self, *, width: int = PLAIN_WIDTH, all_nodes: bool = False) -> str:
-        """What `print` shows; ``all_nodes`` lists every layer of a deep network."""
-        return to_text(self._parts(width, all_nodes), width)
-
-    def __str__(self) -> str:
-        return self.text()
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from self._parts(options.max_width, False)
-
-    def _repr_html_(self) -> str:
-        return as_html(self._parts(PLAIN_WIDTH, False), PLAIN_WIDTH)
 
     def _parts(self, width: int, all_nodes: bool) -> list[RenderableType]:
         rows = shown(len(self.layers), all_nodes)
