@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from kgraph.canonical import operation_name
 from kgraph.capture import Graph, check_model
 from kgraph.errors import InputError
-from kgraph.gram.kernels import NodeGram, _captured, batched_inputs, kernels
+from kgraph.gram.kernels import NodeGram, batched_inputs, captured, kernels
 from kgraph.node_moments import NodeMoments, cosine_of, measure, own_moments
 from kgraph.nonlinear import is_activation
 from kgraph.report.numbers import cosine, count, elide, short
@@ -179,12 +179,12 @@ def compare(
     check_model(model)
     if draws < 2:
         raise InputError(f"draws is {draws}", hint="A standard error needs at least 2")
-    x = pytree.tree_map(_double, x1)
+    x = pytree.tree_map(_double, x1)  # on the CPU: measuring goes through the captured graph
     inputs, n = batched_inputs(x)
     if n < 2:
         raise InputError("there is one input", hint="A cosine needs two")
-    own = copy.deepcopy(model).double()
-    graph = _captured(own, inputs)
+    own = copy.deepcopy(model).cpu().double()
+    graph = captured(own, inputs)
     predicted = kernels(graph, x, nodes="all", parametrization=parametrization, seed=seed)
     assert predicted.ntk is not None
     full = predicted.positions == "full"
@@ -200,7 +200,9 @@ def compare(
 
 
 def _double(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+    if not isinstance(x, Tensor):
+        return x
+    return x.cpu().double() if x.is_floating_point() else x.cpu()
 
 
 def _over_positions(x: Tensor, full: bool) -> Tensor:

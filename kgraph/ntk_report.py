@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from kgraph.capture import Graph, capture
+from kgraph.capture import Graph
 from kgraph.errors import InputError
 from kgraph.gram import Kernels, kernels
+from kgraph.gram.kernels import batched_inputs, captured
 from kgraph.gram.tiles import Bar
 
 Run = Callable[[Mapping[str, float | Tensor]], Kernels]
@@ -101,7 +102,7 @@ def ntk_report(
     Raises:
         InputError: the NTK of the model vanishes; and what `kgraph.kernels` raises.
     """
-    graph = model if isinstance(model, Graph) else capture(model, x)
+    graph = model if isinstance(model, Graph) else captured(model, batched_inputs(x)[0])
     given = dict.fromkeys((name for name, _ in graph.module.named_parameters(remove_duplicate=False)), 1.0)
     given |= multipliers or {}
 

@@ -55,16 +55,3 @@ def test_a_constant_bias_has_a_mean_and_a_drawn_one_has_none() -> None:
     drawn = [torch.empty(size).uniform_(-1, 1, generator=generator) for size in (2, 3, 5, 16, 64) for _ in range(200)]
     assert all(real_mean(bias) == 0.0 for bias in drawn)
     assert real_mean(1.0 + 0.1 * drawn[-1]) == pytest.approx(1.0, abs=0.05)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.gpu
-def test_a_model_on_a_gpu() -> None:
-    """Computed on the CPU, returned where the inputs are; the model stays where it is."""
-    own = model()
-    expected = kgraph.kernels(own, X)
-    found = kgraph.kernels(own.cuda(), X.cuda())
-    assert found.nngp.is_cuda and found.ntk is not None and found.ntk.is_cuda
-    assert all(parameter.is_cuda for parameter in own.parameters())
-    torch.testing.assert_close(found.nngp.cpu(), expected.nngp)
-    torch.testing.assert_close(found.ntk.cpu(), expected.ntk)

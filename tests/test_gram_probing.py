@@ -85,3 +85,29 @@ def test_a_product_of_inputs_with_inputs_is_refused() -> None:
     model = Net(lambda m, x: m.a((x @ x.T) @ x), a=dense(SAME, 16))
     with pytest.raises(RuleError, match="mixes channels or inputs"):
         kgraph.nngp(model.double(), torch.randn(5, SAME, dtype=torch.float64))
+
+
+def test_random_numbers_of_an_operation_come_from_the_seed() -> None:
+    """Alpha dropout has no rule: measured on draws, the same for the same seed, and the user's generator stays."""
+    model = torch.nn.Sequential(dense(SAME, 64), torch.nn.SELU(), torch.nn.AlphaDropout(0.3), dense(64, 64))
+    x = torch.randn(3, SAME)
+    before = torch.random.get_rng_state()
+    first, again = (kgraph.nngp(model, x, seed=1) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, kgraph.nngp(model, x, seed=2))
+
+
+def test_alpha_dropout_against_its_formula() -> None:
+    """y = a (m u + (1 - m) alpha') + b keeps mean 0 and variance 1 of a standard u; different inputs: E[y y'] = keep^2
+    a^2 E[u u'] for zero means, with a = (keep (1 + (1 - keep) alpha'^2))^(-1/2)."""
+    keep, alpha = 0.7, -1.7580993408473766
+    model = torch.nn.Sequential(dense(SAME, 64, bias=False), torch.nn.AlphaDropout(1 - keep))
+    x = torch.randn(3, SAME, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scale = SAME**0.5 / x.norm(dim=1, keepdim=True)
+    found = kgraph.kernels(model, x * scale, variances={"0.weight": 1.0 / SAME}, nodes="all")
+    plain = next(gram.nngp for name, gram in found.nodes.items() if name.startswith("linear"))
+    a = (keep * (1 + (1 - keep) * alpha**2)) ** -0.5
+    expected = torch.where(torch.eye(3, dtype=torch.bool), 1.0, keep**2 * a**2 * plain)
+    # 8192 draws: a product of two values of unit variance has a standard error of about sqrt(2 / 8192)
+    torch.testing.assert_close(found.nngp, expected, rtol=0, atol=4 * (2 / 8192) ** 0.5)

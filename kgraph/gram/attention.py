@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kgraph.gram import field as f
 from kgraph.gram.block import Block
+from kgraph.gram.device import normal
 from kgraph.gram.layout import NeedsFull
 from kgraph.gram.places import total_places
 
@@ -85,7 +86,7 @@ def scores_draws(draws: JointDraws, u: f.Scores, names: tuple[str, str]) -> Tens
     engine, shared = draws.engine, total_places(u.places[: u.shared])
     inputs = engine.rows.inputs
     q, k = (root(draws.matrix(t, t, name)[0]) for t, name in zip((u.query, u.key), names, strict=True))
-    z = torch.randn(draws.count, q.shape[1], k.shape[1], generator=draws.generator(), dtype=torch.float64)
+    z = normal((draws.count, q.shape[1], k.shape[1]), draws.generator())
     ti, tk = u.places[u.shared], u.places[u.shared + 1]
     q, k = q.reshape(inputs * shared, ti, -1), k.reshape(inputs * shared, tk, -1)
     value = torch.stack([a @ z @ b.mT for a, b in zip(q, k, strict=True)], 1)

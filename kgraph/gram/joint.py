@@ -17,6 +17,7 @@ from kgraph.errors import InputError
 from kgraph.gram import field as f
 from kgraph.gram.block import Block
 from kgraph.gram.build import arguments
+from kgraph.gram.device import normal, sobol, uniform
 from kgraph.gram.field import Field
 from kgraph.gram.layout import NeedsFull
 from kgraph.gram.places import apply, total_places
@@ -135,7 +136,7 @@ class JointDraws:
 
     def generator(self) -> torch.Generator:
         self._streams += 1
-        return torch.Generator().manual_seed(1_000_003 * self.seed + self._streams)
+        return torch.Generator("cpu").manual_seed(1_000_003 * self.seed + self._streams)
 
     def _known(self, u: f.Known) -> tuple[Tensor, Tensor | None]:
         """Channels in turn (the same ones of every known tensor), all equally often; evenly spread if too many."""
@@ -146,14 +147,13 @@ class JointDraws:
         if not self.engine.with_ntk:
             return value, None
         shape = (self.count, 1, *u.places)
-        direction = u.gain**0.5 * torch.randn(shape, generator=self.generator(), dtype=torch.float64)
+        direction = u.gain**0.5 * normal(shape, self.generator())
         return value, direction.expand(-1, inputs, *u.places)
 
     def _mask(self, name: str, keep: float, u: Field) -> Tensor:
         if name not in self._masks:
             shape = (self.count, self.engine.rows.inputs, *u.places)
-            uniform = torch.rand(shape, generator=self.generator(), dtype=torch.float64)
-            self._masks[name] = (uniform < keep).double() / keep
+            self._masks[name] = (uniform(shape, self.generator()) < keep).double() / keep
         return self._masks[name]
 
     def _run(self, run: object, args: tuple[Field, ...]) -> tuple[Tensor, Tensor | None]:
@@ -240,14 +240,9 @@ class JointDraws:
         generator = self.generator()
         total = batches * size
         if total <= _SOBOL_DIMENSIONS:
-            seed = int(torch.randint(0, 2**31, (), generator=generator))
-            points = torch.quasirandom.SobolEngine(total, scramble=True, seed=seed).draw(
-                self.count, dtype=torch.float64
-            )
-            points = points[torch.randperm(self.count, generator=generator)]
-            z = torch.special.ndtri(points.clamp(1e-12, 1 - 1e-12))
+            z = torch.special.ndtri(sobol(self.count, total, generator).clamp(1e-12, 1 - 1e-12))
         else:
-            z = torch.randn(self.count, total, generator=generator, dtype=torch.float64)
+            z = normal((self.count, total), generator)
         z = z.reshape(self.count, batches, size).transpose(0, 1)
         z = z - z.mean(1, keepdim=True)
         if size > self.count // 8:

@@ -15,6 +15,7 @@ from kgraph.capture import Graph, capture, check_model
 from kgraph.checks import with_values
 from kgraph.errors import InputError
 from kgraph.gram.block import Block
+from kgraph.gram.device import away, computing_device, device_of, here, on
 from kgraph.gram.engine import Engine
 from kgraph.gram.exchangeable import Exchangeable
 from kgraph.gram.joint import NeedsAllPairs
@@ -88,7 +89,8 @@ def kernels(
         seed: of the draws that operations without a closed form are measured on.
         memory_gib: memory to stay below, by estimate: a larger Gram matrix is computed in tiles of inputs.
 
-    The model and its inputs may be on any device; the computation is on the CPU, the result where ``x1`` is.
+    The computation is on the device of ``x1`` (on the CPU where that device has no float64), the result too; the model
+    may be anywhere, and draws are the same on every device.
 
     Raises:
         ModelError, InputError, CaptureError, RuleError: see `kgraph.errors`. InputError too where the matrix is over
@@ -98,20 +100,21 @@ def kernels(
     check_choice("positions", positions, tuple(LAYOUTS))
     check_nodes(nodes)
     check_memory(memory_gib)
+    device = computing_device(x1)
     first, n1 = batched_inputs(x1)
     second, n2 = batched_inputs(x2) if x2 is not None else (None, n1)
-    graph = model if isinstance(model, Graph) else _captured(model, first)
+    graph = model if isinstance(model, Graph) else captured(model, first)
     mode = mode or ("train" if graph.root.training else "eval")
     check_choice("mode", mode, ("train", "eval"))
     check_by_parameter("variances", variances or {}, graph)
     check_by_parameter("multipliers", multipliers or {}, graph)
-    inputs, rows = _joined(first, second, n1, n2)
     options = Options(mode, variances or {}, multipliers or {})
-    request = _Request(graph, inputs, options, parametrization, with_ntk, nodes, seed, memory_gib)
     differentiated = any(isinstance(m, Tensor) and m.requires_grad for m in options.multipliers.values())
-    with torch.set_grad_enabled(differentiated):
+    with torch.set_grad_enabled(differentiated), on(device):
+        inputs, rows = _joined(here(first), here(second), n1, n2)
+        request = _Request(graph, inputs, options, parametrization, with_ntk, nodes, seed, memory_gib)
         result = _escalating(request, rows, LAYOUTS[positions], n1, n2 if x2 is not None else None)
-    return result.to(_device_of(x1))
+    return result.to(device_of(x1))
 
 
 def nngp(model: nn.Module | Graph, x1: Any, x2: Any = None, **options: Any) -> Tensor:
@@ -137,7 +140,8 @@ def _arguments(x: Any) -> Inputs:
 
 
 def batched_inputs(x: Any) -> tuple[Inputs, int]:
-    inputs = Inputs(*pytree.tree_map_only(Tensor, lambda leaf: leaf.cpu(), tuple(_arguments(x))))
+    """The model's arguments, and how many inputs they hold."""
+    inputs = _arguments(x)
     sizes = {leaf.shape[0] for leaf in pytree.tree_leaves(tuple(inputs)) if isinstance(leaf, Tensor) and leaf.ndim}
     if len(sizes) != 1:
         raise InputError("the inputs have no common first dimension", hint="Pass tensors with one row an input")
@@ -146,28 +150,25 @@ def batched_inputs(x: Any) -> tuple[Inputs, int]:
     return inputs, sizes.pop()
 
 
-def _captured(model: nn.Module, inputs: Inputs) -> Graph:
+def captured(model: nn.Module, inputs: Inputs) -> Graph:
+    """The model as a graph on the CPU, for kernels alone."""
     with_values(check_model(model))
     model = _on_cpu(model)
     reference = next((p for p in model.parameters() if p.is_floating_point()), None)
 
     def example(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.ndim:
-            return value
-        value = value[:2] if len(value) > 1 else torch.cat([value, value])
+            return away(value)
+        value = (value[:2] if len(value) > 1 else torch.cat([value, value])).cpu()
         return value.to(reference.dtype) if value.is_floating_point() and reference is not None else value
 
     return capture(model, Inputs(*pytree.tree_map(example, tuple(inputs))), deep=0)  # nobody will train this graph
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:
-    """The model, or a copy on the CPU: kernels are float64, and a copy costs less than moving every tensor."""
+    """The model, or a copy on the CPU: what is captured there runs on any device."""
     elsewhere = {t.device.type for t in (*model.parameters(), *model.buffers())} - {"cpu", "meta"}
     return copy.deepcopy(model).cpu() if elsewhere else model
-
-
-def _device_of(x: Any) -> torch.device:
-    return next((leaf.device for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)), torch.device("cpu"))
 
 
 def _joined(first: Inputs, second: Inputs | None, n1: int, n2: int) -> tuple[list[Any], Rows]:

@@ -79,7 +79,7 @@ def centred(fn: Pointwise, shift: float) -> Pointwise:
 def mean_slope(fn: Pointwise, q: Tensor) -> Tensor:
     """``E[fn'(z)]`` for z ~ N(0, q)."""
     flat = q.reshape(-1)
-    plan = fn.plan(float(flat.max()))
+    plan = fn.plan(float(flat.max()), flat.device)
     root = flat.sqrt()
     x, weight = line_rule(plan, root)
     _, slope = value_and_slope(fn.fn, root[:, None] * x)

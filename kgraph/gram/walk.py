@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from kgraph.canonical import aten
 from kgraph.capture import Graph
 from kgraph.gram import field as f
+from kgraph.gram.device import away, here
 from kgraph.gram.engine import Engine
 from kgraph.gram.rules import Context, find_rule, sample, unary
 from kgraph.gram.rules.table import untransposed
@@ -96,12 +97,12 @@ class Walk:
         value: Any = self.graph.module
         for part in str(node.target).split("."):
             value = getattr(value, part)
-        return value.detach() if isinstance(value, Tensor) else value
+        return here(value.detach()) if isinstance(value, Tensor) else value
 
     def _module(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         module = self.graph.module.get_submodule(str(node.target))
         if not _random(args, kwargs):
-            return module(*args, **kwargs)
+            return here(module(*away(args), **away(kwargs)))
         rule = find_rule(type(module))
         return self._apply(node, rule and (lambda c, *a, **k: rule(c, module, *a, **k)), args, kwargs)
 
@@ -112,7 +113,7 @@ class Walk:
         if target is aten.embedding.default and any(n in self.tokens for n in node.all_input_nodes):
             return self._apply(node, find_rule(target), args, kwargs)
         if not _random(args, kwargs):
-            return known_result(node, args, kwargs, self.tokens)
+            return here(known_result(node, args, kwargs, self.tokens))
         rule = find_rule(target)
         if rule is None and is_pointwise(target) and _one_random(args, kwargs):
             return unary(target, args, kwargs)

@@ -118,8 +118,8 @@ def smooth_gap(fn: Callable[[Tensor], Tensor], plan: Plan, q1: Tensor, q2: Tenso
     rest = (spread - slope * cross).clamp_min(0).sqrt()
     x, weight = line_rule(plan, middle.sqrt())
     m = middle.sqrt()[:, None] * x
-    nodes, masses = (torch.from_numpy(t) for t in np.polynomial.hermite_e.hermegauss(_HERMITE))
-    at, share = (torch.from_numpy(t) for t in np.polynomial.legendre.leggauss(_SEGMENT))
+    nodes, masses = np.polynomial.hermite_e.hermegauss(_HERMITE)
+    at, share = (torch.from_numpy(t).to(g.device) for t in np.polynomial.legendre.leggauss(_SEGMENT))
     total = torch.zeros_like(g)
     for node, mass in zip(nodes.tolist(), (masses / masses.sum()).tolist(), strict=True):
         d = slope[:, None] * m + rest[:, None] * node

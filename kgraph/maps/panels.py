@@ -23,7 +23,7 @@ _SPANS = (8.5, 12.75, 17.0, 25.5, 38.25)
 """Half ranges tried, in standard deviations: 8.5 unless the function grows exponentially."""
 
 
-def find_kinks(fn: Function, reach: float) -> Tensor:
+def find_kinks(fn: Function, reach: float, device: torch.device) -> Tensor:
     """Points in [-reach, reach] where phi, phi' or phi'' jumps, sorted.
 
     Every cell of a fine grid is halved, keeping the half over which the quantity changes more. Over a smooth
@@ -31,10 +31,10 @@ def find_kinks(fn: Function, reach: float) -> Tensor:
     A narrower feature than a cell (reach / 2000) that hides two kinks is left to the adaptive panels.
     """
     # Off-centre ends: no grid point falls on 0, 1, 3 or 6, where activations have their kinks.
-    grid = torch.linspace(-reach * 1.0037, reach * 1.0071, _CELLS, dtype=torch.float64)
+    grid = torch.linspace(-reach * 1.0037, reach * 1.0071, _CELLS, dtype=torch.float64, device=device)
     values = _finite_jets(fn, grid)
     floor = _SMALLEST_JUMP * values.abs().amax(dim=1)
-    order = torch.arange(3).repeat_interleave(_CELLS - 1)
+    order = torch.arange(3, device=device).repeat_interleave(_CELLS - 1)
     low, high = grid[:-1].repeat(3), grid[1:].repeat(3)
     at_low, at_high = values[:, :-1].reshape(-1), values[:, 1:].reshape(-1)
     start = (at_high - at_low).abs()
@@ -56,7 +56,7 @@ def _finite_jets(fn: Function, z: Tensor) -> Tensor:
 def _bisect(
     fn: Function, order: Tensor, low: Tensor, high: Tensor, at_low: Tensor, at_high: Tensor, steps: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = torch.arange(len(order))
+    rows = torch.arange(len(order), device=order.device)
     for _ in range(steps if len(order) else 0):
         middle = (low + high) / 2
         at_middle = _finite_jets(fn, middle)[order, rows]
@@ -68,31 +68,32 @@ def _bisect(
 
 def _distinct(points: Tensor, gap: float) -> Tensor:
     points = points.sort().values
-    keep = torch.ones(len(points), dtype=torch.bool)
+    keep = torch.ones_like(points, dtype=torch.bool)
     keep[1:] = points.diff() > gap
     return points[keep]
 
 
-def make_plan(fn: Function, kinks: Callable[[float], Tensor], scale: float) -> Plan:
+def make_plan(fn: Function, kinks: Callable[[float], Tensor], scale: float, device: torch.device) -> Plan:
     """Panels that integrate phi^2 and phi'^2 under N(0, scale^2) to about 1e-11 relative.
 
     Args:
-        kinks: ``reach -> kinks in [-reach, reach]``.
+        kinks: ``reach -> kinks in [-reach, reach]``, on the device.
         scale: standard deviation of the widest Gaussian the plan must serve.
+        device: where the function is evaluated.
 
     Raises:
         InputError: phi is not finite, or has no finite Gaussian second moment.
     """
-    span = _span(fn, scale)
+    span = _span(fn, scale, device)
     inside = kinks(span * scale)
     inside = inside[inside.abs() < span * scale]
-    cuts = torch.cat([inside, _landmarks(span * scale)]) / scale
+    cuts = torch.cat([inside, _landmarks(span * scale).to(device)]) / scale
     fewest = round(2 * span / _PANEL)
     for panels in (fewest - 1, fewest, *((6, 8, 12) if len(cuts) == 0 else ())):
-        base = torch.linspace(-span, span, panels + 1, dtype=torch.float64)
+        base = torch.linspace(-span, span, panels + 1, dtype=torch.float64, device=device)
         if not any(_unresolved(fn, grid, cuts, scale) for grid in _shifts(base)):
             return Plan(base, inside, cuts[len(inside) :] * scale)
-    base = torch.linspace(-span, span, fewest + 1, dtype=torch.float64)
+    base = torch.linspace(-span, span, fewest + 1, dtype=torch.float64, device=device)
     for grid in _shifts(base):
         cuts = torch.cat([cuts, _refine(fn, grid, cuts, scale)])
     return Plan(base, inside, cuts[len(inside) :].sort().values * scale)
@@ -101,9 +102,9 @@ def make_plan(fn: Function, kinks: Callable[[float], Tensor], scale: float) -> P
 def _landmarks(reach: float) -> Tensor:
     """0 and +-2^k for a wide Gaussian: activations bend near 0, between its nodes."""
     if reach <= _WIDE:
-        return torch.zeros(0, dtype=torch.float64)
-    powers = 2.0 ** torch.arange(0, math.log2(reach), dtype=torch.float64)
-    return torch.cat([-powers.flip(0), torch.zeros(1, dtype=torch.float64), powers])
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
+    powers = 2.0 ** torch.arange(0, math.log2(reach), dtype=torch.float64, device="cpu")
+    return torch.cat([-powers.flip(0), torch.zeros_like(powers[:1]), powers])
 
 
 def _shifts(base: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,9 +112,9 @@ def _shifts(base: Tensor) -> tuple[Tensor, Tensor]:
     return base, torch.cat([base[:1], (base[:-1] + base[1:]) / 2, base[-1:]])
 
 
-def _span(fn: Function, scale: float) -> float:
+def _span(fn: Function, scale: float, device: torch.device) -> float:
     for span in _SPANS:
-        x, weight = gaussian_rule(torch.linspace(-span, span, 4 * int(span), dtype=torch.float64))
+        x, weight = gaussian_rule(torch.linspace(-span, span, 4 * int(span), dtype=torch.float64, device=device))
         mass = weight * torch.stack(value_and_slope(fn, scale * x)) ** 2
         if not torch.isfinite(mass).all():
             break
@@ -161,7 +162,7 @@ def _unresolved(fn: Function, grid: Tensor, cuts: Tensor, scale: float) -> bool:
 
 def _refine(fn: Function, grid: Tensor, cuts: Tensor, scale: float) -> Tensor:
     """Halve unresolved panels until none is left: their ends and middles, without cuts already made."""
-    panels, done = _panels(grid, cuts), torch.zeros(2, 1, dtype=torch.float64)
+    panels, done = _panels(grid, cuts), grid.new_zeros(2, 1)
     found = [grid[:0]]
     for _ in range(_MAX_HALVINGS):
         whole, split = _masses(fn, panels, scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from kgraph.maps.quadrature import Function, Plan
 from kgraph.maps.series import make_series
 
 _SMALLEST_REACH = 16.0
+_CPU = torch.device("cpu")
 _NEAR = 1e-4
 """1 - c below which a difference of second moments would have fewer than twelve digits."""
 _MANY = 4096
@@ -50,8 +52,8 @@ class Pointwise:
     fn: Function
     closed: ClosedForm | None = None
     _origin: _Origin | None = field(default=None, repr=False)
-    _kinks: dict[float, Tensor] = field(default_factory=dict, init=False, repr=False)
-    _plans: dict[int, Plan] = field(default_factory=dict, init=False, repr=False)
+    _kinks: dict[tuple[float, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _plans: dict[tuple[int, torch.device], Plan] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def how(self) -> Literal["exact", "quadrature"]:
@@ -98,14 +100,14 @@ class Pointwise:
         if self.closed is not None and self.closed.near is not None:
             return self.closed.near(q1, q2, gap)
         small = (gap > 0) & (split_gap(q1, q2, gap)[2] < _NEAR)
-        if not small.any() or len(self.kinks()):
+        if not small.any() or len(self.kinks(device=gap.device)):
             return None
         cov = (q1 + q2) / 2 - gap
         value, slope = self.dual(q1, q2, cov)
         apart = (self.second(q1) + self.second(q2)) / 2 - value
         apart[gap == 0] = 0.0
         q1, q2 = q1.expand_as(gap), q2.expand_as(gap)
-        plan = self.plan(float(torch.maximum(q1, q2).max()))
+        plan = self.plan(float(torch.maximum(q1, q2).max()), gap.device)
         apart[small] = smooth_gap(self.fn, plan, q1[small], q2[small], gap[small])
         return apart, slope
 
@@ -142,28 +144,29 @@ class Pointwise:
             closed = self.closed.affine(input_scale, output_shift, output_scale)
         return Pointwise(shaped, closed, _Origin(self, input_scale, input_shift))
 
-    def kinks(self, reach: float = _SMALLEST_REACH) -> Tensor:
+    def kinks(self, reach: float = _SMALLEST_REACH, device: torch.device = _CPU) -> Tensor:
         """Points within at least [-reach, reach] where phi, phi' or phi'' jumps, sorted."""
         if self._origin is not None:
             scale, shift = self._origin.input_scale, self._origin.input_shift
             if scale == 0:
-                return torch.zeros(0, dtype=torch.float64)
-            found = self._origin.base.kinks(abs(scale) * reach + abs(shift))
+                return torch.zeros(0, dtype=torch.float64, device=device)
+            found = self._origin.base.kinks(abs(scale) * reach + abs(shift), device)
             return ((found - shift) / scale).sort().values
         reach = max(_SMALLEST_REACH, 2.0 ** math.ceil(math.log2(reach)))
-        if reach not in self._kinks:
-            self._kinks[reach] = find_kinks(self.fn, reach)
-        return self._kinks[reach]
+        if (reach, device) not in self._kinks:
+            self._kinks[reach, device] = find_kinks(self.fn, reach, device)
+        return self._kinks[reach, device]
 
-    def plan(self, q: float) -> Plan:
+    def plan(self, q: float, device: torch.device = _CPU) -> Plan:
         """Panels good for every variance up to q, found once for each power of two."""
-        return self._plan(_level(torch.tensor(q, dtype=torch.float64)))
+        return self._plan(_level(torch.tensor(q, dtype=torch.float64, device=device)))
 
     def _plan(self, level: Tensor) -> Plan:
-        key = int(level)
-        if key not in self._plans:
-            self._plans[key] = make_plan(self.fn, self.kinks, 2.0 ** (key / 2))
-        return self._plans[key]
+        power, device = int(level), level.device
+        if (power, device) not in self._plans:
+            kinks = partial(self.kinks, device=device)
+            self._plans[power, device] = make_plan(self.fn, kinks, 2.0 ** (power / 2), device)
+        return self._plans[power, device]
 
     def _moment(self, q: Tensor, power: int) -> Tensor:
         flat = q.reshape(-1)
@@ -179,7 +182,7 @@ class Pointwise:
         known, index = torch.cat([q1.reshape(-1), q2.reshape(-1)]).unique(return_inverse=True)
         if len(known) > cov.numel() // 8:
             return self._integrate(q1, q2, cov)
-        series = make_series(self.fn, self.plan(float(known[-1])), known)
+        series = make_series(self.fn, self.plan(float(known[-1]), known.device), known)
         if series is None:
             return self._integrate(q1, q2, cov)
         first, second = index[: q1.numel()].reshape(q1.shape), index[q1.numel() :].reshape(q2.shape)
@@ -200,7 +203,7 @@ class Pointwise:
         _, c, s = correlation(q1, q2, cov)
         c, s = c.reshape(-1), s.reshape(-1)
         roots = torch.stack([q1.reshape(-1), q2.reshape(-1)]).sqrt()
-        out = torch.empty(2, len(c), dtype=torch.float64)
+        out = c.new_empty(2, len(c))
         levels = _level(torch.maximum(q1, q2).reshape(-1))
         for level in levels.unique():
             rows = levels == level

@@ -49,15 +49,15 @@ class Plan:
 
 
 @cache
-def unit_rule() -> tuple[Tensor, Tensor]:
+def unit_rule(device: torch.device) -> tuple[Tensor, Tensor]:
     """Gauss-Legendre points and weights on [0, 1]."""
     points, weights = np.polynomial.legendre.leggauss(NODES)
-    return torch.from_numpy((points + 1) / 2), torch.from_numpy(weights / 2)
+    return torch.from_numpy((points + 1) / 2).to(device), torch.from_numpy(weights / 2).to(device)
 
 
 def gaussian_rule(edges: Tensor) -> tuple[Tensor, Tensor]:
     """Points and N(0,1) weights on panels with sorted ``edges[..., B]``: two ``[..., (B-1) * NODES]``."""
-    points, weights = unit_rule()
+    points, weights = unit_rule(edges.device)
     width = edges.diff(dim=-1)[..., None]
     x = (edges[..., :-1, None] + width * points).flatten(-2)
     return x, (width * weights).flatten(-2) * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
@@ -189,7 +189,7 @@ def _outer_edges(plan: Plan, root1: Tensor, root2: Tensor, c: Tensor, s: Tensor)
     slope = c * root2
     slope = torch.where(slope.abs() > _TINY, slope, _TINY)
     width = s / c.abs().clamp_min(_TINY)
-    layers = torch.tensor(_LAYERS, dtype=torch.float64) * width
+    layers = torch.tensor(_LAYERS, dtype=torch.float64, device=width.device) * width
     smoothed = (plan.kinks / slope)[..., :, None] + layers[..., None, :]
     own = plan.breaks / root1.clamp_min(_TINY)
     return with_edges(plan.base, torch.cat([own, plan.breaks / slope, smoothed.flatten(-2)], dim=-1))

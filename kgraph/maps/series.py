@@ -65,7 +65,7 @@ class Series:
 def make_series(fn: Function, plan: Plan, q: Tensor, terms: int | None = None) -> Series | None:
     """Series at ``q`` [L], with the fewest of `_STEPS` terms that serve c = 1, else all; None if phi overflows."""
     span = max(_SPAN, float(plan.base[-1]))
-    base = torch.linspace(-span, span, _PANELS * math.ceil(span / _SPAN) + 1, dtype=torch.float64)
+    base = torch.linspace(-span, span, _PANELS * math.ceil(span / _SPAN) + 1, dtype=torch.float64, device=q.device)
     step = max(1, _NUMBERS // (20 * (len(base) + len(plan.breaks))))
     parts = [_coefficients(fn, plan, base, q[i : i + step], terms or TERMS) for i in range(0, len(q), step)]
     table = torch.cat([p[0] for p in parts], -1)

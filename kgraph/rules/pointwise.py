@@ -25,8 +25,10 @@ _UNTAGGED = {aten.hardswish.default, aten.log_sigmoid.default}
 
 
 def is_pointwise(target: object) -> bool:
-    """Whether PyTorch itself says that an operation acts entry by entry."""
-    return isinstance(target, OpOverload) and (torch.Tag.pointwise in target.tags or target in _UNTAGGED)
+    """Whether PyTorch itself says that an operation acts entry by entry, without random numbers of its own."""
+    if not isinstance(target, OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
+        return False
+    return torch.Tag.pointwise in target.tags or target in _UNTAGGED
 
 
 def apply_all(fn: Pointwise, x: Kernel) -> Kernel:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kgraph.gram.device import normal
 from kgraph.gram.joint import NeedsAllPairs
 from kgraph.gram.rules.table import Context
 from kgraph.gram.value import Axes, Axis, Value, roles, size_of
@@ -51,7 +52,8 @@ def result_axes(context: Context, call: Call, values: list[Value]) -> Axes:
         RuleError: it does not run on draws, is not one tensor, or mixes channels or loses the inputs.
     """
     try:
-        probe = call(*(torch.zeros(v.shape, dtype=torch.float64) for v in values))
+        with torch.random.fork_rng(devices=[]):
+            probe = call(*(torch.zeros(v.shape, dtype=torch.float64) for v in values))
     except (RuntimeError, TypeError, ValueError, IndexError) as reason:
         raise context.error(f"no exact kernel rule, and it does not run on draws: {reason}") from reason
     if not isinstance(probe, Tensor):
@@ -74,12 +76,13 @@ def result_axes(context: Context, call: Call, values: list[Value]) -> Axes:
 
 def _changes(call: Call, values: list[Value], role: str) -> Tensor:
     """Entries of the result that change when the operands' first channel (or input) does."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     changed: Tensor | None = None
     for _ in range(_TRIES):
-        base = [torch.randn(v.shape, generator=generator, dtype=torch.float64) for v in values]
-        other = [torch.randn(v.shape, generator=generator, dtype=torch.float64) for v in values]
-        swapped = [torch.where(_first(v.axes, role), y, x) for v, x, y in zip(values, base, other, strict=True)]
+        base, other = ([normal(v.shape, generator) for v in values] for _ in range(2))
+        # Contiguous, as the others are: random numbers are laid out as memory is.
+        firsts = (_first(v.axes, role).contiguous() for v in values)
+        swapped = [torch.where(first, y, x) for first, x, y in zip(firsts, base, other, strict=True)]
         one, two = (_run(call, tensors) for tensors in (base, swapped))
         differs = ~torch.isclose(one, two, rtol=1e-12, atol=0, equal_nan=True)
         changed = differs if changed is None else changed | differs

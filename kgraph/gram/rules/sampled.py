@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from kgraph.canonical import aten
+from kgraph.gram.device import away, here
 from kgraph.gram.field import Drawn
 from kgraph.gram.rules.probing import as_draws, as_tensor, result_axes
 from kgraph.gram.rules.table import Context
@@ -41,33 +44,41 @@ def sample(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any], reas
         raise context.error(f"cannot follow {reason}")
     if any(len(v.groups) > 1 for v in values):
         raise context.error(f"no exact kernel rule ({reason}), and its operands have several groups of channels")
-    template, tree = pytree.tree_flatten((args, kwargs))
-    node, mode, module = context.node, context.mode, context.module
-
-    def call(*tensors: Tensor) -> Any:
-        given = iter(tensors)
-        leaves = [next(given) if isinstance(leaf, Value) else _double(leaf) for leaf in template]
-        own_args, own_kwargs = pytree.tree_unflatten(leaves, tree)
-        own_args = for_mode(node, own_args, mode)
-        if node.op == "call_module":
-            return module.get_submodule(str(node.target))(*own_args, **own_kwargs)
-        return node.target(*own_args, **own_kwargs)  # type: ignore[operator]
-
+    call = _operation(context, args, kwargs)
     axes = result_axes(context, call, values)
     fields = tuple(v.one() for v in values)
     roots = frozenset().union(*(u.roots for u in fields))
     how = max((u.how for u in fields), key=lambda h: h.level)
     places = tuple(s for axis in axes for role, s in axis if role == "p")
-    run = _Run(call, tuple(v.axes for v in values), axes)
+    seed = 1_000_003 * context.engine.draws.seed + zlib.crc32(context.node.name.encode())
+    run = _Run(call, tuple(v.axes for v in values), axes, seed)
     channels = size_of(tuple(t for axis in axes for t in axis if t[0] == "c"))
     return Value(((channels, Drawn(places, roots, how, fields, run)),), axes)
+
+
+def _operation(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    """The node's operation as a function of its random operands."""
+    template, tree = pytree.tree_flatten((args, kwargs))
+    node, mode, module = context.node, context.mode, context.module
+    target: Any = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+
+    def run(*tensors: Tensor) -> Any:
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(leaf, Value) else _plain(leaf, tensors[0].device) for leaf in template]
+        own_args, own_kwargs = pytree.tree_unflatten(leaves, tree)
+        return target(*for_mode(node, own_args, mode), **own_kwargs)
+
+    # Modules stay where they were captured, and random numbers come from a generator that can be set back.
+    tags = getattr(target, "tags", None)
+    anywhere = tags is not None and torch.Tag.nondeterministic_seeded not in tags
+    return run if anywhere else lambda *tensors: here(run(*away(tensors)))
 
 
 class _Run:
     """Draws [S, N, *places] of the operands, laid out as tensors of their axes, through the operation, and back."""
 
-    def __init__(self, call: Any, operands: tuple[Axes, ...], result: Axes) -> None:
-        self.call, self.operands, self.result = call, operands, result
+    def __init__(self, call: Any, operands: tuple[Axes, ...], result: Axes, seed: int) -> None:
+        self.call, self.operands, self.result, self.seed = call, operands, result, seed
 
     def __call__(self, *draws: Tensor) -> Tensor:
         channels = size_of(tuple(t for axis in self.operands[0] for t in axis if t[0] == "c"))
@@ -75,11 +86,16 @@ class _Run:
         turn = torch.arange(-(-count // channels) * channels)
         turn[count:] = turn[count:] % channels % count  # the last round is filled up with the first draws
         outputs = []
-        for chosen in turn.split(channels):
-            tensors = [as_tensor(x[chosen], axes) for x, axes in zip(draws, self.operands, strict=True)]
-            outputs.append(as_draws(self.call(*tensors), self.result))
+        with torch.random.fork_rng(devices=[]):  # an operation's own random numbers: by seed, the user's left alone
+            torch.default_generator.manual_seed(self.seed)
+            for chosen in turn.split(channels):
+                tensors = [as_tensor(x[chosen], axes) for x, axes in zip(draws, self.operands, strict=True)]
+                outputs.append(as_draws(self.call(*tensors), self.result))
         return torch.cat(outputs)[:count]
 
 
-def _double(value: Any) -> Any:
-    return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
+def _plain(value: Any, device: torch.device) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().to(device)
+    return value.double() if value.is_floating_point() else value
