@@ -139,6 +139,13 @@ def test_large_images_take_little_memory() -> None:
     stationary = kgraph.kernels(model, x, positions="stationary", memory_gib=0.5)
     exchangeable = kgraph.kernels(model, x, positions="exchangeable", memory_gib=0.5)
     torch.testing.assert_close(stationary.nngp, exchangeable.nngp, rtol=0.05, atol=1e-4)
+    assert stationary.how == exchangeable.how == "assumed"  # zero padding: borders are not like the rest
+
+
+def test_without_positions_nothing_is_assumed() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 4)
+    for positions in ("stationary", "exchangeable"):
+        assert kgraph.kernels(model, x, positions=positions).how == "exact"
 
 
 def test_what_they_cannot_hold_is_refused() -> None:

@@ -41,7 +41,10 @@ from kgraph.gram.pairs import (
 )
 from kgraph.gram.places import total_places
 from kgraph.gram.rows import Rows
-from kgraph.how import EXACT, QUADRATURE, How, sampled
+from kgraph.how import EXACT, QUADRATURE, How, assumed, sampled
+
+AVERAGING = ("stationary", "exchangeable")
+"""Position models that hold averages over positions: what is done to an average is not what is done to each."""
 
 
 class Engine:
@@ -186,6 +189,8 @@ class Engine:
             own = QUADRATURE if isinstance(u, f.Mapped) and u.fn.how == "quadrature" else EXACT
             if u in self.draws.used:
                 own = sampled(self.draws.standard_error(u))
+            if self.layout.name in AVERAGING and total_places(u.places) > 1 and not isinstance(u, f.Known):
+                own = assumed("positions are alike: an average over them stands for each")
             self._how[u] = max((u.how, own, *parts), key=lambda how: how.level)
         return self._how[u]
 
