@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from gram_montecarlo import Case, Net, check_nngp, dense, sequences, tokens
 from torch import Tensor, nn
@@ -97,6 +98,45 @@ def test_residual_attention_and_norm() -> None:
 
         layers = {name: dense(EMBED, EMBED) for name in "qkvo"}
         return Net(forward, a=dense(6, EMBED), norm=nn.LayerNorm(EMBED), **layers)
+
+    check_nngp(case(net(True), net(False)))
+
+
+def dropped(p: float, *, fused: bool = True) -> Net:
+    """Attention weights dropped in training: one mask for an input, head, query and key."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = m.a(x)
+        q, k, v = (split(t) for t in (m.q(y), m.k(y), m.v(y)))
+        if fused:
+            mixed = scaled_dot_product_attention(q, k, v, dropout_p=p if m.training else 0.0)
+        else:
+            mixed = m.drop(torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(SIZE), -1)) @ v
+        return m.o(joined(mixed))[:, :2].mean(1)
+
+    layers = {name: dense(EMBED, EMBED) for name in "qkvo"}
+    return Net(forward, a=dense(6, EMBED), drop=nn.Dropout(p), **layers)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_dropped_weights(fused: bool) -> None:
+    right, wrong = (lambda: dropped(0.5, fused=fused)), (lambda: dropped(0.1, fused=fused))
+    check_nngp(Case(right, wrong, sequences, 3, SIZE, 150, train=True))
+
+
+def test_a_class_token_is_one_for_all_inputs() -> None:
+    """As in a ViT: a parameter expanded over the batch in front of the patches, one projection for q, k and v."""
+
+    def net(right: bool) -> Net:
+        def forward(m: Net, x: Tensor) -> Tensor:
+            y = m.a(x)
+            token = m.token.expand(len(y), -1, -1)
+            y = torch.cat([token, y] if right else [y, y.mean(1, keepdim=True)], 1)
+            q, k, v = m.qkv(y).reshape(len(y), -1, 3, HEADS, SIZE).permute(2, 0, 3, 1, 4).unbind(0)
+            return m.o(joined(scaled_dot_product_attention(q, k, v)))[:, 0]
+
+        token = nn.Parameter(torch.randn(1, 1, EMBED, generator=torch.Generator().manual_seed(0)))
+        return Net(forward, a=dense(6, EMBED), qkv=dense(EMBED, 3 * EMBED), o=dense(EMBED, EMBED), token=token)
 
     check_nngp(case(net(True), net(False)))
 

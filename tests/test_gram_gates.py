@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gram_montecarlo import CHANNELS, Case, Net, check_nngp, conv, dense, images, vectors
+from gram_montecarlo import CHANNELS, Case, Net, check_nngp, conv, dense, images, sequences, vectors
 from torch import Tensor, nn
-from torch.nn.functional import relu, silu
+from torch.nn.functional import glu, relu, silu
 
 
 def gate(keep_mask: bool, *, shared: bool = False) -> Net:
@@ -35,6 +35,17 @@ def glu_of_halves(right: bool) -> Net:
         return m.w(torch.sigmoid(2 * a) * (b if right else a))
 
     return Net(forward, a=dense(8, 1024), w=dense())
+
+
+def fused_glu(right: bool) -> Net:
+    """The operation itself, of one layer's halves and of two layers side by side."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        a, b = m.a(x).chunk(2, 1)
+        y = m.w(glu(torch.cat([b, 2 * a], 1) if right else torch.cat([b, 2 * b], 1), 1))
+        return glu(m.v(y))
+
+    return Net(forward, a=dense(8, 1024), w=dense(), v=dense(512, 1024))
 
 
 def squeeze_excite(right: bool) -> Net:
@@ -66,6 +77,7 @@ GATES = {
     "SwiGLU": (lambda: swiglu(tied=False), lambda: swiglu(tied=True), 3, False),
     "SwiGLU of one layer": (lambda: swiglu(tied=True), lambda: swiglu(tied=False), 3, False),
     "GLU of halves": (lambda: glu_of_halves(True), lambda: glu_of_halves(False), 2, False),
+    "fused GLU": (lambda: fused_glu(True), lambda: fused_glu(False), 3, False),
     "gate of its own input": (lambda: own_gate(True), lambda: own_gate(False), 3, False),
 }
 
@@ -85,3 +97,23 @@ def test_dropout_then_relu() -> None:
         return Net(lambda m, x: m.w(relu(m.drop(m.a(x)) - 0.5)), a=dense(8), w=dense(), drop=nn.Dropout(p))
 
     check_nngp(Case(lambda: net(0.5), lambda: net(0.0), vectors, train=True))
+
+
+def test_dropped_channels() -> None:
+    """One mask for all positions of a channel: their average keeps the noise that masks of their own would average."""
+
+    def net(drop: nn.Module) -> Net:
+        return Net(lambda m, x: m.b(m.drop(relu(m.a(x)))).mean((2, 3)), a=conv(3), b=conv(), drop=drop)
+
+    for positions in ("auto", "full"):
+        case = Case(lambda: net(nn.Dropout2d(0.5)), lambda: net(nn.Dropout(0.5)), images, 2, CHANNELS, train=True)
+        check_nngp(case, positions=positions)
+
+
+def test_dropped_channels_of_sequences() -> None:
+    """Channels last: `Dropout1d` drops positions there, all channels at once."""
+
+    def net(drop: nn.Module) -> Net:
+        return Net(lambda m, x: m.b(m.drop(relu(m.a(x)))).mean(1), a=dense(6), b=dense(), drop=drop)
+
+    check_nngp(Case(lambda: net(nn.Dropout1d(0.5)), lambda: net(nn.Dropout1d(0.1)), sequences, 2, train=True))

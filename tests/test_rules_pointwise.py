@@ -112,3 +112,12 @@ def test_one_mask_for_all_inputs_fails_the_check(monkeypatch: pytest.MonkeyPatch
 def test_a_dropped_part_is_a_product_with_a_mask() -> None:
     part = list(propagated(DROPPED["alone"], VECTOR_TRAIN).kernels().values())[-1].merged
     assert isinstance(part.expr.right.expr, Mask)  # type: ignore[union-attr]
+
+
+def test_one_mask_for_all_channels_of_a_position() -> None:
+    """`Dropout1d` of [N, T, C] drops positions: each has a mask of its own, and what it leaves is not Gaussian."""
+    layer, x = nn.Linear(8, 16), torch.randn(2, 4, 8)
+    dropped = kgraph.analyze(nn.Sequential(layer, nn.Dropout1d(0.5)), x)["feature_dropout"]
+    assert dropped.how == "assumed" and "one mask" in dropped.note
+    entries = kgraph.analyze(nn.Sequential(layer, nn.Dropout(0.5)), x)["dropout"]
+    assert (dropped.q, dropped.c_positions) == pytest.approx((entries.q, entries.c_positions))

@@ -107,7 +107,8 @@ def attended_block(engine: Engine, u: f.Attended, v: f.Attended) -> Block:
 
 
 def _drawn(weights: f.Field) -> bool:
-    return isinstance(weights, f.Drawn)
+    """Whether weights are known by draws alone; masks are drawn with what they mask."""
+    return isinstance(weights, (f.Drawn, f.Masked))
 
 
 def _contract(left: Tensor, middle: Tensor, right: Tensor, count: int) -> Tensor:

@@ -88,8 +88,8 @@ def mapped(fn: Pointwise, u: Field) -> Field:
         case Joined(args=args, axis=axis) if u.level is None:
             parts = tuple(mapped(fn, arg) for arg in args)
             return Joined(u.places, u.roots, u.how, parts, axis)
-        case Masked(arg=arg, keep=keep, mask=mask):
-            return _mapped_mask(fn, u, arg, keep, mask)
+        case Masked():
+            return _mapped_mask(fn, u)
     inner, base = as_function(u)
     composed = fn if inner is None else _composed(fn, inner)
     return Mapped(u.places, base.roots, u.how, composed, base)
@@ -104,12 +104,11 @@ def _composed(outer: Pointwise, inner: Pointwise) -> Pointwise:
     return _compositions[outer, inner]
 
 
-def _mapped_mask(fn: Pointwise, u: Field, arg: Field, keep: float, mask: Root) -> Field:
+def _mapped_mask(fn: Pointwise, u: Masked) -> Field:
     """``fn(m u / keep) = fn(0) + (m / keep) keep (fn(u / keep) - fn(0))`` for a mask m of zeros and ones."""
     at_zero = float(fn(torch.zeros(1, dtype=torch.float64)))
-    jump = mapped(fn.affine(1 / keep, 0.0, -at_zero, keep), arg)
-    masked = Masked(u.places, u.roots, u.how, jump, keep, mask)
-    return shifted(masked, at_zero)
+    jump = mapped(fn.affine(1 / u.keep, 0.0, -at_zero, u.keep), u.arg)
+    return shifted(replace(u, arg=jump), at_zero)
 
 
 def shifted(u: Field, constant: float) -> Field:

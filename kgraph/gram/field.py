@@ -251,11 +251,12 @@ class Grouped(Field):
 
 @dataclass(frozen=True, eq=False)
 class Masked(Field):
-    """Dropout: ``mask u / keep`` with a fresh mask for every entry of input, position and channel."""
+    """Dropout: ``mask u / keep`` with a fresh mask for every input and channel, and position unless ``whole``."""
 
     arg: Field = field(default_factory=lambda: Field(()))
     keep: float = 1.0
     mask: Root = field(default_factory=lambda: Root("mask"))
+    whole: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -119,8 +119,8 @@ class JointDraws:
                 directions = [d[1] for d in drawn]
                 known = [d for d in directions if d is not None]
                 return value, torch.cat(known, 2 + axis) if len(known) == len(directions) else None
-            case f.Masked(arg=arg, keep=keep, mask=mask):
-                factor = self._mask(mask.name, keep, arg)
+            case f.Masked(arg=arg):
+                factor = self._mask(u)
                 return self._each(arg, lambda x: x * factor)
             case f.Drawn(args=args, run=run):
                 return self._run(run, args)
@@ -150,11 +150,12 @@ class JointDraws:
         direction = u.gain**0.5 * normal(shape, self.generator())
         return value, direction.expand(-1, inputs, *u.places)
 
-    def _mask(self, name: str, keep: float, u: Field) -> Tensor:
-        if name not in self._masks:
-            shape = (self.count, self.engine.rows.inputs, *u.places)
-            self._masks[name] = (uniform(shape, self.generator()) < keep).double() / keep
-        return self._masks[name]
+    def _mask(self, u: f.Masked) -> Tensor:
+        if u.mask.name not in self._masks:
+            places = (1,) * len(u.places) if u.whole else u.places
+            drawn = uniform((self.count, self.engine.rows.inputs, *places), self.generator())
+            self._masks[u.mask.name] = (drawn < u.keep).double() / u.keep
+        return self._masks[u.mask.name]
 
     def _run(self, run: object, args: tuple[Field, ...]) -> tuple[Tensor, Tensor | None]:
         drawn = [self.of(arg) for arg in args]

@@ -134,8 +134,16 @@ def masked_block(engine: Engine, u: f.Masked, v: f.Masked) -> Block | None:
     if u.places != v.places:
         return None
     inner = engine.pair(u.arg, v.arg)
-    growth = 1 + (1 / u.keep - 1) * engine.layout.identity(engine.rows, u.places)
+    growth = 1 + (1 / u.keep - 1) * _one_mask(engine, u)
     return inner if inner.zero else inner.times(growth)
+
+
+def _one_mask(engine: Engine, u: f.Masked) -> Tensor:
+    """1 where one draw of the mask serves both sides, else 0."""
+    if not u.whole:
+        return engine.layout.identity(engine.rows, u.places)
+    shape = engine.layout.shape(u.places, u.places)
+    return engine.rows.same.double().reshape(-1, *(1 for _ in shape)).expand(-1, *shape)
 
 
 def products_block(engine: Engine, u: f.Product, v: f.Product) -> Block | None:

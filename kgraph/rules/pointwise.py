@@ -12,6 +12,7 @@ from torch._ops import OpOverload
 
 from kgraph import algebra
 from kgraph.canonical import aten
+from kgraph.how import assumed
 from kgraph.kernel import Kernel
 from kgraph.maps import Pointwise, closed_form, pointwise
 from kgraph.modules import FunctionModule, Scale, ShapedActivation
@@ -170,8 +171,16 @@ def identity_module(context: Context, module: nn.Identity, x: Kernel) -> Kernel:
 
 @rule(aten.dropout.default, aten.feature_dropout.default)
 def dropout(context: Context, x: Kernel, p: float, train: bool) -> Kernel:
-    """eval: nothing; train: entries (of `feature_dropout`, channels) survive with probability 1-p, divided by it."""
+    """eval: nothing; train: entries survive with probability 1-p, divided by it.
+
+    `feature_dropout` draws one mask for every index of the first two dimensions: whole channels, where the second
+    one is the channels'; else one mask for all channels of a position, whose law is no longer Gaussian.
+    """
     if not train or context.mode == "eval" or p == 0:
         return x
-    whole = context.node.target is aten.feature_dropout.default
-    return x.with_parts(*(algebra.drop(part, p, context.node.name, whole=whole) for part in x.parts))
+    by_feature = context.node.target is aten.feature_dropout.default
+    whole = by_feature and {role for role, _ in x.axes[1]} == {"c"}
+    parts = [algebra.drop(part, p, context.node.name, whole=whole) for part in x.parts]
+    if by_feature and not whole:
+        parts = [replace(part, how=part.how | assumed("one mask for all channels of a position")) for part in parts]
+    return x.with_parts(*parts)

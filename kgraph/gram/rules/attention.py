@@ -11,6 +11,7 @@ from torch import Tensor
 from kgraph.canonical import aten
 from kgraph.gram.field import Attended, Drawn, Field, Known, Scores
 from kgraph.gram.rules.affine import weight_product
+from kgraph.gram.rules.pointwise import dropout
 from kgraph.gram.rules.table import Context, rule
 from kgraph.gram.value import Axes, CannotFollow, Value, permuted, place_start, roles, single_place, size_of
 
@@ -88,13 +89,12 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Value:
-    if dropout_p and context.mode == "train":
-        raise CannotFollow("dropout of attention weights")
     if enable_gqa:
         raise CannotFollow("grouped queries")
     factor = scale if scale is not None else 1 / math.sqrt(query.shape[-1])
     logits = scores(context, query, key, factor)
-    return attended(softmax(logits, len(logits.axes) - 1, _mask(logits, mask, is_causal)), value)
+    weights = softmax(logits, len(logits.axes) - 1, _mask(logits, mask, is_causal))
+    return attended(dropout(context, weights, dropout_p, True), value)
 
 
 def _mask(logits: Value, mask: Tensor | None, is_causal: bool) -> Tensor | None:

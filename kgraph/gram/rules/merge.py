@@ -15,7 +15,7 @@ from kgraph.gram.build import as_function, mapped, scaled, shifted
 from kgraph.gram.field import Field
 from kgraph.gram.rules.pointwise import unary
 from kgraph.gram.rules.table import Context, rule
-from kgraph.gram.value import Axes, CannotFollow, Value, expanded, place_start, roles, single_place, size_of
+from kgraph.gram.value import Axes, Axis, CannotFollow, Value, expanded, place_start, roles, single_place, size_of
 from kgraph.maps import Pointwise
 from kgraph.modules import WeightedSum
 
@@ -221,8 +221,14 @@ def _stacked_channels(values: list[Value], dim: int) -> Value:
         own = v.shape[dim] // size_of(axis_rest)
         groups += [(own, v.groups[0][1])] if len(v.groups) == 1 else list(v.groups)
         total += own
-    axes = (*values[0].axes[:dim], (("c", total), *axis_rest), *values[0].axes[dim + 1 :])
+    axes = _axes_around(values, dim, (("c", total), *axis_rest))
     return Value(tuple(groups), axes, dim if len(groups) > 1 else None)
+
+
+def _axes_around(values: list[Value], dim: int, own: Axis) -> Axes:
+    """Axes of a concatenation along ``dim``; a known tensor that is one for all inputs has no factor for them."""
+    count = len(values[0].axes)
+    return tuple(own if d == dim else next((v.axes[d] for v in values if v.axes[d]), ()) for d in range(count))
 
 
 def _beside(values: list[Value], dim: int) -> Value:
@@ -246,8 +252,7 @@ def _beside(values: list[Value], dim: int) -> Value:
         joined: Field = f.Known(tuple(places), roots, how, data)
     else:
         joined = f.Joined(tuple(places), roots, how, fields, axis)
-    axes: Axes = (*lined[0].axes[:dim], (("p", places[axis]),), *lined[0].axes[dim + 1 :])
-    return Value(((lined[0].channels, joined),), axes)
+    return Value(((lined[0].channels, joined),), _axes_around(lined, dim, (("p", places[axis]),)))
 
 
 @rule(aten.stack.default)

@@ -8,9 +8,9 @@ from torch import nn
 
 from kgraph.canonical import aten
 from kgraph.gram.build import mapped, scaled
-from kgraph.gram.field import Field, Masked
+from kgraph.gram.field import Masked
 from kgraph.gram.rules.table import Context, rule
-from kgraph.gram.value import Value
+from kgraph.gram.value import CannotFollow, Value, roles
 from kgraph.maps import Pointwise
 from kgraph.modules import Scale, ShapedActivation
 from kgraph.roots import Root
@@ -45,12 +45,18 @@ def identity(context: Context, module: nn.Identity, x: Value) -> Value:
 
 @rule(aten.dropout.default, aten.feature_dropout.default)
 def dropout(context: Context, x: Value, p: float, train: bool) -> Value:
-    """eval: nothing; train: every entry survives with probability 1 - p and is divided by it."""
+    """eval: nothing; train: entries survive with probability 1 - p, divided by it; of `feature_dropout`, channels."""
     if not train or context.mode == "eval" or p == 0:
         return x
+    whole = context.node.target is aten.feature_dropout.default
+    if whole and roles(x.axes[1]) != {"c"}:
+        raise CannotFollow("one mask for all channels of a position")
+    if p >= 1:
+        return x.each(lambda u: scaled(u, 0.0))
+    return masked(context, x, 1.0 - p, whole)
+
+
+def masked(context: Context, x: Value, keep: float, whole: bool = False) -> Value:
+    """Dropout of entries, or (``whole``) of channels: the same mask at every position."""
     mask = Root(f"mask of {context.node.name}")
-
-    def masked(u: Field) -> Field:
-        return Masked(u.places, u.roots | {mask}, u.how, u, 1.0 - p, mask)
-
-    return x.each(masked)
+    return x.each(lambda u: Masked(u.places, u.roots | {mask}, u.how, u, keep, mask, whole))
