@@ -180,6 +180,8 @@ def reinitialize_weight_(
     kernel = tuple(weight.shape[2:])
     dilations = per_axis("dilation", dilation, len(kernel))
     strides = per_axis("stride", stride, len(kernel))
+    if min((1, *kernel, *dilations, *strides)) < 1:
+        raise InputError(f"kernel {kernel}, dilation {dilations} and stride {strides} must be at least 1")
     geometry = list(zip(kernel, layer_padding(padding, kernel, dilations), dilations, strides, strict=True))
     if weight.is_meta:
         return weight

@@ -61,9 +61,11 @@ def orthogonal_convolution_(
         InputError: arguments that do not fit the weight; a stride whose cells the kernel cannot cover (dilation and
             stride with a common factor).
     """
-    _check(weight, form, scaling, groups)
+    _check(weight, form, scaling, groups, gain)
     kernel = tuple(weight.shape[2:])
     dilations, strides = per_axis("dilation", dilation, len(kernel)), per_axis("stride", stride, len(kernel))
+    if min((1, *kernel, *dilations, *strides)) < 1:
+        raise InputError(f"kernel {kernel}, dilation {dilations} and stride {strides} must be at least 1")
     pads = layer_padding(padding, kernel, dilations)
     axes = [_Axis(*geometry) for geometry in zip(kernel, pads, dilations, strides, strict=True)]
     if weight.is_meta:
@@ -76,13 +78,15 @@ def orthogonal_convolution_(
     return weight.copy_(torch.cat(drawn) * (gain * stretch))
 
 
-def _check(weight: Tensor, form: str, scaling: str, groups: int) -> None:
+def _check(weight: Tensor, form: str, scaling: str, groups: int, gain: float) -> None:
     if form not in ("delta", "general") or scaling not in ("variance", "isometry"):
         raise InputError(f"form={form!r}, scaling={scaling!r}", hint="delta or general, variance or isometry")
     if weight.ndim < 2 or not weight.is_floating_point():
         raise InputError(f"weight must be floating point of two or more axes, got {tuple(weight.shape)}")
     if groups < 1 or weight.shape[0] % groups:
         raise InputError(f"groups={groups} does not divide the weight's first axis, {weight.shape[0]}")
+    if not math.isfinite(gain):
+        raise InputError(f"gain must be finite, got {gain}")
 
 
 class _Axis:
@@ -91,7 +95,8 @@ class _Axis:
     def __init__(self, size: int, padding: int, dilation: int, stride: int) -> None:
         self.size, self.dilation = size, dilation
         self.cell = min(size, stride)
-        if stride > 1 and self.cell == stride and math.gcd(dilation, stride) > 1:
+        # Taps t of a cell read the residues dilation * t mod stride, of which there are stride / gcd.
+        if self.cell > stride // math.gcd(dilation, stride):
             raise InputError(
                 f"dilation {dilation} and stride {stride} have a common factor: the taps reach only some inputs",
                 hint="Such a layer has no orthogonal form",

@@ -8,6 +8,7 @@ Source: Jacot, Gabriel, Ged, Hongler 2019, arXiv 1907.05715.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
@@ -35,7 +36,11 @@ def param_groups(
 
     S is the product of the strides that lie between the input and the layer (S^l for l layers of stride S): transposed
     convolutions count as they enlarge the image, others as they shrink it. e = 1/2 balances the layers of a
-    generator. Parameters of no affine layer (a learnable slope, an embedding) have the rate lr.
+    generator. Parameters of no affine layer (a learnable slope, an embedding) have the rate lr, and so have those of
+    a layer whose weight is computed from its parameters (weight normalization, a transpose).
+
+    Momentum keeps the equality; weight decay does not: a decay d of the NTK form is d / c^2 in the group of rate
+    lr c^2.
 
     Args:
         model: any bare module; what `kgraph.transform` made of one with `NTKChaos` knows its beta and inputs.
@@ -45,9 +50,13 @@ def param_groups(
         stride_exponent: e.
 
     Raises:
-        InputError: no beta is given and the model knows none; and what `kgraph.capture` raises.
+        InputError: lr is not positive, or no beta is given and the model knows none; and what `kgraph.capture` raises.
     """
     check_model(model)
+    if not (math.isfinite(lr) and lr > 0 and math.isfinite(stride_exponent)):
+        raise InputError(
+            f"lr is {lr}, stride_exponent is {stride_exponent}", hint="Pass a positive rate and a finite exponent"
+        )
     beta = _beta_of(model) if beta is None else beta
     if not 0 <= beta < 1:
         raise InputError(f"beta is {beta}", hint="It is the standard deviation of the biases, in [0, 1)")

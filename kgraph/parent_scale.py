@@ -79,6 +79,22 @@ class Taps:
         """c_max: the largest number of parents of any output pixel."""
         return int(self.parents(sizes).max())
 
+    def ever_uneven(self) -> bool:
+        """Whether there are input sizes at which output pixels differ in their number of parents."""
+        return any(self._axis_uneven(axis) for axis in range(len(self.kernel)))
+
+    def _axis_uneven(self, axis: int) -> bool:
+        kernel, stride, before, after, dilation, extra = (
+            (values[axis],)
+            for values in (self.kernel, self.stride, self.before, self.after, self.dilation, self.output_padding)
+        )
+        taps = Taps(kernel, stride, before, after, dilation, extra, self.transposed)
+        reach, cut = dilation[0] * (kernel[0] - 1) + 1, before[0] + after[0]
+        # the smallest size with an output; beyond another reach and stride only pixels of the bulk are new
+        least = 1 + max(0, -(-(cut - reach - extra[0] + 1) // stride[0]) if self.transposed else reach - cut - 1)
+        counts = (taps.parents((size,)) for size in range(least, least + reach + stride[0] + 1))
+        return any(bool((count != count.max()).any()) for count in counts)
+
     def scale(
         self, sizes: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Tensor:

@@ -9,6 +9,7 @@ Source: Xiao et al. 2018, arXiv 1806.05393; Pennington et al. 2017, arXiv 1711.0
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from kgraph.meanfield import MeanField, critical_point
 from kgraph.nonlinear import Region, find_regions
 from kgraph.orthogonal_convolutions import orthogonal_convolution_
 from kgraph.passes.base import Pass, Workspace
-from kgraph.passes.critical_checks import affine_arguments, border_losses, depths_of, obstacles, strays
+from kgraph.passes.critical_checks import PADS, affine_arguments, border_losses, depths_of, obstacles, strays
 from kgraph.passes.reinitialize import (
     CONVOLUTIONS,
     TRANSPOSED,
@@ -38,6 +39,8 @@ WeightLaw = Literal["delta-orthogonal", "orthogonal", "gaussian"]
 _RATE = 0.1
 """Adam's rate times depth: 1e-4 at 1,000 layers, what trains the published tanh network."""
 _MOST_RATE = 1e-3
+_MOST_GROWTH = 5.0
+"""Up to which an error of q may grow over the depth unmentioned: GELU at q = 1 / depth has exp(4 / pi) = 3.6."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class _Layer:
     sigma_w2: float
     sigma_b2: float
     why: str
+    chi_q: float
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,9 @@ class CriticalWeights(Pass):
             if operation_name(node) in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
                 work.keep(node, "recurrent weights", "recurrent cells keep their own initialization")
         work.notes += [f"q* = {q:.4g} over {depth} nonlinear layers; inputs are taken to have q = 1", _rate_note(depth)]
-        work.unmet += obstacles(work, depths)
-        if self.distribution != "gaussian":
-            work.unmet += border_losses(work, self.distribution == "orthogonal")
+        work.unmet += _unstable(layers, depth)
+        work.unmet += obstacles(work, regions, depths)
+        work.unmet += border_losses(work, self.distribution != "delta-orthogonal")
 
     def broken(self, work: Workspace) -> str:
         regions = find_regions(work.graph.module, work.is_random)
@@ -91,8 +95,8 @@ class CriticalWeights(Pass):
         off = [str(layer.node.args[layer.at]) for layer in layers if not self._is_critical(work, layer)]
         if off:
             return f"{', '.join(off[:5])} are off the critical line"
-        if self.distribution == "gaussian" or obstacles(work, depths):
-            return ""  # finite Gaussian matrices scatter: their q wanders, as the theory says
+        if self.distribution == "gaussian" or obstacles(work, regions, depths) or _unstable(layers, depth):
+            return ""  # finite Gaussian matrices scatter: their q wanders, as the theory says, and where q* repels
         return strays(work, regions, self._q(regions, depth), self.distribution == "orthogonal")
 
     def _q(self, regions: list[Region], depth: int) -> float:
@@ -151,7 +155,11 @@ class CriticalWeights(Pass):
             reinitialize_weight_(weight, distribution="gaussian", delta=False, gain=gain, **options)
         else:
             form = "delta" if self.distribution == "delta-orthogonal" else "general"
-            orthogonal_convolution_(weight, form=form, gain=gain, **options)
+            try:
+                orthogonal_convolution_(weight, form=form, gain=gain, **options)
+            except InputError as error:
+                hint = f"{(error.hint or '').rstrip('.')}: EdgeOfChaos(distribution='gaussian') draws it"
+                raise InputError(error.what, node=node.name, hint=hint) from error
 
     def _is_critical(self, work: Workspace, layer: _Layer) -> bool:
         """fan_in E[W^2] = sigma_w^2, to rounding; of Gaussian entries up to their sampling error."""
@@ -169,26 +177,50 @@ class CriticalWeights(Pass):
 
 def _variances(
     work: Workspace, source: object, ends: dict[fx.Node, Region], q: float, known: dict[int, MeanField]
-) -> tuple[float, float, str]:
-    """(sigma_w^2, sigma_b^2, reason) of a layer that reads ``source``."""
+) -> tuple[float, float, str, float]:
+    """(sigma_w^2, sigma_b^2, reason, chi_q or 0 where none applies) of a layer that reads ``source``."""
     node = source
     while isinstance(node, fx.Node) and node not in ends and work.is_random(node):
         random = [n for n in node.all_input_nodes if work.is_random(n)]
         if affine_arguments(work, node) is not None:
-            return 1.0, 0.0, "it reads a layer without activation"
+            return 1.0, 0.0, "it reads a layer without activation", 0.0
         if len(random) > 1:  # of what is about to be redrawn: its q is not known yet
-            return 1.0, 0.0, f"it keeps the q of {node.name}, which joins several tensors"
+            return 1.0, 0.0, f"it keeps the q of {node.name}, which joins several tensors", 0.0
         if not random:
             break
         node = random[0]
-    if not isinstance(node, fx.Node) or node not in ends:
+    if not isinstance(node, fx.Node) or node not in ends or not _behind_layer(work, ends[node].source):
+        while isinstance(source, fx.Node) and operation_name(source) in PADS:
+            source = source.args[0]  # with its zeros the mean over positions is lower than what the taps read
         value = work.before().values.get(source) if isinstance(source, fx.Node) else None
         given = float(value.merged.q) if value is not None else 1.0
-        return q / given if given > 0 else 1.0, 0.0, f"it brings q = {given:.3g} to q*"
+        return q / given if given > 0 else 1.0, 0.0, f"it brings q = {given:.3g} to q*", 0.0
     fn = ends[node].fn
     if id(fn) not in known:
         known[id(fn)] = _critical(fn, q, node)
-    return known[id(fn)].sigma_w2, known[id(fn)].sigma_b2, "chi_1 = 1"
+    point = known[id(fn)]
+    return point.sigma_w2, point.sigma_b2, "chi_1 = 1", point.chi_q
+
+
+def _behind_layer(work: Workspace, node: fx.Node) -> bool:
+    """Whether a value depends on an affine layer; an activation of the input itself has the input's q, not q*."""
+    queue = [node]
+    for before in queue:
+        if affine_arguments(work, before) is not None:
+            return True
+        queue += [n for n in before.all_input_nodes if work.is_random(n) and n not in queue]
+    return False
+
+
+def _unstable(layers: list[_Layer], depth: int) -> list[str]:
+    """A warning where q* repels: behind chi_q > 1 a relative error of q grows by chi_q a layer."""
+    worst = max((layer.chi_q for layer in layers), default=0.0)
+    grown = depth * math.log(max(worst, 1.0))
+    if grown < math.log(_MOST_GROWTH):
+        return []
+    times = f"{math.exp(grown):.2g}" if grown < 100 else f"e^{grown:.0f}"
+    what = f"q* repels: chi_q = {worst:.4g}, so an error of q grows {times}-fold over {depth} layers"
+    return [f"{what}; a smaller q (1 / depth) or another activation keeps it"]
 
 
 def _critical(fn: Any, q: float, node: fx.Node) -> MeanField:

@@ -34,19 +34,30 @@ class GraphParametrize(Pass):
 
     Args:
         dynamic: compute M in the graph, for exported models with dynamic image sizes; else it is kept as a buffer
-            for the example's size (another size still works in eager mode).
+            for the example's size (another size still works in eager mode). A convolution that is even at the
+            example's size, but not at every size, is scaled too.
+        note: say where q is not 1 afterwards, in a network in NTK form.
     """
 
     dynamic: bool = False
+    note: bool = False
 
     def rewrite(self, work: Workspace) -> None:
+        self._scale_all(work)
+        if self.note:
+            from kgraph.passes.ntk_chaos_layers import note_variances  # which reads convolutions with this file
+
+            work.touch()
+            note_variances(work)
+
+    def _scale_all(self, work: Workspace) -> None:
         for node in work.nodes:
             if not is_convolution(node) or not work.is_random(node.args[0]) or _is_scaled(work, node):
                 continue
             taps, like = taps_of(node)
             sizes = spatial_sizes(like, len(taps.kernel))
             count = taps.parents(sizes)
-            if bool((count == count.max()).all()):
+            if bool((count == count.max()).all()) and not (self.dynamic and taps.ever_uneven()):
                 work.keep(node, operation_name(node), "every output pixel has the same number of parents")
                 continue
             fewest, most = int(count.min()), int(count.max())
@@ -129,8 +140,7 @@ def taps_of(node: fx.Node) -> tuple[Taps, fx.Node]:
         extra = _each(argument(node, "output_padding"), dims, 0)
         return Taps(kernel, stride, cut, cut, dilation, extra, True), like
     before, after = _paddings(argument(node, "padding"), kernel, dilation)
-    amounts = _zero_padding(like, dims)
-    if amounts is not None:
+    while (amounts := _zero_padding(like, dims)) is not None:
         like = like.args[0]
         assert isinstance(like, fx.Node)
         before = tuple(b + a for b, a in zip(before, amounts[0::2], strict=True))

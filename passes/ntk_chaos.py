@@ -19,14 +19,12 @@ from kgraph.meanfield.order_chaos import ActivationMoments, Form, activation_mom
 from kgraph.modules import FunctionModule, ShapedActivation
 from kgraph.nonlinear import Region, find_regions
 from kgraph.passes.base import Pass, Workspace
-from kgraph.passes.ntk_chaos_layers import affine_layer
+from kgraph.passes.ntk_chaos_layers import SAME_CHANNELS, affine_layer, note_variances, undrawable
 from kgraph.passes.remove_norms import NORMS
 from kgraph.passes.shape_activations import activation_of, kept_reason, swap_activation
 
 _CENTRING = (aten.layer_norm.default, aten.batch_norm.default, aten.group_norm.default, aten.instance_norm.default)
-_THROUGH = ("dropout", "reshape", "view", "flatten", "permute", "transpose", "contiguous", "clone")
 _NORM = "kgraph_norm_behind"
-_Q_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -95,14 +93,18 @@ class DrawNTK(Pass):
 
     Args:
         beta: standard deviation of the biases, in [0, 1).
+        note: say where q is not 1; False where a pass still to come changes that.
     """
 
     beta: float = 0.1
+    note: bool = True
 
     def rewrite(self, work: Workspace) -> None:
         generator, done = work.generator, set[str]()
         for node in work.nodes:
             layer = affine_layer(work, node)
+            if layer is None and undrawable(work, node):
+                work.unmet.append(f"{node.name}: its weight is no parameter of its own, and was not drawn")
             if layer is None or layer.weight in done:
                 continue
             done.add(layer.weight)
@@ -118,7 +120,8 @@ class DrawNTK(Pass):
             bias = f", bias std {self.beta:g}" if layer.bias_node is not None else ""
             work.record(node, f"draw {operation_name(node)}", "NTK form", before, f"std {std:.3g}{bias}")
         work.touch()
-        _check_q(work)
+        if self.note:
+            note_variances(work)
 
 
 def _draw(tensor: Tensor, std: float, generator: torch.Generator) -> None:
@@ -133,7 +136,7 @@ def _norm_behind(node: fx.Node) -> object | None:
         node = next(iter(node.users))
         if node.target in _CENTRING:
             return node.target
-        if operation_name(node) not in _THROUGH:
+        if operation_name(node) not in SAME_CHANNELS:
             return None
     return None
 
@@ -142,14 +145,3 @@ def _original(work: Workspace, region: Region) -> nn.Module:
     """The activation as a module; a learnable slope is handed to it."""
     single = len(region.nodes) == 1 and region.end.target is aten.prelu.default
     return FunctionModule(aten.prelu.default) if single else activation_of(work, region)
-
-
-def _check_q(work: Workspace) -> None:
-    """Say where q is not 1 at an activation: sums of branches, poolings and attention change it."""
-    kernels = work.kernels()
-    for region in find_regions(work.graph.module, work.is_random):
-        if region.gate or region.source not in kernels:
-            continue
-        q = float(kernels[region.source].merged.q)
-        if abs(q - 1) > _Q_TOLERANCE:
-            work.unmet.append(f"q = {q:.4g}, not 1, at the input of {region.end.name}: its r is another one there")

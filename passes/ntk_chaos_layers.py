@@ -5,11 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
 from kgraph.canonical import operation_name
+from kgraph.nonlinear import find_regions
 from kgraph.passes.base import Workspace
 from kgraph.passes.graph_parametrize import argument, bulk_parents, is_convolution, is_transposed
+
+SAME_CHANNELS = ("dropout", "reshape", "view", "flatten", "permute", "transpose", "contiguous", "clone")
+"""Operations that keep values and channels."""
+_SAME_VALUES = (*SAME_CHANNELS, "pad", "constant_pad_nd", "ParentScale", "parent_scale")
+_Q_TOLERANCE = 0.1
+_PRODUCTS = ("linear", "addmm", "mm", "matmul", "bmm", "einsum", "bilinear", "lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,23 @@ def affine_layer(work: Workspace, node: fx.Node) -> AffineLayer | None:
     return AffineLayer(found, _bias(work, node), channels * bulk_parents(node), product, transposed)
 
 
+def undrawable(work: Workspace, node: fx.Node) -> bool:
+    """Whether a node multiplies by parameters that are not its own weight: transposed, split, computed, or a cell's."""
+    name = operation_name(node)
+    convolution = name.startswith("conv")
+    if node.op != "call_function" or not (name in _PRODUCTS or convolution) or not work.carries_random(node):
+        return False
+    bias = node.args[:1] if name == "addmm" else node.args[2:3] if name == "linear" or convolution else ()
+    operands = [n for n in node.all_input_nodes if not work.carries_random(n) and n not in bias]
+    return any(_of_parameters(work, operand) for operand in operands)
+
+
+def _of_parameters(work: Workspace, node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return isinstance(work.tensor(node), nn.Parameter)
+    return any(_of_parameters(work, before) for before in node.all_input_nodes)
+
+
 def _bias(work: Workspace, node: fx.Node) -> fx.Node | None:
     """Of a convolution: its own, or the one its parent scale adds."""
     own = _parameter(work, node, 2)
@@ -72,5 +96,34 @@ def _bias(work: Workspace, node: fx.Node) -> fx.Node | None:
 
 def _parameter(work: Workspace, node: fx.Node, at: int) -> fx.Node | None:
     value = node.args[at] if at < len(node.args) else None
-    is_parameter = isinstance(value, fx.Node) and value.op == "get_attr" and work.tensor(value).is_floating_point()
-    return value if is_parameter and isinstance(value, fx.Node) else None
+    if not isinstance(value, fx.Node) or value.op != "get_attr":
+        return None
+    return value if isinstance(work.tensor(value), nn.Parameter) else None  # a buffer is no weight: never drawn
+
+
+def note_variances(work: Workspace) -> None:
+    """Say where q is not 1 at an activation or a layer: sums of branches, poolings and attention change it."""
+    kernels, known = work.kernels(), set[fx.Node]()
+    for region in find_regions(work.graph.module, work.is_random):
+        known |= {region.end, _origin(region.source)}
+        if not region.gate and region.source in kernels:
+            _note(work, float(kernels[region.source].merged.q), region.end, "its r is another one there")
+    for node in work.nodes:
+        source = next((n for n in node.all_input_nodes if n in kernels), None)
+        if source is None or affine_layer(work, node) is None:
+            continue
+        source = _origin(source)
+        if not known & {source, node}:  # q at the activation in front or behind says it already
+            _note(work, float(kernels[source].merged.q), node, "nor is it at its output")
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """The node whose values another shows, reshaped, padded or scaled by its parents."""
+    while operation_name(node) in _SAME_VALUES and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _note(work: Workspace, q: float, node: fx.Node, consequence: str) -> None:
+    if abs(q - 1) > _Q_TOLERANCE:
+        work.unmet.append(f"q = {q:.4g}, not 1, at the input of {node.name}: {consequence}")

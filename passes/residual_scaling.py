@@ -9,6 +9,7 @@ Source: Marion, Fermanian, Biau, Vert 2022, arXiv 2206.06929.
 from __future__ import annotations
 
 import math
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,16 @@ from kgraph.modules import WeightedSum
 from kgraph.passes.base import Pass, Workspace, owner_path
 from kgraph.residual.branches import LINEAR, Branch
 from kgraph.residual.chains import Block, FoundChains, ResidualChain, find_chains
-from kgraph.residual.roles import bias_of, fan_in, layers_by_role, obstacle, parameter_uses, weight_of
+from kgraph.residual.roles import (
+    bias_of,
+    copied_layers,
+    fan_in,
+    layers_by_role,
+    obstacle,
+    parameter_uses,
+    shared_layers,
+    weight_of,
+)
 from kgraph.rules.linear import mean_square
 
 BETA, ALPHA = "residual_beta", "residual_alpha"
@@ -34,10 +44,22 @@ def chains_of(work: Workspace) -> FoundChains:
     return find_chains(work.graph.module, work.is_random)
 
 
-def choose_beta(chain: ResidualChain, weights: DepthWeights, hurst: float | None) -> float:
-    """The largest displacement exponent of the chain's branches: nothing explodes, the largest part stays."""
-    laws = [branch.law for block in chain.blocks for branch in block.branches]
-    return max(displacement_exponent(weights, hurst, law) for law in laws)
+def choose_beta(
+    chain: ResidualChain, weights: DepthWeights, hurst: float | None, shared: AbstractSet[fx.Node] = frozenset()
+) -> float:
+    """The largest displacement exponent of the chain's branches: nothing explodes, the largest part stays.
+
+    Args:
+        shared: affine nodes with one parameter for all blocks. What they add points the same way in every block,
+            and adds up as a smooth path does, unless their input is centred and independent from block to block.
+    """
+    branches = [branch for block in chain.blocks for branch in block.branches]
+    smooth = {branch for branch in branches if branch.affine[-1] in shared and _alike(branch, shared)}
+    return max(1.0 if one in smooth else displacement_exponent(weights, hurst, one.law) for one in branches)
+
+
+def _alike(branch: Branch, shared: AbstractSet[fx.Node]) -> bool:
+    return branch.law != "centred" or all(node in shared for node in branch.affine)
 
 
 @dataclass(frozen=True)
@@ -61,20 +83,23 @@ class ScaleBranches(Pass):
             work.unmet.append("the model has no chain of residual blocks h + branch(h): nothing was scaled")
         elif all(chain.length == 1 for chain in found.chains):
             work.unmet.append("every chain of residual blocks has one block, and 1^-beta = 1: nothing was scaled")
+        new: dict[fx.Node, fx.Node] = {}
         for chain in found.chains:
-            self._scale(work, chain)
+            self._scale(work, chain, new)
 
-    def _scale(self, work: Workspace, chain: ResidualChain) -> None:
-        beta = choose_beta(chain, self.weights, self.hurst) if self.beta is None else self.beta
+    def _scale(self, work: Workspace, chain: ResidualChain, new: dict[fx.Node, fx.Node]) -> None:
+        shared = shared_layers(work.graph.module, chain)
+        beta = choose_beta(chain, self.weights, self.hurst, shared) if self.beta is None else self.beta
         if chain.length == 1:
             work.keep(chain.blocks[0].sum, "residual branch", "its chain has one block: 1^-beta = 1")
             return
         alpha = chain.length**-beta
-        chosen = "given" if self.beta is not None else f"of {', '.join(chain.kinds)} blocks with {self.weights} weights"
-        new: dict[fx.Node, fx.Node] = {}
+        generator = "shared" if shared else self.weights
+        chosen = "given" if self.beta is not None else f"of {', '.join(chain.kinds)} blocks with {generator} weights"
+        copied = self.weights == "iid" and copied_layers(work.graph.module, chain)
         for block in chain.blocks:
             new[block.sum] = _replace(work, block, new, alpha, beta, f"beta = {beta:g}, {chosen}, L = {chain.length}")
-        work.notes.append(_summary(chain, alpha, beta) + _silent(work, chain))
+        work.notes.append(_summary(chain, alpha, beta) + _same(shared, copied) + _silent(work, chain))
 
     def broken(self, work: Workspace) -> str:
         """Every scaled sum still closes a block of its chain, and alpha is that of the chain's length."""
@@ -99,6 +124,12 @@ def _summary(chain: ResidualChain, alpha: float, beta: float) -> str:
     return head + already + on_path + drifts
 
 
+def _same(shared: AbstractSet[fx.Node], copied: AbstractSet[fx.Node] | bool) -> str:
+    """A word on blocks that are not independent of one another."""
+    said = "; its blocks share weights, whose branches add up over depth" if shared else ""
+    return said + "; its blocks are copies of one draw: draw them anew, or pass beta=1" * bool(copied)
+
+
 def _silent(work: Workspace, chain: ResidualChain) -> str:
     """A word on branches that are next to nothing as they are initialized (zero-initialized gains, LayerScale)."""
     kernels = work.before().kernels()
@@ -120,7 +151,7 @@ def _replace(
 ) -> fx.Node:
     """One `WeightedSum` for the block's whole sum; weights that the sum had already are multiplied in.
 
-    ``new``: the sums replaced so far, which later blocks were found to read.
+    ``new``: the sums replaced so far, which later blocks, of this chain or another, were found to read.
     """
     own = [(block.shortcut, block.shortcut_term), *((b.end, alpha * b.term) for b in block.branches)]
     terms = [(new.get(node, node), weight) for node, weight in own]

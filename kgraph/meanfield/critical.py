@@ -37,12 +37,16 @@ def critical_point(activation: Activation, *, q: float | None = None, sigma_b2: 
         raise InputError("give either q or sigma_b2", hint="critical_point('tanh', q=1e-3)")
     if q is None:
         assert sigma_b2 is not None
-        if sigma_b2 < 0:
-            raise InputError(f"sigma_b2 is {sigma_b2}", hint="A variance is >= 0")
+        if not 0 <= sigma_b2 < math.inf:
+            raise InputError(f"sigma_b2 is {sigma_b2}", hint="A variance is finite and >= 0")
         q = _q_of_bias(phi, sigma_b2)
+    q = float(q)  # a tensor of one number would make all others tensors
     moments = Moments(phi, q)
     bias, mu_1 = moments.critical_bias(), moments.mu(1)
-    if mu_1 <= 0 or bias < 0:
+    if mu_1 <= 0:
+        what = f"the activation is flat where u ~ N(0, {q:.4g}) lies: chi_1 is 0 there whatever sigma_w2"
+        raise InputError(what, hint="Choose a larger q, or an activation that is not constant")
+    if bias < 0:
         least = smallest_critical_q(phi)
         hint = "It has none below 1e8" if math.isinf(least) else f"The smallest q that has one is {least:.4g}"
         raise InputError(f"the activation has no critical point at q = {q:.4g}: it would need sigma_b2 < 0", hint=hint)
@@ -66,7 +70,8 @@ def smallest_critical_q(activation: Activation) -> float:
 def _q_of_bias(activation: Activation, sigma_b2: float) -> float:
     def excess(q: float) -> float:
         moments = Moments(activation, q)
-        return moments.critical_bias() / moments.mu(1) - sigma_b2
+        mu_1 = moments.mu(1)  # 0 where phi is flat (softshrink at a tiny q): no critical point, keep looking
+        return moments.critical_bias() / mu_1 - sigma_b2 if mu_1 > 0 else -math.inf
 
     if sigma_b2 == 0 and abs(excess(_LEAST)) < 1e-20:
         return 0.0
@@ -90,6 +95,8 @@ def _first_root(excess: Callable[[float], float], kind: str) -> float:
             found = excess(there)
         except InputError:  # phi has no second moment under so wide a Gaussian
             return math.inf
+        if found >= 0 and excess(here) == -math.inf:
+            return math.inf  # critical in the limit only: from flat to beyond at once
         if found >= 0:
             logs = math.log(here), math.log(there)
             at = brentq(lambda log_q: excess(math.exp(log_q)), *logs, xtol=1e-14, rtol=1e-14)  # pyright: ignore

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import lru_cache
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from kgraph.errors import InputError
 from kgraph.maps import Pointwise, pointwise
-from kgraph.maps.quadrature import line_rule, value_and_slope
+from kgraph.maps.quadrature import Plan, gaussian_rule, value_and_slope, with_edges
 
 Activation = str | Pointwise | Callable[[Tensor], Tensor]
 """A name that `kgraph.maps.pointwise` knows, a `Pointwise`, or any elementwise torch function or module."""
@@ -33,8 +34,42 @@ def as_pointwise(activation: Activation) -> Pointwise:
         return pointwise(activation)
     if not callable(activation):
         raise InputError(f"{activation!r} is no activation", hint="Pass a name, a function or a module")
-    # A module's parameters may change between two calls, a function's do not.
-    return Pointwise(activation) if isinstance(activation, nn.Module) else _wrapped(activation)
+    # A module's parameters may change between two calls, a function's do not. Integrals are taken in float64.
+    if isinstance(activation, nn.Module):
+        activation = deepcopy(activation).double() if any(True for _ in activation.parameters()) else activation
+        _refuse_vectors(activation)
+        return Pointwise(activation)
+    _refuse_vectors(activation)
+    try:
+        return _wrapped(activation)
+    except TypeError:  # an object with __eq__ and no __hash__ of its own
+        return Pointwise(activation)
+
+
+def fine_rule(plan: Plan, root: Tensor) -> tuple[Tensor, Tensor]:
+    """Points and N(0, 1) weights for fourth powers of phi(root x) and of its slope.
+
+    Panels are made for squares; fourth powers of an oscillating function oscillate twice as fast.
+    """
+    edges = with_edges(plan.base, plan.breaks / root)
+    middles = (edges[..., 1:] + edges[..., :-1]) / 2
+    return gaussian_rule(torch.cat([edges, middles], -1).sort(-1).values)
+
+
+def _refuse_vectors(activation: Callable[[Tensor], Tensor]) -> None:
+    """Raise InputError if an activation is no function of one entry, such as a softmax or a linear layer."""
+    with torch.enable_grad():
+        x = torch.tensor([-1.3, 0.2, 0.7, 2.1], dtype=torch.float64, requires_grad=True)
+        try:
+            together = activation(x * 1)
+            apart = torch.cat([activation(entry * 1) for entry in x.split(1)])  # in-place ones may write
+            alike = together.shape == x.shape and torch.allclose(together, apart, rtol=1e-4, atol=1e-6, equal_nan=True)
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            what = f"{activation!r} does not map a float64 tensor entry by entry: {str(error).splitlines()[0]}"
+            raise InputError(what, hint="Pass a differentiable elementwise torch function") from error
+    if not alike:
+        what = f"{activation!r} is not elementwise: an entry of its result depends on others, or on chance"
+        raise InputError(what, hint="Mean field is that of one function for all units")
 
 
 class Moments:
@@ -50,7 +85,7 @@ class Moments:
         self.phi, self.q = as_pointwise(activation), max(q, _SMALLEST)
         refuse_jumps(self.phi)
         root = torch.tensor(self.q, dtype=torch.float64).sqrt()
-        self._x, self._weight = line_rule(self.phi.plan(self.q), root)
+        self._x, self._weight = fine_rule(self.phi.plan(self.q), root)
         self._u = root * self._x
         self._value, self._slope = value_and_slope(self.phi.fn, self._u)
         zero = torch.zeros(1, dtype=torch.float64)

@@ -26,7 +26,12 @@ Activation = str | Pointwise | Callable[[Tensor], Tensor]
 Form = Literal["standardized", "normalized"]
 Regime = Literal["order", "edge", "chaos"]
 
-_CONSTANT = 1e-12
+_CONSTANT = 1e-24
+"""Variance over second moment below which an activation is constant: its values differ by rounding."""
+_NEAR = 1e-4
+"""1 - cosine below which it is carried itself: its digits are not in the cosine."""
+_CLOSEST = 1e-30
+"""1 - cosine at which `fixed_point` begins to look."""
 _FREQUENCIES = 2.0 ** torch.arange(-10, 5.01, 0.25, dtype=torch.float64)
 """Where `frequency_for` looks for a change of sign, 2^-10 to 2^5."""
 
@@ -36,21 +41,21 @@ class ActivationMoments:
     """Gaussian moments of an activation sigma at N(0, 1).
 
     Attributes:
-        mean, second, slope: E[sigma], E[sigma^2], E[sigma'^2].
+        mean, variance, slope: E[sigma], E[(sigma - E[sigma])^2], E[sigma'^2].
     """
 
     mean: float
-    second: float
+    variance: float
     slope: float
 
     @property
-    def variance(self) -> float:
-        """E[sigma^2] - E[sigma]^2."""
-        return self.second - self.mean**2
+    def second(self) -> float:
+        """E[sigma^2]."""
+        return self.variance + self.mean**2
 
     def power(self, shift: float = 0.0) -> float:
         """E[(sigma - shift)^2] = Var + (mean - shift)^2."""
-        return self.second if shift == 0.0 else self.variance + (self.mean - shift) ** 2
+        return self.variance + (self.mean - shift) ** 2
 
     def balanced_slope(self, shift: float = 0.0) -> float:
         """E[sigma_c'^2] of sigma_c = (sigma - c) / sqrt(E[(sigma - c)^2]): c = 0 standardizes, c = mean normalizes."""
@@ -93,10 +98,12 @@ def activation_moments(activation: Activation) -> ActivationMoments:
     phi = as_pointwise(activation)
     x, weight = line_rule(phi.plan(1.0), torch.ones((), dtype=torch.float64))
     value, slope = value_and_slope(phi.fn, x)
-    mean, second, power = (float((weight * f).sum()) for f in (value, value.square(), slope.square()))
-    if not math.isfinite(second + power) or second - mean**2 <= _CONSTANT * second:
+    mean = float((weight * value).sum())
+    # about the mean: E[sigma^2] - E[sigma]^2 has no digits where sigma is nearly constant
+    variance, power = (float((weight * f).sum()) for f in ((value - mean).square(), slope.square()))
+    if not math.isfinite(variance + power) or variance <= _CONSTANT * (variance + mean**2):
         raise InputError("the activation is constant or has no finite moments", hint="Order and chaos need a variance")
-    return ActivationMoments(mean, second, power)
+    return ActivationMoments(mean, variance, power)
 
 
 def as_pointwise(activation: Activation) -> Pointwise:
@@ -140,6 +147,8 @@ def frequency_for(activation: Activation, r: float, beta: float = 0.1, form: For
     Raises:
         TargetError: no frequency in [2^-10, 2^5] does; names the range found there.
     """
+    if not (math.isfinite(r) and r > 0):
+        raise InputError(f"r is {r}", hint="r < 1 is order, r > 1 chaos, and r is positive")
     phi = as_pointwise(activation)
 
     def excess(w: float) -> float:
@@ -161,11 +170,13 @@ class FullyConnected:
     """Kernels of a fully connected network by depth, for two inputs of norm sqrt(n) and set cosine.
 
     Attributes:
+        gap: 1 - sigma, with all its digits where sigma is nearly 1.
         sigma: covariance of the preactivations of layer 1, 2, ..., L.
         theta: NTK(x, y) of layer l.
         theta_diagonal: NTK(x, x) = (1 - r^l) / (1 - r).
     """
 
+    gap: Tensor
     sigma: Tensor
     theta: Tensor
     theta_diagonal: Tensor
@@ -180,20 +191,46 @@ def fully_connected(activation: Activation, depth: int, cosine: float, beta: flo
     """Sigma, Theta and scaled NTK of ``depth`` weight layers of an activation of E[sigma^2] = 1 (see `balanced`).
 
     Sigma' = beta^2 + (1 - beta^2) E[sigma sigma],    Theta' = Sigma' + (1 - beta^2) E[sigma' sigma'] Theta
+
+    Raises:
+        InputError: E[sigma^2] is not 1, a cosine outside [-1, 1], or a depth below 1.
     """
+    if not -1 <= cosine <= 1 or depth < 1:
+        raise InputError(f"cosine is {cosine}, depth is {depth}", hint="Pass a cosine in [-1, 1] and a depth from 1 on")
     phi, weight, bias = as_pointwise(activation), 1 - _checked(beta) ** 2, beta**2
-    one = torch.ones((), dtype=torch.float64)
+    _standardized(phi)
     pair = torch.tensor([cosine, 1.0], dtype=torch.float64)
-    sigma = weight * pair + bias
+    gap, sigma = weight * (1 - pair), weight * pair + bias
     theta = sigma
-    rows = [(sigma, theta)]
+    rows = [(gap, sigma, theta)]
     for _ in range(depth - 1):
-        value, slope = phi.dual(one, one, sigma)
-        sigma = bias + weight * value
+        apart, value, slope = _step(phi, gap, sigma)
+        gap = weight * apart
+        sigma = torch.where(gap < _NEAR, 1 - gap, bias + weight * value)
         theta = sigma + weight * slope * theta
-        rows.append((sigma, theta))
-    sigmas, thetas = (torch.stack(column) for column in zip(*rows, strict=True))
-    return FullyConnected(sigmas[:, 0], thetas[:, 0], thetas[:, 1])
+        rows.append((gap, sigma, theta))
+    gaps, sigmas, thetas = (torch.stack(column) for column in zip(*rows, strict=True))
+    return FullyConnected(gaps[:, 0], sigmas[:, 0], thetas[:, 0], thetas[:, 1])
+
+
+def _step(phi: Pointwise, gap: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """1 - E[sigma sigma], E[sigma sigma] and E[sigma' sigma'] of two units whose covariance is 1 - gap."""
+    one = torch.ones((), dtype=torch.float64)
+    value, slope = phi.dual(one, one, sigma)
+    apart = (phi.second(one) - value).clamp_min(0.0)
+    near = phi.near(one, one, gap) if bool((gap < _NEAR).any()) else None
+    if near is None:
+        return apart, value, slope
+    small = gap < _NEAR
+    return torch.where(small, near[0], apart), value, torch.where(small, near[1], slope)
+
+
+def _standardized(phi: Pointwise) -> ActivationMoments:
+    """Moments of an activation; an InputError unless E[sigma^2] = 1."""
+    moments = activation_moments(phi)
+    if abs(moments.second - 1) > 1e-9:
+        raise InputError(f"E[sigma^2] is {moments.second:.6g}", hint="Pass balanced(activation)")
+    return moments
 
 
 @dataclass(frozen=True)
@@ -222,21 +259,24 @@ def fixed_point(activation: Activation, beta: float = 0.1) -> FixedPoint:
     Raises:
         InputError: E[sigma^2] is not 1: balance the activation first.
     """
-    phi, weight, bias = as_pointwise(activation), 1 - _checked(beta) ** 2, beta**2
-    moments = activation_moments(phi)
-    if abs(moments.second - 1) > 1e-9:
-        raise InputError(f"E[sigma^2] is {moments.second:.6g}", hint="Pass balanced(activation)")
-    one = torch.ones((), dtype=torch.float64)
+    phi, weight = as_pointwise(activation), 1 - _checked(beta) ** 2
+    moments = _standardized(phi)
 
-    def step(c: float) -> tuple[float, float]:
-        value, slope = phi.dual(one, one, torch.tensor(c, dtype=torch.float64))
-        return bias + weight * float(value), weight * float(slope)
+    def step(log_gap: float) -> tuple[float, float]:
+        """How much a gap 1 - c grows in a layer, less 1; and the slope there."""
+        gap = torch.tensor([math.exp(log_gap)], dtype=torch.float64)
+        apart, _, slope = _step(phi, gap, 1 - gap)
+        return weight * float(apart) / float(gap) - 1, weight * float(slope)
 
     r = moments.r(beta)
-    if r <= 1:
+    # kinks without a closed form leave no digits in a small gap
+    low = math.log(_CLOSEST if phi.near(*torch.tensor([[1.0], [1.0], [1e-9]]).double()) is not None else 1e-9)
+    if r <= 1 or step(low)[0] <= 0:
         return FixedPoint(1.0, r, r)
-    rho = _root(lambda c: step(c)[0] - c, -1.0, 1 - 1e-9)
-    return FixedPoint(rho, step(rho)[1], r)
+    log_gap = _root(
+        lambda x: step(x)[0], low, math.log(1.5)
+    )  # beyond c = 0, and short of c = -1, fixed if sigma is odd
+    return FixedPoint(1 - math.exp(log_gap), step(log_gap)[1], r)
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:

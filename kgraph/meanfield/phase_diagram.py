@@ -128,8 +128,12 @@ def phase_diagram(
 
 
 def _grid(name: str, values: Sequence[float] | Tensor) -> Tensor:
-    grid = torch.as_tensor(values, dtype=torch.float64)
-    if grid.ndim != 1 or len(grid) < 2 or not bool((grid.diff() > 0).all()) or not float(grid[0]) >= 0:
+    try:
+        grid = torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        grid = torch.zeros(())
+    rising = grid.ndim == 1 and len(grid) > 1 and bool((grid.diff() > 0).all()) and float(grid[0]) >= 0
+    if not rising or not bool(grid.isfinite().all()):
         raise InputError(f"{name} must be at least two rising numbers >= 0")
     return grid
 

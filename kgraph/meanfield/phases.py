@@ -101,8 +101,9 @@ def mean_field(activation: Activation, sigma_w2: float, sigma_b2: float = 0.0, *
 
 def q_fixed_point(activation: Activation, sigma_w2: float, sigma_b2: float = 0.0, *, q0: float = 1.0) -> float:
     """The fixed point of ``q' = sb2 + sw2 E[phi^2]`` that q moves to from ``q0``: 0 or inf where none stops it."""
-    if not (sigma_w2 >= 0 and sigma_b2 >= 0 and 0 < q0 < math.inf):
-        raise InputError(f"sigma_w2={sigma_w2}, sigma_b2={sigma_b2}, q0={q0}", hint="Variances are >= 0 and q0 > 0")
+    if not (0 <= sigma_w2 < math.inf and 0 <= sigma_b2 < math.inf and 0 < q0 < math.inf):
+        what = f"sigma_w2={sigma_w2}, sigma_b2={sigma_b2}, q0={q0}"
+        raise InputError(what, hint="Variances are finite and >= 0, and q0 > 0")
     phi = as_pointwise(activation)
 
     def excess(log_q: float) -> float:
@@ -116,9 +117,13 @@ def q_fixed_point(activation: Activation, sigma_w2: float, sigma_b2: float = 0.0
     if start == 0:
         return q0
     step = math.copysign(math.log(2), start)
-    while math.log(_LEAST) < here < math.log(_MOST):
+    # q' >= sb2 everywhere, so that a fixed point may lie below the least q only where sb2 does.
+    least = min(_LEAST, sigma_b2 / 2) if sigma_b2 > 0 else _LEAST
+    while math.log(least) < here < math.log(_MOST):
         there = here + step
         found = excess(there)
+        if found == 0 and excess(there + step) == 0:
+            break  # the excess only falls below rounding, as that of relu, sb2 / q, does: q goes on
         if found == 0:
             return math.exp(there)
         if found * start < 0:

@@ -44,10 +44,12 @@ def fourier_multipliers(shares: Tensor, size: int | Sequence[int], *, dilation: 
     """
     shares = torch.as_tensor(shares, dtype=torch.float64)
     sizes = (size,) * shares.ndim if isinstance(size, int) else tuple(size)
-    if len(sizes) != shares.ndim:
-        raise InputError(f"{shares.ndim} kernel axes, but {len(sizes)} sizes")
+    if len(sizes) != shares.ndim or min((1, *sizes)) < 1:
+        raise InputError(f"{shares.ndim} kernel axes, but the sizes are {sizes}", hint="Give one above 0 an axis")
     apart = [dilation] * shares.ndim if isinstance(dilation, int) else list(dilation)
     apart *= shares.ndim if len(apart) == 1 else 1
+    if len(apart) != shares.ndim:
+        raise InputError(f"{shares.ndim} kernel axes, but {len(apart)} dilations")
     field = torch.zeros(sizes, dtype=torch.float64)
     for tap in np.ndindex(*shares.shape):
         field[tuple(t * d % n for t, d, n in zip(tap, apart, sizes, strict=True))] += shares[tap]
@@ -62,8 +64,12 @@ def top_multiplier(shares: Tensor, size: int) -> float:
     shares = torch.as_tensor(shares, dtype=torch.float64)
     if shares.ndim != 1:
         raise InputError("one axis at a time", hint="Sum the shares over the other axes")
+    if size < 1:
+        raise InputError(f"size is {size}", hint="A field has at least one position")
     centre = (len(shares) - 1) // 2
     operator = torch.zeros(size, size, dtype=torch.float64)
     for tap, share in enumerate(shares.tolist()):
+        if abs(tap - centre) >= size:  # reads zeros at every position
+            continue
         operator += share * torch.diag(torch.ones(size - abs(tap - centre), dtype=torch.float64), tap - centre)
     return float(torch.linalg.eigvals(operator).abs().max())

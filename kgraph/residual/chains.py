@@ -21,6 +21,8 @@ from kgraph.residual.branches import IDENTITY, Branch, BranchReader, IsRandom
 from kgraph.site import shape_of, site_of
 
 _SUMS = (aten.add.Tensor, aten.sub.Tensor)
+_HIDDEN = ("addcmul", "lerp", "addmm", "baddbmm", "addbmm", "addr", "addmv")
+"""Operations with a sum inside."""
 _VIEWS = ("reshape", "view", "flatten", "unsqueeze", "squeeze")
 """What leaves the entries of a tensor in their order."""
 
@@ -96,6 +98,8 @@ def find_chains(module: fx.GraphModule, is_random: IsRandom) -> FoundChains:
     blocks: dict[fx.Node, Block] = {}
     left_out: list[tuple[fx.Node, str]] = []
     for node in module.graph.nodes:
+        if finder.hides_sum(node):
+            left_out.append((node, f"{operation_name(node)} hides the sum: write h + branch"))
         if not finder.is_sum(node) or finder.is_inner(node):
             continue
         found = finder.block(node)
@@ -109,17 +113,35 @@ def find_chains(module: fx.GraphModule, is_random: IsRandom) -> FoundChains:
 def _linked(blocks: dict[fx.Node, Block], finder: _Finder) -> list[ResidualChain]:
     chains: list[tuple[list[Block], set[str]]] = []
     of: dict[fx.Node, int] = {}
+    before = {block.sum: finder.previous(block.source, blocks) for block in blocks.values()}
+    following = _following(blocks, {node: known[0] for node, known in before.items()}, finder)
     for block in blocks.values():
-        before, between = finder.previous(block.source, blocks)
-        at = of.get(before) if before is not None else None
-        if at is None or chains[at][0][-1].sum is not before or _size(before) != _size(block.sum):  # type: ignore[arg-type]
+        last, between = before[block.sum]
+        if last is None or following.get(last) is not block:
             at = len(chains)
             chains.append(([], set()))
             between = ()
+        else:
+            at = of[last]
         chains[at][0].append(block)
         chains[at][1].update(between)
         of[block.sum] = at
     return [ResidualChain(tuple(own), tuple(sorted(between))) for own, between in chains]
+
+
+def _following(
+    blocks: dict[fx.Node, Block], before: dict[fx.Node, fx.Node | None], finder: _Finder
+) -> dict[fx.Node, Block]:
+    """The next block of every sum: of those that begin there, the outermost, whose branch holds the others."""
+    following: dict[fx.Node, Block] = {}
+    for block in blocks.values():
+        last = before[block.sum]
+        if last is None or _size(last) != _size(block.sum):
+            continue
+        rival = following.get(last)
+        if rival is None or finder.holds(block, rival.sum):
+            following[last] = block
+    return following
 
 
 def _size(node: fx.Node) -> int:
@@ -137,6 +159,19 @@ class _Finder(BranchReader):
             return False
         terms = node.args if weighted else node.args[:2]
         return node not in self.interior and len(terms) > 1 and all(self.is_random(term) for term in terms)
+
+    def hides_sum(self, node: fx.Node) -> bool:
+        """Whether an operation adds a tensor to what is computed from it, and is no sum by name."""
+        random = [arg for arg in node.args if isinstance(arg, fx.Node) and arg in self.carrying]
+        if operation_name(node) not in _HIDDEN or len(random) < 2 or random[0] is not node.args[0]:
+            return False
+        stops = self._stripped(random[0])[2]
+        return any(self._between(term, stops) is not None for term in random[1:])
+
+    def holds(self, block: Block, node: fx.Node) -> bool:
+        """Whether a node lies inside a block's branches."""
+        inside = [self._between(branch.end, {block.source}) for branch in block.branches]
+        return any(node in nodes for nodes in inside if nodes is not None)
 
     def is_inner(self, node: fx.Node) -> bool:
         """Whether a sum is only a term of another: (h + a) + b is one block of two branches."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from kgraph.canonical import operation_name
 from kgraph.residual.branches import AFFINE
@@ -51,8 +51,9 @@ def fan_in(node: fx.Node, weight: Tensor) -> int:
     name = operation_name(node)
     if name in ("addmm", "matmul", "mm"):
         return weight.shape[0]
-    if name.startswith("conv_transpose"):
-        return weight.numel() // weight.shape[1]
+    if name.startswith("conv_transpose"):  # [in, out / groups, ...]
+        groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+        return weight.numel() // weight.shape[1] // int(groups)  # type: ignore[call-overload]
     return weight.numel() // weight.shape[0]
 
 
@@ -65,11 +66,36 @@ def parameter_uses(module: fx.GraphModule) -> dict[str, int]:
     return uses
 
 
+def shared_layers(module: fx.GraphModule, chain: ResidualChain) -> set[fx.Node]:
+    """Affine nodes of the roles that have one parameter for all blocks of the chain."""
+    found = set[fx.Node]()
+    for layers in layers_by_role(module, chain).values():
+        weights = [weight_of(node) for node in layers]
+        if len(layers) > 1 and all(w.op == "get_attr" and w.target == weights[0].target for w in weights):
+            found.update(layers)
+    return found
+
+
+def copied_layers(module: fx.GraphModule, chain: ResidualChain) -> set[fx.Node]:
+    """Affine nodes of the roles whose parameters are several, but all with the same random values."""
+    found = set[fx.Node]()
+    for layers in layers_by_role(module, chain).values():
+        weights = [weight_of(node) for node in layers]
+        if any(weight.op != "get_attr" for weight in weights) or len({str(w.target) for w in weights}) == 1:
+            continue
+        first, *others = (tensor_of(module, weight).detach() for weight in weights)
+        if not first.is_meta and bool((first != first.flatten()[0]).any()):  # zeros are no draw
+            found.update(layers if all(torch.equal(first, other) for other in others) else ())
+    return found
+
+
 def obstacle(module: fx.GraphModule, layers: list[fx.Node], uses: dict[str, int]) -> str:
     """Why these layers' weights cannot be drawn along depth, or ""."""
     weights = [weight_of(node) for node in layers]
     if any(weight.op != "get_attr" for weight in weights):
         return "a weight is computed from something else than one parameter"
+    if any(not isinstance(tensor_of(module, weight), nn.Parameter) for weight in weights):
+        return "it is a constant of the model, no parameter"
     if any(uses[str(weight.target)] > 1 for weight in weights):
         return "several layers share one weight"
     if len({tuple(tensor_of(module, weight).shape) for weight in weights}) > 1:

@@ -54,5 +54,5 @@ class NTKChaos(System):
 
     def passes(self) -> tuple[Pass, ...]:
         balance = BalanceActivations(self.beta, self.r, self.form)
-        steps = (NoteNorms(), RemoveNorms(), balance, DrawNTK(self.beta))
-        return (*steps, GraphParametrize()) if self.graph else steps
+        steps = (NoteNorms(), RemoveNorms(), balance, DrawNTK(self.beta, note=not self.graph))
+        return (*steps, GraphParametrize(note=True)) if self.graph else steps

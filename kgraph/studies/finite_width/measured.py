@@ -91,7 +91,8 @@ class MeasuredFluctuations(LayerReport):
         """Where a scaled tensor differs by more than what draws and higher orders of 1/n explain.
 
         Allowed is the larger of ``sigmas`` standard errors and, of the predicted value, ``slack`` or ``width_factor *
-        layer / narrowest width so far`` (the input's does not count: it is fixed). What was not measured is left out.
+        layer / narrowest width so far`` (the input's does not count: it is fixed); of P also that share of B, for P is
+        made of B and may cancel, as that of relu does, but not beyond leading order. What was not measured is left out.
         An expansion in depth / width says nothing where that is 1. Returns (node, quantity, predicted, measured,
         allowed).
         """
@@ -101,10 +102,11 @@ class MeasuredFluctuations(LayerReport):
         narrowest = math.inf
         for depth, (node, own) in enumerate(zip(self.nodes, (predicted or self.predicted).nodes, strict=True), 1):
             narrowest = min(narrowest, max(own.width_in, own.width_out) if depth == 1 else own.width_in)
-            share = max(slack, width_factor * depth / narrowest)
+            order = width_factor * depth / narrowest
             for name in quantities:
                 wanted, got = own.scaled[name], node.scaled[name]
-                allowed = max(sigmas * node.error[name], share * abs(wanted)) + 1e-9
+                higher = order * abs(own.scaled["B"]) if name == "P" else 0.0
+                allowed = max(sigmas * node.error[name], max(slack, order) * abs(wanted), higher) + 1e-9
                 if math.isfinite(got) and not abs(got - wanted) <= allowed:
                     found.append((node.name, name, wanted, got, allowed))
         return found
@@ -194,8 +196,8 @@ def measure_fluctuations(
 
     Source: Day, Kahn, Roberts 2023, arXiv 2310.07765; R to U: Roberts, Yaida, Hanin 2022, arXiv 2106.10165.
     """
-    if draws < 3:
-        raise InputError(f"draws is {draws}", hint="A jackknife error of a variance needs at least 3")
+    if draws < 3 or draws != int(draws):
+        raise InputError(f"draws is {draws}", hint="A jackknife error of a variance needs a whole number of at least 3")
     graph = model if isinstance(model, Graph) else capture(model, example_inputs)
     declared: dict[str, Any] = {"weight_variance": weight_variance, "bias_variance": bias_variance}
     predicted = fluctuations(

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from kgraph.maps import Pointwise
-from kgraph.maps.quadrature import Plan, line_rule, value_and_slope
+from kgraph.maps.quadrature import Plan, value_and_slope
+from kgraph.meanfield.moments import fine_rule
 from kgraph.studies.finite_width.chain import ChainLayer
 
 Deficit = Literal["exact", "leading"]
@@ -81,7 +82,7 @@ def gaussian_moments(phi: Pointwise, K: float) -> GaussianMoments:
     if not (K > 0 and math.isfinite(K)):
         return GaussianMoments(*[math.nan] * 9)
     plan, root = phi.plan(K), torch.tensor(K, dtype=torch.float64).sqrt()
-    x, weight = line_rule(plan, root)
+    x, weight = fine_rule(plan, root)
     z = root * x
     f, slope = value_and_slope(phi.fn, z)
     if jumps(phi.fn, plan, root, float((weight * f * f).sum()) ** 0.5).any():

@@ -116,6 +116,8 @@ class Fluctuations(LayerReport):
 
     def widening(self, relative: float = 0.1) -> float:
         """Factor on all widths at which ``|V|/(n K^2)``, falling like 1/n, is at most ``relative`` at every node."""
+        if not relative > 0:
+            raise InputError(f"relative is {relative}", hint="Pass a number above 0")
         return abs(self.largest.relative["V"]) / relative
 
     def to_dict(self) -> dict[str, Any]:

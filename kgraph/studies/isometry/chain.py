@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from kgraph.canonical import operation_name
+from kgraph.initializers import layer_padding, per_axis
 from kgraph.meanfield import JacobianMoments, Moments
 from kgraph.modules import Scale
 from kgraph.nonlinear import Region
@@ -55,9 +56,22 @@ def predict(
         step = _linear(node) if len(reads) == 1 else None
         if step is None:
             return None, f"{node.name} ({operation_name(node)}) is no step of a chain"
+        if _single_channels(node):
+            return (
+                None,
+                f"{node.name} sums one channel each: neither its units nor their slopes are those of wide layers",
+            )
         if step != (1.0, 1.0):
             at = at.through_weights(*step, math.prod(shape_of(node)[1:]))
     return at, ""
+
+
+def _single_channels(node: fx.Node) -> bool:
+    """Depthwise: J is no product of free factors, and what it gives is not Gaussian."""
+    if operation_name(node) not in (*CONVOLUTIONS, *TRANSPOSED):
+        return False
+    source = node.args[0]
+    return isinstance(source, fx.Node) and convolution_options(node)["groups"] == shape_of(source)[1] > 1
 
 
 def _linear(node: fx.Node) -> tuple[float, float] | None:
@@ -127,6 +141,24 @@ def convolution_moments(weight: Tensor, transposed: bool, groups: int, stride: l
     if transposed:
         rows = weight.shape[1] * groups * math.prod(stride)  # outputs for each input position
     return second / rows, fourth / rows
+
+
+def reads_border(node: fx.Node) -> bool:
+    """Whether a convolution's taps that are not zero read padding at some outputs: its field is no endless one."""
+    weight = weight_of(node) if operation_name(node) in CONVOLUTIONS else None
+    if weight is None or not isinstance(source := node.args[0], fx.Node):
+        return False
+    options, used = convolution_options(node), weight.flatten(2).square().sum((0, 1)).nonzero().flatten()
+    kernel, given = weight.shape[2:], (*node.args[4:5], node.kwargs.get("padding", 0))[0]
+    dilation: Any = options["dilation"]
+    dilations = per_axis("dilation", dilation, len(kernel))
+    pads = layer_padding(given, kernel, dilations)  # pyright: ignore[reportArgumentType]
+    places = torch.unravel_index(used, kernel) if len(used) else ()
+    sizes: Any = zip(places, pads, dilations, options["stride"], shape_of(source)[2:], shape_of(node)[2:], strict=False)
+    return any(
+        int(at.min()) * apart < pad or (outputs - 1) * stride - pad + apart * int(at.max()) >= inputs
+        for at, pad, apart, stride, inputs, outputs in sizes
+    )
 
 
 def next_affine(node: fx.Node) -> fx.Node | None:

@@ -196,6 +196,10 @@ def _estimated(segment: Segment, probes: int, generator: torch.Generator) -> Mea
 
 
 def _largest(segment: Segment, n: int, n0: int, generator: torch.Generator) -> float:
+    if min(n, n0) == 1:  # a single row or column has one singular value, which Lanczos does not take
+        only = torch.ones(1, 1, dtype=torch.float64)
+        return float((segment.vjp(only) if n == 1 else segment.jvp(only)).norm())
+
     def forth(v: np.ndarray) -> np.ndarray:
         return segment.jvp(torch.from_numpy(np.ascontiguousarray(v)).reshape(1, -1)).numpy().ravel()
 

@@ -31,6 +31,7 @@ from kgraph.studies.isometry.chain import (
     convolution_options,
     next_affine,
     predict,
+    reads_border,
     weight_of,
 )
 from kgraph.studies.isometry.measured import MeasuredJacobian, Segment, between, measure_jacobian
@@ -175,8 +176,8 @@ def isometry(
 
     Source: Pennington et al. 2017, arXiv 1711.04735; Xiao et al. 2018, arXiv 1806.05393.
     """
-    if probes < 2:
-        raise InputError(f"probes is {probes}", hint="A standard error needs at least 2")
+    if probes < 2 or probes != int(probes):
+        raise InputError(f"probes is {probes}", hint="A standard error needs a whole number of at least 2")
     graph = model if isinstance(model, Graph) else capture(model, example_inputs)
     with_values(graph.root)
     result = propagate(graph, mode=mode)
@@ -186,7 +187,7 @@ def isometry(
     qs = {region.source: _q(result, region.source) for region in regions}
     moments, reason = predict(nodes, first, {region.end: region for region in regions}, qs)
     measured = measure_jacobian(Segment(graph, first, last, mode), probes=probes, seed=seed) if measure else None
-    notes = [f"no prediction of the spectrum: {reason}"] if moments is None else []
+    notes = [f"no prediction of the spectrum: {reason}"] if moments is None else _border_note(nodes)
     layers = tuple(_layers(graph, regions, qs))
     moments = moments or JacobianMoments(math.nan, math.nan)
     variance = moments.second - moments.mean**2
@@ -269,6 +270,13 @@ def _modes(node: fx.Node, weight: Tensor, sizes: tuple[int, ...]) -> tuple[float
     dilation = convolution_options(node)["dilation"]
     values = fourier_multipliers(tap_shares(weight), sizes, dilation=dilation).flatten().tolist()
     return tuple(values) if len(values) <= _MODES_KEPT else (values[0], max(values[1:]), min(values))
+
+
+def _border_note(nodes: list[fx.Node]) -> list[str]:
+    names = [node.name for node in nodes if reads_border(node)]
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    told = "read zeros at the borders: the prediction is that of endless fields, the mean is smaller"
+    return [f"{names[0]}{more} {told}"] if names else []
 
 
 def _input_note(graph: Graph) -> list[str]:

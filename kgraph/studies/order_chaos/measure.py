@@ -26,6 +26,8 @@ from kgraph.studies.order_chaos.pixels import MOST_PIXELS, Pixels, measure_pixel
 from kgraph.studies.order_chaos.report import LayerOrder, OrderChaosReport
 
 _AFFINE = ("linear", "addmm", "mm", "matmul")
+_UNIT = 0.1
+"""Distance of the inputs' mean square from 1 that changes no r by much."""
 _CERTAIN = 1e-3
 """Distance of r from 1 that is the edge for any number of weights."""
 
@@ -66,8 +68,19 @@ def order_chaos(
     share = float(matrix.mean() / matrix.diagonal().mean())
     rows = tuple(_layers(graph, propagate(graph, mode="train" if root.training else "eval")))
     return OrderChaosReport(
-        graph.name, rows, matrix, share, pixels, parametrization, result.how, (*graph.notes, *notes)
+        graph.name, rows, matrix, share, pixels, parametrization, result.how, (*graph.notes, *notes, *_scale_note(x))
     )
+
+
+def _scale_note(inputs: Inputs) -> tuple[str, ...]:
+    """A word where the inputs' mean square is not 1, beyond four standard errors of Gaussian entries."""
+    values = [v for v in pytree.tree_leaves(tuple(inputs)) if isinstance(v, Tensor) and v.is_floating_point()]
+    if len(values) != 1 or not values[0].numel():
+        return ()
+    q = float(values[0].detach().double().square().mean())
+    if abs(q - 1) <= _UNIT + 4 * math.sqrt(2 / values[0].numel()):
+        return ()
+    return (f"q and r of the layers are for inputs of mean square 1, the NTK is for those given, of {q:.4g}",)
 
 
 def _gaussian(like: Inputs, count: int, seed: int) -> Inputs:
