@@ -170,11 +170,15 @@ class Kernel:
         parts: channel groups in order along ``split``.
         axes: factors of every dimension.
         split: index of the dimension along which the parts lie (None when there is one part).
+        unpadded: of a kernel that zero padding made, the one before it and the zeros in front along the last
+            dimensions: a convolution reads zeros less often than the mean over positions counts them. Whatever is
+            made of this kernel by `replace` or `with_parts` has none.
     """
 
     parts: tuple[Part, ...]
     axes: Axes
     split: int | None = None
+    unpadded: tuple[Kernel, tuple[int, ...]] | None = field(default=None, init=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -198,6 +202,14 @@ class Kernel:
     @property
     def how(self) -> How:
         return max((part.how for part in self.parts), key=lambda how: (how.level, how.error))
+
+    def padded(self, result: Kernel, front: tuple[int, ...]) -> Kernel:
+        """``result``, remembered to be this kernel between zeros."""
+        inner, before = self.unpadded or (self, ())
+        dims = max(len(before), len(front))
+        both = (((0,) * (dims - len(zeros)) + zeros) for zeros in (before, front))
+        object.__setattr__(result, "unpadded", (inner, tuple(a + b for a, b in zip(*both, strict=True))))
+        return result
 
     def with_parts(self, *parts: Part) -> Kernel:
         return replace(self, parts=parts, split=self.split if len(parts) > 1 else None)

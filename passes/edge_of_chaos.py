@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Generator, Tensor, fx
+from torch import Generator, Tensor, fx, nn
 
 from kgraph.canonical import operation_name
 from kgraph.errors import InputError
@@ -31,6 +31,7 @@ from kgraph.passes.reinitialize import (
     direct_weight,
     draw_each_tap,
     geometry_of,
+    keep_weight,
     single_position,
 )
 from kgraph.rules.linear import mean_square
@@ -125,7 +126,7 @@ class CriticalWeights(Pass):
         node, why = layer.node, layer.why
         parameter = direct_weight(work, node, layer.at)
         if parameter is None:
-            work.keep(node, "weight", "it is computed from something else than one parameter")
+            keep_weight(work, node)
             return
         if str(parameter.target) in done:
             work.notes.append(f"{parameter.target} is used by several layers; it was drawn once")
@@ -164,9 +165,11 @@ class CriticalWeights(Pass):
     def _is_critical(self, work: Workspace, layer: _Layer) -> bool:
         """fan_in E[W^2] = sigma_w^2, to rounding; of Gaussian entries up to their sampling error."""
         weight = layer.node.args[layer.at]
-        if not isinstance(weight, fx.Node) or weight.op != "get_attr" or work.tensor(weight).is_meta:
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
             return True
         tensor = work.tensor(weight)
+        if not isinstance(tensor, nn.Parameter) or tensor.is_meta:
+            return True
         readers = [user for user in weight.users if affine_arguments(work, user) is not None]
         if len(readers) > 1 or operation_name(layer.node) in TRANSPOSED:
             return True

@@ -17,10 +17,17 @@ def fold_parametrizations(model: nn.Module) -> list[str]:
     folded = []
     for path, module in list(model.named_modules()):
         if parametrize.is_parametrized(module):
+            _give_own_class(module)
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
                 folded.append(f"{path}.{name}" if path else name)
     return folded + fold_hooks(model)
+
+
+def _give_own_class(module: nn.Module) -> None:
+    """A class of the module's own: torch makes one per parametrized module, copies share it, and folding empties it."""
+    shared = type(module)
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def fold_hooks(model: nn.Module) -> list[str]:

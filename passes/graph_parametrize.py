@@ -36,21 +36,11 @@ class GraphParametrize(Pass):
         dynamic: compute M in the graph, for exported models with dynamic image sizes; else it is kept as a buffer
             for the example's size (another size still works in eager mode). A convolution that is even at the
             example's size, but not at every size, is scaled too.
-        note: say where q is not 1 afterwards, in a network in NTK form.
     """
 
     dynamic: bool = False
-    note: bool = False
 
     def rewrite(self, work: Workspace) -> None:
-        self._scale_all(work)
-        if self.note:
-            from kgraph.passes.ntk_chaos_layers import note_variances  # which reads convolutions with this file
-
-            work.touch()
-            note_variances(work)
-
-    def _scale_all(self, work: Workspace) -> None:
         for node in work.nodes:
             if not is_convolution(node) or not work.is_random(node.args[0]) or _is_scaled(work, node):
                 continue

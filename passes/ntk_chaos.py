@@ -93,11 +93,9 @@ class DrawNTK(Pass):
 
     Args:
         beta: standard deviation of the biases, in [0, 1).
-        note: say where q is not 1; False where a pass still to come changes that.
     """
 
     beta: float = 0.1
-    note: bool = True
 
     def rewrite(self, work: Workspace) -> None:
         generator, done = work.generator, set[str]()
@@ -119,9 +117,14 @@ class DrawNTK(Pass):
                 _draw(work.tensor(layer.bias_node), self.beta, generator)
             bias = f", bias std {self.beta:g}" if layer.bias_node is not None else ""
             work.record(node, f"draw {operation_name(node)}", "NTK form", before, f"std {std:.3g}{bias}")
-        work.touch()
-        if self.note:
-            note_variances(work)
+
+
+@dataclass(frozen=True)
+class NoteVariances(Pass):
+    """Say where q is not 1 in the network as it is: r is another one there."""
+
+    def rewrite(self, work: Workspace) -> None:
+        note_variances(work)
 
 
 def _draw(tensor: Tensor, std: float, generator: torch.Generator) -> None:

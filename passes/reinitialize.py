@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from kgraph.canonical import aten, operation_name
 from kgraph.initializers import reinitialize_weight_
@@ -59,6 +59,7 @@ class Reinitialize(Pass):
             for node in work.nodes
             if operation_name(node) in ("linear", *CONVOLUTIONS) and work.is_random(node.args[0])
             if isinstance(weight := node.args[1], fx.Node) and weight.op == "get_attr"
+            if isinstance(work.tensor(weight), nn.Parameter)
             if not _keeps_q(work.tensor(weight))
         }
         return f"{', '.join(sorted(bad))} do not keep q" if bad else ""
@@ -74,7 +75,7 @@ class Reinitialize(Pass):
     ) -> None:
         parameter = direct_weight(work, node, at)
         if parameter is None:
-            work.keep(node, "weight", "it is computed from something else than one parameter")
+            keep_weight(work, node)
             return
         target = str(parameter.target)
         if target in done:
@@ -177,13 +178,14 @@ def _plain(value: Any) -> Any:
 def direct_weight(work: Workspace, node: fx.Node, at: int) -> fx.Node | None:
     """The parameter node of a layer; a weight computed from one parameter of its shape is replaced by it.
 
-    Weight standardization is such a computation: it would normalize the new weight away.
+    Weight standardization is such a computation: it would normalize the new weight away. A buffer (a fixed filter, a
+    fixed projection) is part of the model and no weight.
     """
     weight = node.args[at]
     if not isinstance(weight, fx.Node):
         return None
     if weight.op == "get_attr":
-        return weight
+        return weight if isinstance(work.tensor(weight), nn.Parameter) else None
     shape = shape_of(weight)
     origins = [n for n in _ancestors(weight) if n.op == "get_attr" and work.tensor(n).requires_grad]
     same = [n for n in origins if tuple(work.tensor(n).shape) == shape]
@@ -194,6 +196,12 @@ def direct_weight(work: Workspace, node: fx.Node, at: int) -> fx.Node | None:
     why = "it would normalize the new weight away"
     work.record(node, "remove weight normalization", why, "computed weight", str(same[0].target))
     return same[0]
+
+
+def keep_weight(work: Workspace, node: fx.Node) -> None:
+    """Say that a layer's weight was not drawn: it is a buffer, or computed from several tensors."""
+    work.keep(node, "weight", "it is no parameter, nor computed from one alone")
+    work.unmet.append(f"{node.name}: its weight is no parameter, nor computed from one alone, and was not drawn")
 
 
 def _ancestors(node: fx.Node) -> list[fx.Node]:

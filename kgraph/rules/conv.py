@@ -68,11 +68,14 @@ def _convolve(
     *,
     transposed: bool = False,
 ) -> Kernel:
-    if not isinstance(x, Kernel) or not isinstance(weight, Tensor):
+    if any(isinstance(a, Kernel) != (a is x) for a in (x, weight, bias)):
         return context.sample()
     dims = weight.ndim - 2
     strides, dilations = each_axis(stride, dims), each_axis(dilation, dims)
     paddings = paddings_of(padding, weight.shape[2:], dilations)
+    if x.unpadded is not None and not transposed and len(x.unpadded[1]) <= dims:
+        x, front = x.unpadded
+        paddings = [own + n for own, n in zip(paddings, (0,) * (dims - len(front)) + front, strict=True)]
     sizes_in, sizes_out = x.shape[-dims:], context.shape[-dims:]
     counts = [
         tap_counts(sizes_in[i], sizes_out[i], weight.shape[2 + i], strides[i], paddings[i], dilations[i], transposed)

@@ -140,14 +140,14 @@ def _last_dim(
 
 @rule(aten.linear.default)
 def linear(context: Context, x: Kernel, weight: Tensor, bias: Tensor | None = None) -> Kernel:
-    if not isinstance(x, Kernel) or not isinstance(weight, Tensor):
+    if any(isinstance(a, Kernel) != (a is x) for a in (x, weight, bias)):
         return context.sample()
     return _last_dim(context, x, weight, bias, weight.shape[0], 1)
 
 
 @rule(aten.addmm.default)
 def addmm(context: Context, bias: Tensor, x: Kernel, weight: Tensor, **scales: float) -> Kernel:
-    if scales or not isinstance(x, Kernel) or not isinstance(weight, Tensor):
+    if scales or any(isinstance(a, Kernel) != (a is x) for a in (bias, x, weight)):
         return context.sample()
     return _last_dim(context, x, weight, bias, weight.shape[1], 2, turned=True)
 

@@ -188,7 +188,9 @@ def pad(
     matrices = [_matrix(lambda rows, d=d: padded(rows, d), size) for d, size in enumerate(x.shape[-dims:])]
     share = math.prod(float(matrix.sum(1).mean()) for matrix in matrices)
     axes = (_resized(axis, size) for axis, size in zip(x.axes, context.shape, strict=True))
-    return replace(x.with_parts(*(_bordered(part, share, x, context) for part in x.parts)), axes=tuple(axes))
+    result = replace(x.with_parts(*(_bordered(part, share, x, context) for part in x.parts)), axes=tuple(axes))
+    front = tuple(int(n) for n in amounts[0::2])[::-1]
+    return x.padded(result, front) if min(amounts, default=0) >= 0 else result
 
 
 def _resized(axis: tuple[tuple[str, int], ...], size: int) -> tuple[tuple[str, int], ...]:

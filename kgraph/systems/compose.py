@@ -38,9 +38,10 @@ def resolve_methods(method: object) -> tuple[AnyMethod, ...]:
 
 
 def compose(graph: Graph, systems: Sequence[System], seed: int, first: Propagation | None = None) -> Workspace:
-    """Run the passes of all ``systems`` on ``graph``, in place and in their order."""
+    """Run the passes of all ``systems`` on ``graph``, in place and in their order, then their checks."""
     work = Workspace(graph, MODE, seed, first)
-    Pipeline(tuple(step for system in systems for step in system.passes())).run(work)
+    steps = [step for system in systems for step in system.passes()]
+    Pipeline((*steps, *(check for system in systems for check in system.checks()))).run(work)
     return work
 
 

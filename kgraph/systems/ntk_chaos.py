@@ -9,7 +9,7 @@ from kgraph.errors import InputError
 from kgraph.meanfield.order_chaos import Form
 from kgraph.passes.base import Pass
 from kgraph.passes.graph_parametrize import GraphParametrize
-from kgraph.passes.ntk_chaos import BalanceActivations, DrawNTK, NoteNorms
+from kgraph.passes.ntk_chaos import BalanceActivations, DrawNTK, NoteNorms, NoteVariances
 from kgraph.passes.remove_norms import RemoveNorms
 from kgraph.systems.system import Aspect, System
 
@@ -54,5 +54,8 @@ class NTKChaos(System):
 
     def passes(self) -> tuple[Pass, ...]:
         balance = BalanceActivations(self.beta, self.r, self.form)
-        steps = (NoteNorms(), RemoveNorms(), balance, DrawNTK(self.beta, note=not self.graph))
-        return (*steps, GraphParametrize(note=True)) if self.graph else steps
+        steps = (NoteNorms(), RemoveNorms(), balance, DrawNTK(self.beta))
+        return (*steps, GraphParametrize()) if self.graph else steps
+
+    def checks(self) -> tuple[Pass, ...]:
+        return (NoteVariances(),)

@@ -29,3 +29,7 @@ class System(ABC):
     @abstractmethod
     def passes(self) -> tuple[Pass, ...]:
         """The recipe, in order."""
+
+    def checks(self) -> tuple[Pass, ...]:
+        """Passes that change nothing and say what came of it: they run once all systems have run."""
+        return ()

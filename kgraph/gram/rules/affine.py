@@ -110,8 +110,8 @@ def linear(context: Context, x: Value, weight: Tensor, bias: Tensor | None = Non
 
 @rule(aten.addmm.default)
 def addmm(context: Context, bias: Tensor, x: Value, weight: Tensor, **scales: float) -> Value:
-    if scales or not isinstance(x, Value) or not isinstance(weight, Tensor):
-        raise CannotFollow("a scaled addmm")
+    if scales or any(isinstance(a, Value) != (a is x) for a in (bias, x, weight)):
+        raise CannotFollow("an addmm that is scaled, or has a random bias")
     return _linear(context, x, weight, bias, weight.shape[1], (2, 0), 0)
 
 
