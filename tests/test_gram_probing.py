@@ -111,3 +111,39 @@ def test_alpha_dropout_against_its_formula() -> None:
     expected = torch.where(torch.eye(3, dtype=torch.bool), 1.0, keep**2 * a**2 * plain)
     # 8192 draws: a product of two values of unit variance has a standard error of about sqrt(2 / 8192)
     torch.testing.assert_close(found.nngp, expected, rtol=0, atol=4 * (2 / 8192) ** 0.5)
+
+
+def mixer() -> Net:
+    """A layer over the positions, the same for all channels: what it adds is no mean over many random numbers."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        h = m.read(x)
+        return m.out(relu(h + m.down(relu(m.up(h.mT))).mT))[:, :2].mean(1)
+
+    layers = {"read": dense(6, 512, bias=False), "out": dense(512, 512, bias=False)}
+    return Net(forward, up=dense(4, 64, bias=False), down=dense(64, 4, bias=False), **layers).double()
+
+
+def test_layers_over_positions_are_those_of_the_model_at_hand() -> None:
+    """Exact given their weights, which the report says; another draw of them has another kernel."""
+    torch.manual_seed(0)
+    x, model, other = torch.randn(2, 4, 6, dtype=torch.float64), mixer(), mixer()
+    found = kgraph.kernels(model, x, with_ntk=False)
+    assert found.how == "assumed"
+    samples = []
+    with torch.no_grad():
+        for _ in range(100):
+            fresh = mixer()
+            fresh.up, fresh.down = model.up, model.down
+            y = fresh(x)
+            samples.append(y @ y.T / y.shape[1])
+    measured, error = torch.stack(samples).mean(0), torch.stack(samples).std(0) / 10
+    # 8192 draws, and 512 channels whose second moments scatter: 5 / 512 a layer, two layers
+    allowed = 4 * error + measured.diagonal().max() * (4 * (5 / 8192) ** 0.5 + 2.5 * 2 / 512)
+    assert bool(((found.nngp - measured).abs() <= allowed).all())
+    assert bool(((kgraph.nngp(other, x) - measured).abs() > allowed).any())
+
+
+def test_no_ntk_without_the_part_of_a_parameter() -> None:
+    with pytest.raises(RuleError, match=r"part of up\.weight in the NTK is not known.*kgraph\.nngp"):
+        kgraph.ntk(mixer(), torch.randn(2, 4, 6))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from kgraph.canonical import aten
@@ -16,6 +16,7 @@ from kgraph.gram.field import Drawn
 from kgraph.gram.rules.probing import as_draws, as_tensor, result_axes
 from kgraph.gram.rules.table import Context
 from kgraph.gram.value import Axes, Value, size_of
+from kgraph.how import EXACT, assumed
 from kgraph.rules.sampled import for_mode
 
 MOVES = (
@@ -34,26 +35,47 @@ MOVES = (
 
 
 def sample(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Value:
-    """The node's result as a field measured on draws.
+    """The node's result as a field measured on draws; parameters that it reads count as the numbers they are.
 
     Raises:
-        RuleError: the operation mixes inputs or channels in a way that draws of channels cannot show.
+        RuleError: the operation mixes inputs or channels in a way that draws of channels cannot show, or has a part
+            of its own in an NTK that is asked for.
     """
     values = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Value)]
     if context.node.target in MOVES:  # what the result's dimensions mean cannot be told from their sizes
         raise context.error(f"cannot follow {reason}")
     if any(len(v.groups) > 1 for v in values):
         raise context.error(f"no exact kernel rule ({reason}), and its operands have several groups of channels")
+    parameters = _parameters(context, args, kwargs)
+    if parameters and context.engine.with_ntk:
+        what = f"no exact kernel rule ({reason}), and the part of {parameters[0]} in the NTK is not known"
+        raise context.error(what, "kgraph.nngp leaves the NTK out, kgraph.empirical_ntk measures it")
     call = _operation(context, args, kwargs)
     axes = result_axes(context, call, values)
     fields = tuple(v.one() for v in values)
     roots = frozenset().union(*(u.roots for u in fields))
-    how = max((u.how for u in fields), key=lambda h: h.level)
+    given = assumed(f"{', '.join(parameters)} as they are") if parameters else EXACT
+    how = max((given, *(u.how for u in fields)), key=lambda h: h.level)
     places = tuple(s for axis in axes for role, s in axis if role == "p")
     seed = 1_000_003 * context.engine.draws.seed + zlib.crc32(context.node.name.encode())
     run = _Run(call, tuple(v.axes for v in values), axes, seed)
     channels = size_of(tuple(t for axis in axes for t in axis if t[0] == "c"))
     return Value(((channels, Drawn(places, roots, how, fields, run)),), axes)
+
+
+def _parameters(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Names of the parameters that the plain tensors among the arguments are, or are made of."""
+    node = context.node
+    given = [*zip(node.args, args, strict=True), *((node.kwargs[key], value) for key, value in kwargs.items())]
+    queue = [source for source, value in given if isinstance(source, fx.Node) and isinstance(value, Tensor)]
+    for source in queue:
+        queue += [before for before in source.all_input_nodes if before not in queue]
+    names = [str(source.target) for source in queue if source.op == "get_attr"]
+    if node.op == "call_module":
+        names += [
+            f"{node.target}.{name}" for name, _ in context.module.get_submodule(str(node.target)).named_parameters()
+        ]
+    return [name for name in names if context.trained(name)]
 
 
 def _operation(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
