@@ -13,6 +13,7 @@ from kgraph.gram import field as f
 from kgraph.gram.build import moved
 from kgraph.gram.field import Affine, Field, Layer, Leaf
 from kgraph.gram.places import Relabel
+from kgraph.gram.rules.over_positions import position_layer, sums_positions
 from kgraph.gram.rules.table import Context, rule
 from kgraph.gram.taps import axis_runs, geometry_of, tap_shares
 from kgraph.gram.value import Axes, CannotFollow, Value, place_start, places_of, roles, size_of
@@ -95,8 +96,10 @@ def _linear(
     context: Context, x: Value, weight: Tensor, bias: Tensor | None, out: int, at: tuple[int, int], along: int
 ) -> Value:
     """``along``: the dimension of the weight that is summed over; ``at``: arguments that are weight and bias."""
-    u, axes = contracted(x, [len(x.axes) - 1])
     names = (context.name(at[0]), context.name(at[1]))
+    if sums_positions(x):
+        return position_layer(context, x, weight if along else weight.T, bias, names)
+    u, axes = contracted(x, [len(x.axes) - 1])
     context.read_one_way(at[0], along)
     layer = make_layer(context, names, weight, bias, weight.numel() // max(out, 1))
     result = layer_output(context, u, layer, u.places)

@@ -47,9 +47,7 @@ def sample(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any], reas
     if any(len(v.groups) > 1 for v in values):
         raise context.error(f"no exact kernel rule ({reason}), and its operands have several groups of channels")
     parameters = _parameters(context, args, kwargs)
-    if parameters and context.engine.with_ntk:
-        what = f"no exact kernel rule ({reason}), and the part of {parameters[0]} in the NTK is not known"
-        raise context.error(what, "kgraph.nngp leaves the NTK out, kgraph.empirical_ntk measures it")
+    context.refuse_ntk(parameters, reason)
     call = _operation(context, args, kwargs)
     axes = result_axes(context, call, values)
     fields = tuple(v.one() for v in values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,12 @@ class Context:
         """Whether a tensor of the module is a parameter."""
         owner, _, leaf = name.rpartition(".")
         return leaf in dict(self.module.get_submodule(owner).named_parameters(recurse=False))
+
+    def refuse_ntk(self, parameters: Sequence[str], reason: str) -> None:
+        """Raise a RuleError if the NTK is asked for: the part of ``parameters`` in it has no rule."""
+        if parameters and self.engine.with_ntk:
+            what = f"no exact kernel rule ({reason}), and the part of {parameters[0]} in the NTK is not known"
+            raise self.error(what, "kgraph.nngp leaves the NTK out, kgraph.empirical_ntk measures it")
 
     def error(self, what: str, hint: str = "") -> RuleError:
         return RuleError(what, node=self.node.name, source=site_of(self.node).source, hint=hint)
