@@ -17,6 +17,7 @@ from kgraph.meanfield.order_chaos import activation_moments, shift_of
 from kgraph.modules import FunctionModule, ShapedActivation
 
 REFERENCE: dict[str, Any] = json.loads((Path(__file__).parent / "reference" / "order_chaos.json").read_text())
+_FORMS: dict[str, Any] = {"std": "standardized", "nrm": "normalized"}
 _KINDS = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
 
 
@@ -24,8 +25,14 @@ def balanced_module(name: str, form: str) -> ShapedActivation:
     """relu or erf, standardized or normalized."""
     activation = nn.ReLU() if name == "relu" else FunctionModule(torch.erf)
     moments = activation_moments(activation)
-    shift = shift_of(moments, "normalized" if form == "nrm" else "standardized")
+    shift = shift_of(moments, _FORMS[form])
     return ShapedActivation(activation, output_shift=-shift, output_scale=moments.power(shift) ** -0.5)
+
+
+def characteristic(name: str, form: str, beta: float) -> float:
+    """r of such a module."""
+    moments = activation_moments(name)
+    return moments.r(beta, shift_of(moments, _FORMS[form]))
 
 
 def decoder(

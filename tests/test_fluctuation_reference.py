@@ -9,17 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 
 import kgraph
 from kgraph.errors import InputError
-from kgraph.initializers import reinitialize_weight_
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "isometry.json").read_text())
 DDNTK = REFERENCE["S3_ddntk_n16"]["data"]
-TRAINED = REFERENCE["S3_train_synthetic_n20"]["data"]
 LAWS = {"orth": "orthogonal", "gauss": "gaussian"}
 CRITICAL: dict[str, Any] = {"weight_variance": 1.0, "parametrization": "ntk"}
 DEPTHS = (2, 5, 10, 20)
@@ -71,10 +67,11 @@ def test_dntk_and_ddntk(derived: dict[str, kgraph.MeasuredFluctuations], key: st
     """
     for name in "PQRSTU":
         assert abs(off(derived[key], key, depth, name, name)) < 4, name
+    # the file gives no errors of K and Theta: ours, by as much as the most precise of its six is less precise than ours
     row, node = DDNTK[f"{key}_L{depth}"], derived[key].nodes[depth - 1]
-    slack = 0.1 if key == "orth" else 0.3  # the file gives no errors of these
-    assert pytest.approx(row["K"], rel=slack) == node.K
-    assert node.Theta == pytest.approx(row["Theta"], rel=slack)
+    share = min(row[f"{name}_se"] / node.error[name] for name in "PQRSTU")
+    for name, value, error in (("K", node.K, node.K_error), ("Theta", node.Theta, node.Theta_error)):
+        assert value == pytest.approx(row[name], abs=4 * error * math.hypot(1, share)), name
 
 
 def test_ddntk_of_other_indices_or_law_fails(derived: dict[str, kgraph.MeasuredFluctuations]) -> None:
@@ -106,64 +103,3 @@ def test_ddntk_of_kinks_is_not_measured(phi: type[nn.Module]) -> None:
     found = kgraph.measure_fluctuations(chain([6, 6, 6], phi), draws=10, ddntk=True)
     assert math.isfinite(found.nodes[1].scaled["P"]) and math.isnan(found.nodes[1].scaled["R"])
     assert any("R, S, T, U not measured from linear_1" in note for note in found.notes)
-
-
-def clusters(seeds: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """200 training and 300 test points of 10 Gaussian clusters in 20 dimensions, centers and noise of variance 1."""
-    centers = torch.randn(seeds, 10, 20, generator=generator)
-    y = torch.randint(10, (seeds, 500), generator=generator)
-    x = centers.gather(1, y[..., None].expand(-1, -1, 20)) + torch.randn(seeds, 500, 20, generator=generator)
-    return x[:, :200], y[:, :200], x[:, 200:], y[:, 200:]
-
-
-def stacked(depth: int, seeds: int, generator: torch.Generator) -> list[Tensor]:
-    """Weights of ``depth`` tanh layers of width 20 and 10 outputs, [law and seed, out, in] each."""
-    networks = [chain([20] * (depth + 1) + [10]) for _ in range(2 * seeds)]
-    for index, network in enumerate(networks):
-        law = "suo" if index < seeds else "gaussian"
-        for weight in network.parameters():
-            reinitialize_weight_(weight, distribution=law, generator=generator)
-    return [
-        torch.stack([w.detach() for w in ws]).requires_grad_()
-        for ws in zip(*(n.parameters() for n in networks), strict=True)
-    ]
-
-
-def accuracies(depth: int, rate: float, seeds: int = 5, steps: int = 200) -> dict[str, float]:
-    """Mean test accuracy of both laws after gradient descent on all points, all networks at once."""
-    generator = torch.Generator().manual_seed(depth)
-    x, y, x_test, y_test = (torch.cat([t, t]) for t in clusters(seeds, generator))
-    weights = stacked(depth, seeds, generator)
-
-    def logits(s: Tensor) -> Tensor:
-        for index, weight in enumerate(weights):
-            s = (s.tanh() if index else s) @ weight.mT
-        return s
-
-    for _ in range(steps):
-        loss = cross_entropy(logits(x).flatten(0, 1), y.flatten(), reduction="sum") / y.shape[1]
-        with torch.no_grad():
-            for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
-                weight -= rate * gradient
-    with torch.no_grad():
-        right = (logits(x_test).argmax(-1) == y_test).double().mean(1)
-    return {"orth": float(right[:seeds].mean()), "gauss": float(right[seeds:].mean())}
-
-
-@pytest.mark.parametrize("rate", [0.03, 0.1])
-@pytest.mark.parametrize("depth", [5, 20, 40])
-def test_training_of_narrow_networks(depth: int, rate: float) -> None:
-    """S3_train_synthetic_n20: 200 steps of gradient descent at width 20.
-
-    The file does not say what its 10 classes are. Ours are clusters, whose count and noise were picked (of a few tried)
-    so that they are as hard as the file's; so this checks the laws and depths against each other, not the data. Each
-    accuracy is within two of the file's deviations over seeds, the gap of the laws within half of itself or one.
-    """
-    found = accuracies(depth, rate)
-    rows = {key: TRAINED[f"{key}_L{depth}_lr{rate}"] for key in LAWS}
-    for key, row in rows.items():
-        assert found[key] == pytest.approx(row["acc"], abs=2 * row["acc_sd"]), key
-    gap, wanted = found["orth"] - found["gauss"], rows["orth"]["acc"] - rows["gauss"]["acc"]
-    spread = math.hypot(rows["orth"]["acc_sd"], rows["gauss"]["acc_sd"])
-    assert gap == pytest.approx(wanted, abs=max(spread, wanted / 2))
-    assert gap > (wanted / 2 if depth > 5 else 0)

@@ -82,7 +82,10 @@ def test_orthogonal_convolutions_are_isometric(law: str) -> None:
 
 @pytest.mark.parametrize("model", [mlp(16, 256), cnn(16, 24)], ids=["mlp", "cnn"])
 def test_negative_control_gaussian_networks_are_not(model: nn.Module) -> None:
-    """Relative to the squared mean, which at a finite width wanders: variance L times larger, singular directions."""
+    """Relative to the squared mean, which at a finite width wanders: variance L times larger, singular directions.
+
+    So is the file's own (`test_reference_jacobian.py`, which compares every one of its numbers).
+    """
     x = noise(1, 256) if isinstance(model[0], nn.Linear) else noise(1, 24, 4, 4)  # type: ignore[index]
     found = report(model, x, "gaussian", 1 / 16)
     assert found.measured is not None and found.measured.smallest < 1e-8 and found.measured.largest > 4

@@ -146,13 +146,12 @@ def test_bad_arguments() -> None:
 
 
 def test_fourier_multipliers() -> None:
-    """Exact lambda_k, and the modes' measured decay in a wide linear circular network (3 %)."""
+    """Exact lambda_k; the measured decay of the file's modes is in `test_reference_modes.py`."""
     taps = {"uniform3": torch.ones(3) / 3, "uniform5": torch.ones(5) / 5}
     taps |= {"binomial3": torch.tensor([0.25, 0.5, 0.25]), "delta3": torch.tensor([0.0, 1.0, 0.0])}
     for name, row in CONV["fourier_modes_linear_circ"].items():
         found = fourier_multipliers(taps[name], 12)
         assert found[[1, 3]].tolist() == pytest.approx([row["lambda1"], row["lambda3"]], rel=1e-7)
-        assert found[[1, 3]].tolist() == pytest.approx([row["fit1"], row["fit3"]], rel=0.04)
     off_centre = fourier_multipliers(torch.tensor([1.0, 0.0, 0.0]), 12)
     assert off_centre.tolist() == pytest.approx([1.0] * 12)
 
