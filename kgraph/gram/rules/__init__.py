@@ -10,6 +10,7 @@ from kgraph.gram.rules import (  # noqa: F401  (each registers its rules)
     parent_scale,
     pointwise,
     pool,
+    prelu,
     recurrent,
     reindex,
 )

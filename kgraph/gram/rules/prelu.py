@@ -1,0 +1,48 @@
+"""PReLU: leaky relu of a trained slope a, whose own part of the NTK is E[min(u, 0) min(u', 0)]."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kgraph.canonical import aten
+from kgraph.gram.block import Block
+from kgraph.gram.build import mapped
+from kgraph.gram.field import Field, Leaf, Sum
+from kgraph.gram.rules.table import Context, rule
+from kgraph.gram.value import CannotFollow, Value
+from kgraph.how import assumed
+from kgraph.roots import Root
+from kgraph.rules.pointwise import NEGATIVE_PART, leaky
+
+_ONE_FOR_ALL = assumed("the gradient by one number that all channels share is taken to be independent of them")
+
+
+@rule(aten.prelu.default)
+def prelu(context: Context, x: Any, weight: Any) -> Value:
+    if not isinstance(x, Value) or not isinstance(weight, Tensor):
+        raise CannotFollow("a random slope")
+    slopes = weight.detach().double().flatten()
+    if bool((slopes != slopes[0]).any()):
+        raise CannotFollow("slopes that differ between channels")
+    shaped = x.each(lambda u: mapped(leaky(float(slopes[0])), u))
+    name = context.parameter(context.node.args[1])
+    if not context.engine.with_ntk or name is None or not context.trained(name):
+        return shaped
+    gain = 1.0 if context.engine.parametrization == "standard" else float(slopes.square().mean())
+    gains = gain * context.multipliers.get(name, 1.0)
+    root = Root(f"{name} at {context.node.name}")
+
+    def with_own(before: Field, after: Field) -> Field:
+        negative = mapped(NEGATIVE_PART, before)
+        own = context.engine.pair(negative, negative).cov * gains
+        zero = torch.zeros_like(own)
+        leaf = Leaf(after.places, frozenset({root}), block=Block(zero, own), gap=zero)
+        how = after.how | _ONE_FOR_ALL if len(slopes) == 1 else after.how
+        return Sum(after.places, after.roots | leaf.roots, how, ((1.0, after), (1.0, leaf)))
+
+    pairs = zip(x.groups, shaped.groups, strict=True)
+    return replace(shaped, groups=tuple((size, with_own(u, v)) for (size, u), (_, v) in pairs))
