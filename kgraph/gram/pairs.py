@@ -10,6 +10,7 @@ from torch import Tensor
 from kgraph.errors import RuleError
 from kgraph.gram import field as f
 from kgraph.gram.block import Block, nothing
+from kgraph.gram.factors import correction, trained_factor
 from kgraph.gram.field import Field
 from kgraph.gram.gaps import Gaps
 from kgraph.gram.layout import NeedsFull
@@ -180,9 +181,14 @@ def mapped_block(engine: Engine, u: f.Mapped, v: f.Mapped) -> Block | None:
     q1, q2 = engine.layout.sides(
         engine.rows, engine.variance(u.arg), engine.variance(v.arg), u.arg.places, v.arg.places
     )
-    cov, slope = fn.dual(q1, q2, inner.cov - shift**2 if shift else inner.cov)
+    around = inner.cov - shift**2 if shift else inner.cov
+    cov, slope = fn.dual(q1, q2, around)
     if inner.ntk is None:
         return Block(cov)
+    factor = trained_factor(u.arg)
+    if factor is not None and u.arg.roots == v.arg.roots and factor == trained_factor(v.arg):
+        more = correction(fn, shift, factor, (q1, q2), around)
+        return Block(cov, slope * inner.ntk + more)
     if engine.gaps is not None and u is v:
         slope = _sharper(engine.gaps, u, slope, cov)
     if torch.is_grad_enabled() or slope.shape != inner.ntk.shape:

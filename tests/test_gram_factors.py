@@ -1,0 +1,63 @@
+"""Gains of norms straight in front of a nonlinearity: their part of the NTK against networks of finite width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from gram_montecarlo import SIGMAS
+from torch import Tensor, nn
+
+import kgraph
+from kgraph.gram import pairs
+from kgraph.gram.factors import Factor, holds_factor, homogeneous, trained_factor
+from kgraph.gram.field import Known, Leaf, Product
+from kgraph.maps import pointwise
+
+WIDTH, DRAWS = 256, 16
+X = torch.randn(2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
+
+
+def network(activation: Callable[[], nn.Module], bias: float = 0.0) -> nn.Sequential:
+    norm = nn.LayerNorm(WIDTH)
+    with torch.no_grad():
+        norm.weight.fill_(0.8)
+        norm.bias.fill_(bias)
+    return nn.Sequential(nn.Linear(8, WIDTH), norm, activation(), nn.Linear(WIDTH, 16))
+
+
+def part(model: nn.Module, name: str) -> dict[str, float | Tensor]:
+    return {own: float(own == name) for own, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.5])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("parameter", ["1.weight", "1.bias"])
+def test_part_of_a_norm(name: str, bias: float, parameter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within four standard errors and 5 / width a layer; a gradient independent of the field is not, for gains."""
+    torch.manual_seed(0)
+    model = network(ACTIVATIONS[name], bias)
+    alone = part(model, parameter)
+    found = kgraph.ntk(model, X, multipliers=alone)
+    draws = [kgraph.empirical_ntk(network(ACTIVATIONS[name], bias), X, multipliers=alone).matrix for _ in range(DRAWS)]
+    measured, error = torch.stack(draws).mean(0), torch.stack(draws).std(0) / DRAWS**0.5
+    allowed = SIGMAS * error + 2 * 2.5 / WIDTH * found.diagonal().max()
+    assert bool(((found - measured).abs() <= allowed).all())
+    if parameter == "1.weight":
+        monkeypatch.setattr(pairs, "trained_factor", lambda u: None)
+        assert bool(((kgraph.ntk(model, X, multipliers=alone) - measured).abs() > allowed).any())
+
+
+def test_factors_are_found() -> None:
+    t, c = Leaf(()), Known((), data=torch.full((1, 3), 2.0), gain=3.0)
+    assert trained_factor(t) is None and not holds_factor(t)
+    assert trained_factor(Product((), left=t, right=c)) == Factor(0.75, 0.0)
+    uneven = Product((), left=t, right=Known((), data=torch.arange(3.0)[None], gain=1.0))
+    assert trained_factor(uneven) is None and holds_factor(uneven)
+
+
+def test_homogeneous_functions() -> None:
+    assert homogeneous(pointwise("relu")) and homogeneous(pointwise("leaky_relu", 0.1))
+    assert not homogeneous(pointwise("tanh")) and not homogeneous(pointwise("gelu_exact"))
