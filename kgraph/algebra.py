@@ -18,6 +18,7 @@ from kgraph.errors import InputError
 from kgraph.how import EXACT, QUADRATURE, How, assumed
 from kgraph.kernel import DIFF, Apply, Mask, Pairs, Part, Product, Samples, Sum, Unknown
 from kgraph.maps import Pointwise, closed_form
+from kgraph.maps.tangent import correction
 from kgraph.roots import Root, Roots
 
 IDENTITY = Pointwise(lambda u: u, closed_form("identity"))
@@ -58,6 +59,8 @@ def apply(fn: Pointwise, part: Part) -> Part:
     if isinstance(base.expr, Unknown):
         part = replace(part, how=part.how | assumed(base.expr.reason))
     try:
+        if part.factor is not None:  # an affine image of its base, with an NTK of its own
+            return replace(_apply_gaussian(fn, part, part), expr=Apply(composed, base))
         return _apply_gaussian(composed, base, part)
     except InputError:  # sqrt|u|: the function has a second moment, its derivative has none
         drawn = _from_draws(target, part.how)
@@ -74,12 +77,20 @@ def _apply_gaussian(fn: Pointwise, base: Part, part: Part) -> Part:
         size=part.size,
         cov=value,
         slope=slope * base.slope,
-        ntk=slope * base.ntk,
+        ntk=slope * base.ntk + _of_factor(centred, base, (value, slope)),
         mean=float(centred.mean(variance)),
         roots=part.roots,
         expr=Apply(fn, base),
         how=part.how | own,
     )
+
+
+def _of_factor(centred: Pointwise, base: Part, dual: tuple[Tensor, Tensor]) -> Tensor | float:
+    """What a trained factor in front has more in the NTK than a tangent that is independent of the field."""
+    if base.factor is None:
+        return 0.0
+    variance = (base.q - base.mean**2).clamp_min(0)
+    return correction(centred, base.mean, base.factor, (variance, variance), base.cov - base.mean**2, dual)
 
 
 def _from_draws(part: Part, how: How) -> Part:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kgraph.how import EXACT, How
 from kgraph.maps import Pointwise
+from kgraph.maps.tangent import TrainedFactor
 from kgraph.roots import Roots
 
 SAME, DIFF = 0, 1
@@ -115,6 +116,7 @@ class Part:
         roots: random parameters whose output this is a pointwise function of.
         expr: how the entries are made from Gaussian ones.
         how: how the numbers were obtained.
+        factor: of what a trained factor made, how; whatever is made of this part by `replace` has none.
     """
 
     size: int
@@ -125,6 +127,12 @@ class Part:
     roots: Roots = field(default_factory=Roots)
     expr: Expr = field(default_factory=Gaussian)
     how: How = EXACT
+    factor: TrainedFactor | None = field(default=None, init=False)
+
+    def times(self, factor: TrainedFactor) -> Part:
+        """This part, remembered to be made by a trained factor."""
+        object.__setattr__(self, "factor", factor)
+        return self
 
     @property
     def q(self) -> Tensor:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 import kgraph
 from kgraph.gram import pairs
-from kgraph.gram.factors import Factor, holds_factor, homogeneous, trained_factor
+from kgraph.gram.factors import holds_factor, trained_factor
 from kgraph.gram.field import Known, Leaf, Product
 from kgraph.maps import pointwise
+from kgraph.maps.tangent import TrainedFactor, homogeneous
 
 WIDTH, DRAWS = 256, 16
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -53,7 +54,7 @@ def test_part_of_a_norm(name: str, bias: float, parameter: str, monkeypatch: pyt
 def test_factors_are_found() -> None:
     t, c = Leaf(()), Known((), data=torch.full((1, 3), 2.0), gain=3.0)
     assert trained_factor(t) is None and not holds_factor(t)
-    assert trained_factor(Product((), left=t, right=c)) == Factor(0.75, 0.0)
+    assert trained_factor(Product((), left=t, right=c)) == TrainedFactor(0.75, 0.0)
     uneven = Product((), left=t, right=Known((), data=torch.arange(3.0)[None], gain=1.0))
     assert trained_factor(uneven) is None and holds_factor(uneven)
 
@@ -61,3 +62,25 @@ def test_factors_are_found() -> None:
 def test_homogeneous_functions() -> None:
     assert homogeneous(pointwise("relu")) and homogeneous(pointwise("leaky_relu", 0.1))
     assert not homogeneous(pointwise("tanh")) and not homogeneous(pointwise("gelu_exact"))
+
+
+@pytest.mark.parametrize("parametrization", ["standard", "ntk"])
+@pytest.mark.parametrize("bias", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["relu", "tanh", "prelu"])
+def test_analyze_agrees(name: str, bias: float, parametrization: str) -> None:
+    """Inputs of q = 1, with one another at c = 0: the diagonal of the NTK is what `kgraph.analyze` reports."""
+    model = network(nn.PReLU if name == "prelu" else ACTIVATIONS[name], bias)
+    x = torch.eye(8, dtype=torch.float64)[:3] * 8**0.5
+    found = kgraph.kernels(model, x, parametrization=parametrization).ntk
+    reported = kgraph.analyze(model, x.float(), parametrization=parametrization).final.ntk
+    assert found is not None and reported == pytest.approx(float(found.diagonal().mean()), rel=1e-7)
+
+
+def test_analyze_of_stored_statistics() -> None:
+    """BatchNorm in eval mode is a map of every channel; its gain is a factor too."""
+    norm = nn.BatchNorm1d(WIDTH)
+    model = nn.Sequential(nn.Linear(8, WIDTH), norm, nn.Tanh(), nn.Linear(WIDTH, 16)).eval()
+    x = torch.eye(8, dtype=torch.float64)[:3] * 8**0.5
+    found = kgraph.kernels(model, x, parametrization="ntk").ntk
+    reported = kgraph.analyze(model, x.float(), parametrization="ntk").final.ntk
+    assert found is not None and reported == pytest.approx(float(found.diagonal().mean()), rel=1e-6)

@@ -181,12 +181,13 @@ def test_monte_carlo_finds_a_wrong_rule(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("slopes", [(0.25,), spread(SLOPES["signs"])], ids=["one", "channels"])
 @pytest.mark.parametrize("parametrization", ["standard", "ntk"])
 def test_ntk_counts_the_slopes(slopes: tuple[float, ...], parametrization: str) -> None:
-    """T = g K + sw2 (Kdot g + E[min(u, 0)^2]), with g = fan_in or 1; the last term is the slopes' own, 1/2."""
+    """T = g K + sw2 (Kdot g + own), with g = fan_in or 1; own = E[min(u, 0)^2] = 1/2, or E[a^2] / 2 of unit slopes."""
     square = sum(a * a for a in slopes) / len(slopes)
     gain = 16 if parametrization == "standard" else 1
     k = (1 + square) / 2
     found = kgraph.analyze(Net(slopes), torch.randn(2, 16), parametrization=parametrization).final.ntk
-    assert found == pytest.approx(gain * k + k * gain + 0.5, rel=1e-6)
+    own = 0.5 if parametrization == "standard" else square / 2
+    assert found == pytest.approx(gain * k + k * gain + own, rel=1e-6)
 
 
 def test_a_slope_that_is_no_parameter_adds_nothing_to_the_ntk() -> None:

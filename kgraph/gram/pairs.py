@@ -10,12 +10,13 @@ from torch import Tensor
 from kgraph.errors import RuleError
 from kgraph.gram import field as f
 from kgraph.gram.block import Block, nothing
-from kgraph.gram.factors import correction, trained_factor
+from kgraph.gram.factors import trained_factor
 from kgraph.gram.field import Field
 from kgraph.gram.gaps import Gaps
 from kgraph.gram.layout import NeedsFull
 from kgraph.gram.means import centred, mean_slope, shaped
 from kgraph.gram.taps import convolve, count_taps
+from kgraph.maps.tangent import correction
 
 if TYPE_CHECKING:
     from kgraph.gram.engine import Engine
@@ -187,7 +188,7 @@ def mapped_block(engine: Engine, u: f.Mapped, v: f.Mapped) -> Block | None:
         return Block(cov)
     factor = trained_factor(u.arg)
     if factor is not None and u.arg.roots == v.arg.roots and factor == trained_factor(v.arg):
-        more = correction(fn, shift, factor, (q1, q2), around)
+        more = correction(fn, shift, factor, (q1, q2), around, (cov, slope))
         return Block(cov, slope * inner.ntk + more)
     if engine.gaps is not None and u is v:
         slope = _sharper(engine.gaps, u, slope, cov)

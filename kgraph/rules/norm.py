@@ -17,7 +17,9 @@ from kgraph import algebra
 from kgraph.canonical import aten
 from kgraph.constants import by_channel
 from kgraph.kernel import DIFF, SAME, Gaussian, Kernel, Pairs, Part, Unknown
+from kgraph.maps.tangent import TrainedFactor
 from kgraph.modules import PerLocationNorm
+from kgraph.rules.linear import mean_square
 from kgraph.rules.table import Context, rule
 
 _SMALL = 0.05
@@ -76,13 +78,32 @@ def _slices(tensor: Tensor | None, x: Kernel) -> list[Tensor] | None:
 
 
 def _affine(context: Context, part: Part, weight: Tensor | None, bias: Tensor | None) -> Part:
-    own = torch.zeros_like(part.cov)
-    if weight is not None:
-        own = own + part.cov
-    if bias is not None:
-        own = own + 1.0
     result = by_channel(part, weight, bias, f"{context.node.name}.gain")
-    return replace(result, ntk=result.ntk + own)
+    own = _speed(context, weight) * part.cov + _speed(context, bias)
+    result = replace(result, ntk=result.ntk + own)
+    return _remembered(context, result, weight, bias) if part.gaussian else result
+
+
+def _speed(context: Context, tensor: Tensor | None) -> float:
+    """Factor on the own part of a parameter: 1 as PyTorch trains it, E[p^2] of a unit parameter times its size."""
+    if tensor is None:
+        return 0.0
+    return 1.0 if context.parametrization == "standard" else mean_square(tensor)
+
+
+def _remembered(context: Context, result: Part, weight: Tensor | None, bias: Tensor | None) -> Part:
+    """A trained gain of a Gaussian that is one number in all channels is a factor in front of what follows."""
+    shift = 0.0 if bias is None else _one_number(bias)
+    gain = 1.0 if weight is None else _one_number(weight)
+    if not gain or shift is None:
+        return result
+    return result.times(TrainedFactor(_speed(context, weight) / gain**2, shift))
+
+
+def _one_number(tensor: Tensor) -> float | None:
+    """The value that all entries have; None where they differ."""
+    first = float(tensor.detach().flatten()[0])
+    return first if bool((tensor == first).all()) else None
 
 
 @rule(aten.layer_norm.default)
@@ -185,7 +206,7 @@ def instance_norm(
     if not isinstance(x, Kernel):
         return context.sample()
     if running_mean is not None and running_var is not None and context.mode == "eval":
-        return _by_running_statistics(x, running_mean, running_var, eps, weight, bias)
+        return _by_running_statistics(context, x, running_mean, running_var, eps, weight, bias)
     channels = next((size for axis in x.axes for role, size in axis if role == "c"), 1)
     return gain_and_bias(context, _grouped(x, channels, eps), weight, bias)
 
@@ -206,12 +227,12 @@ def batch_norm(
     if not isinstance(x, Kernel):
         return context.sample()
     if running_mean is not None and running_var is not None and (context.mode == "eval" or not training):
-        return _by_running_statistics(x, running_mean, running_var, eps, weight, bias)
+        return _by_running_statistics(context, x, running_mean, running_var, eps, weight, bias)
     return gain_and_bias(context, _by_batch_statistics(x, eps), weight, bias)
 
 
 def _by_running_statistics(
-    x: Kernel, mean: Tensor, variance: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
+    context: Context, x: Kernel, mean: Tensor, variance: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
 ) -> Kernel:
     """The affine map of the stored statistics, then gain and bias: one map, for trained ones go together."""
     gain = (variance.detach().double() + eps).rsqrt()
@@ -223,10 +244,11 @@ def _by_running_statistics(
     parts = []
     for part, g, s, gains, shifts in zip(x.parts, *pieces, strict=True):
         result = by_channel(part, gains, shifts, "running statistics")
-        own = torch.zeros_like(part.cov) + float(bias is not None)
+        own = torch.zeros_like(part.cov) + _speed(context, bias)
         if weight is not None:
-            own = own + by_channel(part, g, s, "running statistics").cov
-        parts.append(replace(result, ntk=result.ntk + own))
+            own = own + _speed(context, weight) * by_channel(part, g, s, "running statistics").cov
+        result = replace(result, ntk=result.ntk + own)
+        parts.append(_remembered(context, result, weight, bias) if part.gaussian else result)
     return x.with_parts(*parts)
 
 

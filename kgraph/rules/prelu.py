@@ -22,6 +22,7 @@ from kgraph.constants import Moments, known_part, moments
 from kgraph.how import assumed
 from kgraph.kernel import DIFF, SAME, Gaussian, Kernel, Pairs, Part, Sum
 from kgraph.maps import ClosedForm, Pointwise
+from kgraph.rules.linear import mean_square
 from kgraph.rules.pointwise import NEGATIVE_PART, POSITIVE_PART, leaky
 from kgraph.rules.table import Context, rule
 
@@ -30,7 +31,8 @@ from kgraph.rules.table import Context, rule
 def prelu(context: Context, x: Kernel, weight: Tensor) -> Kernel:
     if not isinstance(x, Kernel) or not isinstance(weight, Tensor):
         return context.sample()
-    trained = float(is_trained(context.node.args[1]))
+    speed = 1.0 if context.parametrization == "standard" else mean_square(weight)
+    trained = speed * is_trained(context.node.args[1])
     root = context.argument_name(1)
     parts = []
     for part, own in zip(x.parts, _per_part(x, weight), strict=True):

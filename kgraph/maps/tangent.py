@@ -1,0 +1,71 @@
+"""The part in the NTK of a trained factor in front of a nonlinearity: its tangent is the field itself.
+
+    z = c t + b,  y = f(z):    dy/dc = f'(z) (z - b) / c
+
+A tangent that an affine layer has mixed is independent of the field, so that its part is E[f' f'] NTK(z, z'). For the
+gain of a norm (a number c in every channel) the part is instead
+
+    E[psi psi'] / c^2,    psi(z) = f'(z) (z - b)
+
+psi is f itself where f is homogeneous, as relu is (Euler).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kgraph.maps.pointwise import Pointwise
+from kgraph.maps.quadrature import value_and_slope
+
+_PROBES = (-3.1, -0.7, -1e-3, 1e-3, 0.7, 3.1)
+
+
+@dataclass(frozen=True)
+class TrainedFactor:
+    """Factors that are one number each: ``gain``, the sum of their gains over c^2, and the shift b behind them."""
+
+    gain: float | Tensor
+    shift: float
+
+
+def correction(
+    fn: Pointwise,
+    mean: float,
+    factor: TrainedFactor,
+    sides: tuple[Tensor, Tensor],
+    cov: Tensor,
+    dual: tuple[Tensor, Tensor],
+) -> Tensor:
+    """What the factor's part is more than independence gives it.
+
+    Args:
+        fn: of z - mean.
+        mean: of z.
+        sides, cov: variances and covariance of z - mean.
+        dual: those of ``fn`` there.
+    """
+    value, slope = dual
+    b = mean - factor.shift
+    if not (b == 0.0 and homogeneous(fn)):
+        value = tangent(fn, b).dual(*sides, cov)[0]
+    return factor.gain * (value - slope * (cov + b * b))
+
+
+_known: dict[tuple[Pointwise, float], Pointwise] = {}
+
+
+def tangent(fn: Pointwise, b: float) -> Pointwise:
+    """``psi(z) = fn'(z) (z + b)``; made once."""
+    if (fn, b) not in _known:
+        _known[fn, b] = Pointwise(lambda z: value_and_slope(fn.fn, z)[1] * (z + b))
+    return _known[fn, b]
+
+
+def homogeneous(fn: Pointwise) -> bool:
+    """Whether ``fn'(z) z = fn(z)``."""
+    z = torch.tensor(_PROBES, dtype=torch.float64)
+    value, slope = value_and_slope(fn.fn, z)
+    return bool((slope * z - value).abs().max() <= 1e-12)
