@@ -51,6 +51,25 @@ def test_part_of_a_norm(name: str, bias: float, parameter: str, monkeypatch: pyt
         assert bool(((kgraph.ntk(model, X, multipliers=alone) - measured).abs() > allowed).any())
 
 
+class Scaled(nn.Module):
+    """A residual sum whose branch is scaled by a vector, straight into a nonlinearity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.branch, self.out = nn.Linear(8, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+        self.scale = nn.Parameter(torch.full((WIDTH,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.read(x)
+        return self.out(torch.tanh(h + self.scale * self.branch(torch.relu(h))))
+
+
+def test_what_is_not_known_is_assumed() -> None:
+    assert kgraph.kernels(Scaled(), X).how == "assumed"
+    assert kgraph.kernels(Scaled(), X, with_ntk=False).how != "assumed"
+    assert kgraph.kernels(network(nn.ReLU), X).how == "exact"
+
+
 def test_factors_are_found() -> None:
     t, c = Leaf(()), Known((), data=torch.full((1, 3), 2.0), gain=3.0)
     assert trained_factor(t) is None and not holds_factor(t)

@@ -36,8 +36,8 @@ def scaled(u: Field, factor: float) -> Field:
     """``factor * u``."""
     if factor == 1.0:
         return u
-    if isinstance(u, Known):
-        return Known(u.places, u.roots, u.how, u.data * factor, u.gain * factor**2)
+    if isinstance(u, Known) and not u.gain:
+        return Known(u.places, u.roots, u.how, u.data * factor)
     if isinstance(u, Sum):
         return Sum(u.places, u.roots, u.how, tuple((w * factor, t) for w, t in u.terms))
     if isinstance(u, Mapped):
@@ -76,9 +76,9 @@ def _linear_combination(terms: list[tuple[float, Pointwise | None]]) -> Callable
 
 
 def mapped(fn: Pointwise, u: Field) -> Field:
-    """``fn(u)``: one function of what ``u`` itself is a function of; a known tensor is mapped at once."""
+    """``fn(u)``: one function of what ``u`` itself is a function of; a fixed tensor is mapped at once."""
     match u:
-        case Known():
+        case Known() if not u.gain:  # what is trained moves by the function's slope, which draws know
             return Known(u.places, u.roots, u.how, fn(u.data.clone()).double())
         case Moved(arg=arg, op=op) if not op.mixes and not isinstance(op, Gather):
             return moved(mapped(fn, arg), op)

@@ -12,13 +12,15 @@ Whatever fits none of these is measured on joint draws (`kgraph.gram.joint`).
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from kgraph.gram import field as f
 from kgraph.gram.attention import attended_block, scores_block
 from kgraph.gram.block import Block, nothing
 from kgraph.gram.build import arguments
+from kgraph.gram.factors import unresolved
 from kgraph.gram.field import Field
 from kgraph.gram.gaps import Gaps
 from kgraph.gram.joint import JointDraws
@@ -64,6 +66,8 @@ class Engine:
         self.gaps = Gaps(self) if layout.name == "diagonal" else None
         self.ways: dict[str, int] = {}  # the dimension that layers sum a weight over, by its name
         self.made_of: dict[str, str] = {}  # the weight that a parameter is behind, by their names
+        self.made: dict[fx.Node, dict[fx.Node, Any]] = {}  # of known tensors computed from parameters: what they read
+        self.readers: dict[str, dict[str, Tensor]] = {}  # by parameter: who reads which of its entries, entry by entry
         self._blocks: weakref.WeakKeyDictionary[Field, weakref.WeakKeyDictionary[Field, Block]]
         self._blocks = weakref.WeakKeyDictionary()
         self._means: weakref.WeakKeyDictionary[Field, Tensor] = weakref.WeakKeyDictionary()
@@ -189,6 +193,8 @@ class Engine:
             own = QUADRATURE if isinstance(u, f.Mapped) and u.fn.how == "quadrature" else EXACT
             if u in self.draws.used:
                 own = sampled(self.draws.standard_error(u))
+            if self.with_ntk and isinstance(u, f.Mapped) and unresolved(u.arg) and u not in self.draws.used:
+                own = assumed("the gradient by a factor in front of a nonlinearity is taken to be independent of it")
             if self.layout.name in AVERAGING and total_places(u.places) > 1 and not isinstance(u, f.Known):
                 own = assumed("positions are alike: an average over them stands for each")
             self._how[u] = max((u.how, own, *parts), key=lambda how: how.level)

@@ -26,6 +26,11 @@ def trained_factor(u: Field) -> TrainedFactor | None:
     return None
 
 
+def unresolved(u: Field) -> bool:
+    """Whether ``u`` holds trained factors that are not one number each behind one affine layer."""
+    return holds_factor(u) and trained_factor(u) is None
+
+
 def holds_factor(u: Field) -> bool:
     """Whether a trained factor stands somewhere in ``u`` behind its last affine layer."""
     if isinstance(u, f.Product) and isinstance(u.right, f.Known) and u.right.gain:

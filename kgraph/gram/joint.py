@@ -46,6 +46,7 @@ class JointDraws:
         self._fields: weakref.WeakKeyDictionary[Field, tuple[Tensor, Tensor | None]] = weakref.WeakKeyDictionary()
         self._leaves: list[Field] = []
         self._masks: dict[str, Tensor] = {}
+        self._directions: dict[object, Tensor] = {}
         self.used: weakref.WeakSet[Field] = weakref.WeakSet()
         self._streams = 0
 
@@ -146,9 +147,14 @@ class JointDraws:
         value = u.data[:, chosen].transpose(0, 1).expand(-1, inputs, *u.places)
         if not self.engine.with_ntk:
             return value, None
-        shape = (self.count, 1, *u.places)
-        direction = u.gain**0.5 * normal(shape, self.generator())
-        return value, direction.expand(-1, inputs, *u.places)
+        return value, (u.gain**0.5 * self._direction(u)).expand(-1, inputs, *u.places)
+
+    def _direction(self, u: f.Known) -> Tensor:
+        """One direction for a parameter, however often it is read."""
+        key = u.roots, u.places
+        if key not in self._directions:
+            self._directions[key] = normal((self.count, 1, *u.places), self.generator())
+        return self._directions[key]
 
     def _mask(self, u: f.Masked) -> Tensor:
         if u.mask.name not in self._masks:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from kgraph.capture import Graph, capture, check_model
 from kgraph.checks import with_values
-from kgraph.errors import InputError
+from kgraph.errors import InputError, RuleError
 from kgraph.gram.block import Block
 from kgraph.gram.device import away, computing_device, device_of, here, on
 from kgraph.gram.engine import Engine
@@ -25,6 +25,7 @@ from kgraph.gram.read import gram_of
 from kgraph.gram.result import Kernels, NodeGram
 from kgraph.gram.rows import Rows
 from kgraph.gram.stationary import Stationary
+from kgraph.gram.stops import refuse_stops
 from kgraph.gram.tiles import (
     Bar,
     Tile,
@@ -104,6 +105,8 @@ def kernels(
     first, n1 = batched_inputs(x1)
     second, n2 = batched_inputs(x2) if x2 is not None else (None, n1)
     graph = model if isinstance(model, Graph) else captured(model, first)
+    if with_ntk:
+        refuse_stops(graph)
     mode = mode or ("train" if graph.root.training else "eval")
     check_choice("mode", mode, ("train", "eval"))
     check_by_parameter("variances", variances or {}, graph)
@@ -153,6 +156,7 @@ def batched_inputs(x: Any) -> tuple[Inputs, int]:
 def captured(model: nn.Module, inputs: Inputs) -> Graph:
     """The model as a graph on the CPU, for kernels alone."""
     with_values(check_model(model))
+    _check_tables(model)
     model = _on_cpu(model)
     reference = next((p for p in model.parameters() if p.is_floating_point()), None)
 
@@ -163,6 +167,15 @@ def captured(model: nn.Module, inputs: Inputs) -> Graph:
         return value.to(reference.dtype) if value.is_floating_point() and reference is not None else value
 
     return capture(model, Inputs(*pytree.tree_map(example, tuple(inputs))), deep=0)  # nobody will train this graph
+
+
+def _check_tables(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise RuleError(
+                f"{name!r} rescales the rows that it looks up (max_norm={module.max_norm:g}), which has no rule",
+                hint="Rescale the rows once and set max_norm to None",
+            )
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:

@@ -56,6 +56,7 @@ class Walk:
         self.values: dict[fx.Node, Any] = {}
         self.tokens: set[fx.Node] = set()
         self.uses = _uses(graph.module.graph)
+        self.named = {str(n.target) if n.op == "get_attr" else n.name: n for n in graph.module.graph.nodes}
 
     def run(self, inputs: list[Any]) -> Any:
         """Value of the model's output; ``inputs`` are the placeholders' values, [N, ...] each."""
@@ -113,11 +114,21 @@ class Walk:
         if target is aten.embedding.default and any(n in self.tokens for n in node.all_input_nodes):
             return self._apply(node, find_rule(target), args, kwargs)
         if not _random(args, kwargs):
-            return here(known_result(node, args, kwargs, self.tokens))
+            self._note_parameters(node)
+            result = here(known_result(node, args, kwargs, self.tokens))
+            if isinstance(result, Tensor) and not result.is_floating_point():
+                self.tokens.update({node} if self.tokens.intersection(node.all_input_nodes) else ())
+            return result
         rule = find_rule(target)
         if rule is None and is_pointwise(target) and _one_random(args, kwargs):
             return unary(target, args, kwargs)
         return self._apply(node, rule, args, kwargs)
+
+    def _note_parameters(self, node: fx.Node) -> None:
+        """Keep what a known tensor is computed from, if parameters are behind it: its NTK is theirs."""
+        before = node.all_input_nodes
+        if any(n.op == "get_attr" or n in self.engine.made for n in before):
+            self.engine.made[node] = {n: self.values[n] for n in before}
 
     def _apply(self, node: fx.Node, rule: Any, args: Any, kwargs: Any) -> Any:
         context = Context(
@@ -128,6 +139,7 @@ class Walk:
             self.uses,
             dict(self.options.variances),
             dict(self.options.multipliers),
+            self.named,
         )
         if rule is None:
             return sample(context, args, kwargs, "no rule for this operation")

@@ -10,20 +10,23 @@ from torch import Tensor
 
 from kgraph.canonical import aten
 from kgraph.gram import field as f
-from kgraph.gram.build import moved
+from kgraph.gram.build import moved, sliced
 from kgraph.gram.field import Affine, Field, Layer, Leaf
 from kgraph.gram.places import Relabel
+from kgraph.gram.rules.grouped import MOST_GROUPS, ranges_of
 from kgraph.gram.rules.over_positions import position_layer, sums_positions
-from kgraph.gram.rules.table import Context, rule
+from kgraph.gram.rules.table import Context, parameters_behind, rule
+from kgraph.gram.shares import layer_speed
 from kgraph.gram.taps import axis_runs, geometry_of, tap_shares
-from kgraph.gram.value import Axes, CannotFollow, Value, place_start, places_of, roles, size_of
-from kgraph.how import How, assumed
+from kgraph.gram.value import Axes, CannotFollow, Value, channel_range, place_start, places_of, roles, size_of
+from kgraph.how import EXACT, How, assumed
 from kgraph.roots import Root
 from kgraph.rules.linear import real_mean
 
 
 def second_moment(context: Context, name: str, tensor: Tensor) -> float:
     """E[x^2]: declared for this parameter, or measured on its entries."""
+    context.refuse_declared(name, "another tensor is computed from it")
     if name in context.variances:
         return context.variances[name]
     x = tensor.detach().double()
@@ -82,13 +85,16 @@ def make_layer(
     sb2 = second_moment(context, names[1], bias) if bias is not None else 0.0
     mean = real_mean(bias) if bias is not None and names[1] not in context.variances else 0.0
     sw2 = fan_in * second_moment(context, names[0], weight)
-    per_weight = context.multipliers.get(names[0], 1.0)
-    per_bias = context.multipliers.get(names[1], 1.0)
+    per_weight: float | Tensor = 0.0
+    per_bias: float | Tensor = 0.0
+    if context.engine.with_ntk:
+        per_weight = layer_speed(context, names[0])
+        per_bias = layer_speed(context, names[1]) if bias is not None else 0.0
     if context.engine.parametrization == "ntk":
         own = (per_weight, per_bias)
     else:
         count = float(fan_in if geometry is None else geometry.channels)
-        own = (count * per_weight, per_bias if bias is not None else 0.0)
+        own = (count * per_weight, per_bias)
     return Layer(names[0], sw2, sb2, mean, own, geometry)
 
 
@@ -102,7 +108,7 @@ def _linear(
     u, axes = contracted(x, [len(x.axes) - 1])
     context.read_one_way(at[0], along)
     layer = make_layer(context, names, weight, bias, weight.numel() // max(out, 1))
-    result = layer_output(context, u, layer, u.places)
+    result = layer_output(context, u, layer, u.places, u.how | _way(context, names[0]))
     return Value(((out, result),), (*axes[:-1], (("c", out),) if out > 1 else ()))
 
 
@@ -197,14 +203,43 @@ def _convolve(
         taps, equal = torch.full_like(taps, context.variances[context.name(1)]), True
     key = (tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(weight.shape[2:]), sizes)
     geometry = geometry_of(taps, equal, runs, sizes, channels, key)
-    u, axes = contracted(x, [len(x.axes) - dims - 1])
     layer = make_layer(context, (context.name(1), context.name(2)), weight, bias, channels * taps.numel(), geometry)
-    places = (*u.places[:-dims], *sizes)
-    how = u.how | assumed("Gaussian after a convolution of one channel each") if channels == 1 < x.channels else None
-    result = layer_output(context, u, layer, places, how)
     out = weight.shape[1] * groups if transposed else weight.shape[0]
-    lead = axes[: -dims - 1]
-    return _without_ones(Value(((out, result),), (*lead, (("c", out),), *((("p", s),) for s in sizes))))
+    at = len(x.axes) - dims - 1
+    results = _by_groups(context, x, at, channels, layer, out)
+    axes = (*contracted(x, [at])[1][:at], (("c", out),), *((("p", s),) for s in sizes))
+    return _without_ones(Value(results, axes, at if len(results) > 1 else None))
+
+
+def _by_groups(
+    context: Context, x: Value, dim: int, width: int, layer: Layer, out: int
+) -> tuple[tuple[int, Field], ...]:
+    """A convolution's output: a channel group for every range of channels whose groups read the same law."""
+    assert layer.geometry is not None
+    ranges, total = ranges_of(x, dim, width), x.shape[dim]
+    note = EXACT
+    if len(ranges) > MOST_GROUPS:
+        ranges, note = [(0, total)], assumed("groups of channels alike")
+    results: list[tuple[int, Field]] = []
+    for low, high in ranges:
+        u, _ = contracted(x if high - low == total else channel_range(x, dim, low, high), [dim])
+        how = u.how | note | _way(context, layer.root)
+        if width == 1 < total and not isinstance(u, f.Known):
+            how |= assumed("Gaussian after a convolution of one channel each")
+        places = (*u.places[: len(u.places) - len(layer.geometry.sizes)], *layer.geometry.sizes)
+        if high - low == total:
+            return ((out, layer_output(context, u, layer, places, how)),)
+        whole = Affine(places, frozenset({Root(layer.root)}), how, arg=u, layer=layer)
+        first, last = low * out // total, high * out // total
+        results.append((last - first, sliced(whole, first, last, out)))
+    return tuple(results)
+
+
+def _way(context: Context, name: str) -> How:
+    """What is taken for granted of a layer's weight."""
+    node = context.named.get(name)
+    fixed = node is not None and not parameters_behind(context, node)
+    return assumed(f"the buffer {name} as independent draws of its own variance") if fixed else EXACT
 
 
 def _without_ones(x: Value) -> Value:

@@ -12,7 +12,7 @@ from kgraph.canonical import aten
 from kgraph.gram.field import Attended, Drawn, Field, Known, Scores
 from kgraph.gram.rules.affine import weight_product
 from kgraph.gram.rules.pointwise import dropout
-from kgraph.gram.rules.table import Context, rule
+from kgraph.gram.rules.table import Context, parameters_behind, rule
 from kgraph.gram.value import Axes, CannotFollow, Value, permuted, place_start, roles, single_place, size_of
 
 
@@ -91,6 +91,8 @@ def attention(
 ) -> Value:
     if enable_gqa:
         raise CannotFollow("grouped queries")
+    trained = parameters_behind(context, context.node.args[3]) if len(context.node.args) > 3 else []
+    context.refuse_ntk([str(p.target) for p in trained], "a mask that is trained")
     factor = scale if scale is not None else 1 / math.sqrt(query.shape[-1])
     logits = scores(context, query, key, factor)
     weights = softmax(logits, len(logits.axes) - 1, _mask(logits, mask, is_causal))

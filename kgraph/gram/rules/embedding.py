@@ -8,18 +8,22 @@ from torch import Tensor
 from kgraph.canonical import aten
 from kgraph.gram.block import Block
 from kgraph.gram.engine import Engine
-from kgraph.gram.field import Leaf
+from kgraph.gram.field import Field, Leaf, Located
 from kgraph.gram.rules.affine import second_moment
 from kgraph.gram.rules.table import Context, rule
+from kgraph.gram.shares import layer_speed
 from kgraph.gram.value import Value
 from kgraph.roots import Root
+from kgraph.rules.linear import real_mean
 
 
 @rule(aten.embedding.default)
-def embedding(context: Context, table: Tensor, ids: Tensor, *_: object) -> Value:
-    """K = E[w^2] for equal tokens, E[w]^2 for different ones; NTK 1 for equal ones."""
+def embedding(context: Context, table: Tensor, ids: Tensor, padding: int = -1, *_: object) -> Value:
+    """K = E[w^2] for equal tokens, E[w]^2 for different ones; NTK 1 for equal ones. ``padding`` is not trained."""
     engine, name = context.engine, context.name(0)
-    q, mean = second_moment(context, name, table), float(table.detach().double().mean())
+    blank = padding >= 0 and not bool(table[padding].any())  # as nn.Embedding makes it: no draw, but zeros
+    drawn = torch.cat([table[:padding], table[padding + 1 :]]) if blank else table
+    q, mean = second_moment(context, name, drawn), real_mean(drawn)
     ids = ids.expand(max(len(ids), engine.rows.inputs), *ids.shape[1:]) if len(ids) == 1 else ids
     sizes = tuple(ids.shape[1:])
     places = tuple(s for s in sizes if s > 1)
@@ -29,11 +33,18 @@ def embedding(context: Context, table: Tensor, ids: Tensor, *_: object) -> Value
         first = first.reshape(len(first), *places, *(1 for _ in places))
         second = second.reshape(len(second), *(1 for _ in places), *places)
     equal = (first == second).double()
-    own = (1.0 if engine.parametrization == "standard" else q) * context.multipliers.get(name, 1.0)
+    own = (1.0 if engine.parametrization == "standard" else q) * (layer_speed(context, name) if engine.with_ntk else 0)
     if engine.layout.name not in ("full", "diagonal"):  # what stands where is known: its average is too
         equal = _averaged_equality(engine, ids)
-    block = Block(mean**2 + (q - mean**2) * equal, own * equal if engine.with_ntk else None)
-    leaf = Leaf(places, frozenset({Root(name)}), block=block, mean=mean)
+    alive = (ids != padding).double()
+    moves = equal
+    if padding >= 0:
+        left, right = engine.layout.sides(engine.rows, alive, alive, places, places)
+        moves = equal * left * right
+    block = Block(mean**2 + (q - mean**2) * equal, own * moves if engine.with_ntk else None)
+    leaf: Field = Leaf(places, frozenset({Root(name)}), block=block, mean=mean)
+    if blank:
+        leaf = Located(places, leaf.roots, leaf.how, leaf, alive, torch.zeros_like(alive))
     width = table.shape[1]
     spatial = tuple((("p", s),) if s > 1 else () for s in sizes)
     return Value(((width, leaf),), ((("b", len(ids)),), *spatial, (("c", width),)))

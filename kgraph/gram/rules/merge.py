@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from kgraph.gram.build import as_function, mapped, scaled, shifted
 from kgraph.gram.field import Field
 from kgraph.gram.rules.pointwise import unary
 from kgraph.gram.rules.table import Context, rule
+from kgraph.gram.shares import Change, entry_speed, parameters_behind, unchanged
 from kgraph.gram.value import Axes, Axis, CannotFollow, Value, expanded, place_start, roles, single_place, size_of
+from kgraph.how import assumed
 from kgraph.maps import Pointwise
 from kgraph.modules import WeightedSum
 
@@ -67,17 +70,43 @@ def known(context: Context, tensor: Any, like: Value, index: int) -> Value:
     """A known operand as a value; a parameter is trained, so it has an NTK of its own."""
     x = torch.as_tensor(tensor)
     argument = context.node.args[index] if index < len(context.node.args) else None
-    return as_known(context, x, like, context.parameter(argument))
+    return as_known(context, x, like, context.named_of(argument))
 
 
-def as_known(context: Context, x: Tensor, like: Value, name: str | None) -> Value:
-    """A known tensor laid out like ``like``; ``name`` says which parameter it is."""
-    trained = name is not None and isinstance(x, Tensor) and context.trained(name)
-    gain: float | Tensor = 0.0
-    if trained and name is not None:
-        own = 1.0 if context.engine.parametrization == "standard" else float(x.detach().double().square().mean())
-        gain = own * context.multipliers.get(name, 1.0)
-    return known_value(x, like, name if trained else None, gain)
+def as_known(context: Context, x: Tensor, like: Value, name: str | None, change: Change = unchanged) -> Value:
+    """``change`` of a known tensor laid out like ``like``; ``name`` is its parameter's, or its node's."""
+    node = context.named.get(name) if name is not None else None
+    if name in context.variances:
+        why = f"the variance declared of {name!r} has no rule: it is used entry by entry, with the entries that it has"
+        raise context.error(why, "Set its entries instead")
+    context.refuse_declared(name or "", "it is used entry by entry")
+    shared = one_for_all(x, like)
+    fixed = known_value(change(shared(x)), like, None, 0.0)
+    if node is None or not context.engine.with_ntk or not parameters_behind(context, node):
+        return fixed
+    gain = entry_speed(context, node, lambda t: change(shared(t)), places=bool(fixed.places))
+    moving = known_value(change(shared(x)), like, name, gain)
+    if moving.channels == 1 < like.channels:
+        return moving.each(lambda u: replace(u, how=u.how | ONE_FOR_ALL))
+    return moving
+
+
+ONE_FOR_ALL = assumed("the gradient by one number that all channels share is taken to be independent of them")
+
+
+def one_for_all(x: Tensor, like: Value) -> Change:
+    """What takes one of the copies where a tensor is expanded, or repeated for every input."""
+    dims = [d for d in range(x.ndim) if x.shape[d] > 1 and x.stride(d) == 0]
+    inputs = x.ndim == len(like.axes) and roles(like.axes[0]) == {"b"} and 0 not in dims
+    if inputs and len(x) > 1 and torch.equal(x, x[:1].expand_as(x)):
+        dims.append(0)
+
+    def first(t: Tensor) -> Tensor:
+        for d in dims if t.ndim == x.ndim else ():
+            t = t.narrow(d, 0, 1)
+        return t
+
+    return first
 
 
 def _sum(context: Context, x: Any, y: Any, wx: float, wy: float) -> Value:
@@ -126,7 +155,7 @@ def mul(context: Context, x: Any, y: Any) -> Value:
     if isinstance(x, Value) and isinstance(y, Value):
         return combine(x, y, times)
     random, other, at = (x, y, 1) if isinstance(x, Value) else (y, x, 0)
-    if not isinstance(other, Tensor) or (other.numel() == 1 and context.parameter(context.node.args[at]) is None):
+    if not isinstance(other, Tensor) or (other.numel() == 1 and not context.trains(at)):
         return _scaled(random, float(other))
     return combine(random, known(context, other, random, at), times)
 
@@ -151,10 +180,10 @@ def _chosen(context: Context, mask: Value, x: Any, at: int) -> Value:
 @rule(aten.div.Tensor, aten.div.Scalar)
 def div(context: Context, x: Any, y: Any) -> Value:
     if isinstance(x, Value) and not isinstance(y, Value):
-        inverse = 1.0 / (y.double() if isinstance(y, Tensor) else float(y))
-        if not isinstance(inverse, Tensor) or inverse.numel() == 1:
-            return _scaled(x, float(inverse))
-        return combine(x, known_value(inverse, x, None, 0.0), times)
+        if not isinstance(y, Tensor) or (y.numel() == 1 and not context.trains(1)):
+            return _scaled(x, 1.0 / float(y))
+        name = context.named_of(context.node.args[1])
+        return combine(x, as_known(context, y, x, name, lambda t: 1.0 / t.double()), times)
     if isinstance(y, Value) and not isinstance(x, Value) and torch.as_tensor(x).numel() == 1:
         return unary(aten.div.Tensor, (torch.as_tensor(float(x), dtype=torch.float64), y), {})
     return combine(x, y.each(lambda u: mapped(_reciprocal, u)), times)
@@ -184,28 +213,7 @@ def _neighbour(context: Context, tensor: Tensor, like: Value, dim: int, index: i
     axis = ((role, size),) if size > 1 else ()
     shaped = Value(like.groups, (*like.axes[:dim], axis, *like.axes[dim + 1 :]))
     listed: Any = context.node.args[0]
-    argument = listed[index]
-    name = _behind_views(argument)
-    if name is not None and tensor.ndim and tensor.stride(0) == 0:
-        tensor = tensor[:1]  # one parameter, expanded over the batch
-    return as_known(context, tensor, shaped, name)
-
-
-def _behind_views(node: Any) -> str | None:
-    """Name of the parameter that a node only views or expands."""
-    while (
-        isinstance(node, torch.fx.Node)
-        and node.op == "call_function"
-        and node.target
-        in (
-            aten.expand.default,
-            aten.view.default,
-            aten.unsqueeze.default,
-        )
-    ):
-        node = node.args[0]
-    is_parameter = isinstance(node, torch.fx.Node) and node.op == "get_attr"
-    return str(node.target) if is_parameter else None
+    return as_known(context, tensor, shaped, context.named_of(listed[index]))
 
 
 def _stacked_channels(values: list[Value], dim: int) -> Value:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from kgraph.canonical import aten
-from kgraph.gram.align import known_value
+from kgraph.gram.align import CHANNELS, known_value
 from kgraph.gram.field import Drawn, Field, Located
+from kgraph.gram.rules.grouped import varies
 from kgraph.gram.rules.merge import as_known, combine, plus, times
 from kgraph.gram.rules.table import Context, rule
-from kgraph.gram.value import CannotFollow, Value, place_start, places_of, roles
+from kgraph.gram.value import CannotFollow, Value, channel_range, place_start, places_of, roles
 from kgraph.modules import PerLocationNorm
 
 
@@ -56,7 +57,7 @@ def gain_and_bias(context: Context, x: Value, weight: Any, bias: Any, at: tuple[
         if tensor is None:
             continue
         shaped = tensor.reshape(*tensor.shape, *(1 for _ in range(len(x.axes) - dim - tensor.ndim)))
-        name = context.parameter(context.node.args[index]) if index < len(context.node.args) else None
+        name = context.named_of(context.node.args[index]) if index < len(context.node.args) else None
         x = combine(x, as_known(context, shaped, x, name), meet)
     return x
 
@@ -79,7 +80,9 @@ def rms_norm(context: Context, x: Value, shape: list[int], weight: Any = None, e
     if any("c" in roles(axis) for axis in x.axes[:first]):
         raise CannotFollow("an RMSNorm over a part of the channels")
     over = _over(x, range(first, len(x.axes)))
-    result = normalized(context, x, over, eps if eps is not None else 0.0, centre=False)
+    value = context.node.meta.get("val")
+    smallest = torch.finfo(value.dtype).eps if isinstance(value, Tensor) else 0.0
+    result = normalized(context, x, over, eps if eps is not None else smallest, centre=False)
     return gain_and_bias(context, result, weight, None, (2, 99), first)
 
 
@@ -101,7 +104,9 @@ def group_norm(
         result = _by_draws(x, eps, over, width)
     else:
         parts = [normalized(context, part, over, eps) for part in _parts(x, width)]
-        result = replace(x, groups=tuple(group for part in parts for group in part.groups))
+        result = replace(
+            x, groups=tuple(g for part in parts for g in part.groups), split=1 if len(parts) > 1 else x.split
+        )
     return gain_and_bias(context, result, weight, bias, (2, 3), 1)
 
 
@@ -112,7 +117,10 @@ FEW = 16
 def _parts(x: Value, width: int) -> list[Value]:
     """Channel groups cut where the norm's groups (``width`` channels each) end as well."""
     if len(x.groups) == 1:
-        return [x]
+        alike = not varies(x.groups[0][1]) and CHANNELS not in x.groups[0][1].roots
+        if alike or width == x.shape[1]:
+            return [x]
+        return [channel_range(x, 1, low, low + width) for low in range(0, x.shape[1], width)]
     parts: list[Value] = []
     held: list[tuple[int, Field]] = []
     for group in x.groups:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from kgraph.canonical import aten
@@ -41,6 +42,27 @@ def scale(context: Context, module: Scale, x: Value) -> Value:
 @rule(nn.Identity)
 def identity(context: Context, module: nn.Identity, x: Value) -> Value:
     return x
+
+
+@rule(
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten._to_copy.default,
+    aten.alias.default,
+    aten.detach.default,
+)
+def converted(context: Context, x: Value, *args: object, **kwargs: object) -> Value:
+    """Another type or place; where the type holds no fractions, the nearest number towards 0 (or true and false)."""
+    dtype = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype)), torch.float64)
+    if dtype.is_floating_point or dtype.is_complex:
+        return x
+    return x.each(lambda u: mapped(_NOT_ZERO if dtype == torch.bool else _TRUNCATED, u))
+
+
+_TRUNCATED, _NOT_ZERO = Pointwise(torch.trunc), Pointwise(lambda u: (u != 0).to(u.dtype))
 
 
 @rule(aten.dropout.default, aten.feature_dropout.default)

@@ -58,11 +58,8 @@ def avg_pool(
         size = x.shape[2 + i]
         out = pooled_size(size, widths[i], strides[i], paddings[i], 1, ceil_mode)
         matrix = window_matrix(size, out, widths[i], strides[i], paddings[i], count_pad=count_include_pad)
-        x = mixed(x, 2 + i, matrix)
-    if divisor is None:
-        return x
-    factor = float(torch.tensor(widths).prod()) / divisor
-    return x.each(lambda u: scaled(u, factor))
+        x = mixed(x, 2 + i, matrix if divisor is None else (matrix > 0).double())
+    return x if divisor is None else x.each(lambda u: scaled(u, 1 / divisor))
 
 
 @rule(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default)

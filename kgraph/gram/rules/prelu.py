@@ -30,6 +30,8 @@ def prelu(context: Context, x: Any, weight: Any) -> Value:
         raise CannotFollow("slopes that differ between channels")
     shaped = x.each(lambda u: mapped(leaky(float(slopes[0])), u))
     name = context.parameter(context.node.args[1])
+    if name is None and context.trains(1):
+        context.refuse_ntk([context.node.name], "slopes that are computed from a parameter")
     if not context.engine.with_ntk or name is None or not context.trained(name):
         return shaped
     gain = 1.0 if context.engine.parametrization == "standard" else float(slopes.square().mean())

@@ -119,7 +119,7 @@ def _recurrent(context: Context, x: Value, step: Any, states: list[Any], options
         raise CannotFollow("dropout between recurrent layers")
     names = [context.parameter(n) or str(n) for n in _listed(context)]
     per, directions = (4 if has_biases else 2), (2 if bidirectional else 1)
-    if weights[per - 1].ndim == 2 and len(weights) > layers * directions * per:
+    if len(weights) != layers * directions * per:
         raise CannotFollow("a recurrent layer with projections")
     x = single_place(x if batch_first else permuted(x, (1, 0, 2)), 1)
     if roles(x.axes[2]) != {"c"} or not x.axes[1]:

@@ -105,20 +105,6 @@ def t(context: Context, x: Value) -> Value:
     return transpose(context, x, -1, -2)
 
 
-@rule(
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten._to_copy.default,
-    aten.alias.default,
-    aten.detach.default,
-)
-def unchanged(context: Context, x: Value, *_: object, **__: object) -> Value:
-    return x
-
-
 @rule(aten.channel_shuffle.default)
 def channel_shuffle(context: Context, x: Value, groups: int) -> Value:
     raise CannotFollow("channels in another order")
@@ -261,11 +247,11 @@ def padded_index(size: int, low: int, high: int, mode: str) -> list[int]:
 
 @rule(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec)
 def upsample_nearest(context: Context, x: Value, sizes: Sequence[int] | None, factors: Sequence[float] | None) -> Value:
-    dims = len(x.axes) - 2
-    old = x.shape[-dims:]
-    new = list(sizes) if sizes else [int(n * k) for n, k in zip(old, factors or (), strict=True)]
-    for i in range(dims):
-        x = gathered(x, 2 + i, [at * old[i] // new[i] for at in range(new[i])])
+    for i in range(len(x.axes) - 2):
+        places = torch.arange(x.shape[2 + i], dtype=torch.float64)[None, None]
+        size, factor = [sizes[i]] if sizes else None, [factors[i]] if factors else None
+        read = aten.upsample_nearest1d.vec(places, size, factor)  # which one is read is PyTorch's own rounding
+        x = gathered(x, 2 + i, read.long().flatten().tolist())
     return x
 
 

@@ -31,6 +31,7 @@ class Context:
         uses: how often each parameter is read.
         variances: declared variances by parameter name; measured where a name is not in it.
         multipliers: learning-rate multipliers by parameter name.
+        named: nodes by the name of the parameter that they are, or by their own.
     """
 
     node: fx.Node
@@ -40,6 +41,7 @@ class Context:
     uses: Counter[str]
     variances: dict[str, float] = field(default_factory=dict)
     multipliers: dict[str, float | Tensor] = field(default_factory=dict)
+    named: dict[str, fx.Node] = field(default_factory=dict)
 
     def parameter(self, value: Any) -> str | None:
         """Name of the parameter that an argument of the node is, else None."""
@@ -82,6 +84,22 @@ class Context:
         owner, _, leaf = name.rpartition(".")
         return leaf in dict(self.module.get_submodule(owner).named_parameters(recurse=False))
 
+    def named_of(self, argument: object) -> str | None:
+        """Name of the parameter that an argument of the node is, else the argument's own."""
+        return None if not isinstance(argument, fx.Node) else self.parameter(argument) or argument.name
+
+    def trains(self, index: int) -> bool:
+        """Whether argument ``index`` of the node is computed from a parameter."""
+        argument = self.node.args[index]
+        return isinstance(argument, fx.Node) and bool(parameters_behind(self, argument))
+
+    def refuse_declared(self, name: str, why: str) -> None:
+        """Raise a RuleError if a variance is declared of a parameter behind the tensor ``name``, but not of itself."""
+        behind = [str(p.target) for p in parameters_behind(self, self.named.get(name))]
+        declared = [p for p in behind if p in self.variances and p != name]
+        if declared:
+            raise self.error(f"the variance declared of {declared[0]!r} has no rule: {why}", "Set its entries instead")
+
     def refuse_ntk(self, parameters: Sequence[str], reason: str) -> None:
         """Raise a RuleError if the NTK is asked for: the part of ``parameters`` in it has no rule."""
         if parameters and self.engine.with_ntk:
@@ -90,6 +108,14 @@ class Context:
 
     def error(self, what: str, hint: str = "") -> RuleError:
         return RuleError(what, node=self.node.name, source=site_of(self.node).source, hint=hint)
+
+
+def parameters_behind(context: Context, node: object) -> list[fx.Node]:
+    """Trained parameters that a known tensor is, or is computed from."""
+    queue = [node] if isinstance(node, fx.Node) else []
+    for source in queue:
+        queue += [before for before in context.engine.made.get(source, ()) if before not in queue]
+    return [n for n in queue if n.op == "get_attr" and context.trained(str(n.target))]
 
 
 _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.mT.default)
