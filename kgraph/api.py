@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 
-import torch
 from torch import Tensor, nn
 
 from kgraph.analysis import Ledger
-from kgraph.capture import Graph, capture, check_model
+from kgraph.capture import Graph, capture, check_model, unread
+from kgraph.checks import seeded
 from kgraph.errors import InputError
 from kgraph.export import OnnxExport
 from kgraph.export import export_onnx as _export_onnx
@@ -29,6 +28,7 @@ from kgraph.subnetworks import find_subnetworks
 from kgraph.summarize import summarize
 from kgraph.systems import AnyMethod, System, compose, resolve_methods
 from kgraph.targets import ShapingTargets, solve_targets
+from kgraph.untouched import is_uninitialized
 
 
 def analyze(
@@ -53,32 +53,21 @@ def analyze(
     """
     check_model(model)
     graph = _captured(model, example_inputs)
-    result = propagate(graph, mode=mode or _mode(model), positions=positions, parametrization=parametrization)
+    mode = _mode(model) if mode is None else mode
+    result = propagate(graph, mode=mode, positions=positions, parametrization=parametrization)
     return _report(graph, result)
 
 
 def _captured(model: nn.Module, example_inputs: object) -> Graph:
     """The model's graph; of a copy with plain weights where forward hooks compute them, which none can capture."""
-    if not has_hooks(model):
-        with _buffers_kept(model):
-            return capture(model, example_inputs)
+    if not has_hooks(model) and not is_uninitialized(model):
+        return capture(model, example_inputs)
     owned = _copied(model)
     names = ", ".join(fold_hooks(owned))
     graph = capture(owned, example_inputs)
-    graph.notes.append(f"{names}: computed by a forward hook, analysed at the present value as a plain weight")
+    if names:
+        graph.notes.append(f"{names}: computed by a forward hook, analysed at the present value as a plain weight")
     return graph
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put back what a run of the model advances even in eval mode (spectral norm's power iteration, in export)."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
 
 
 def _mode(model: nn.Module) -> str:
@@ -133,20 +122,21 @@ def transform(
             is no error here: the nearest is built and ``result.kgraph.ledger.unmet`` says what is missing.
     """
     check_model(model)
-    chosen = resolve_methods(method)
+    chosen, seed = resolve_methods(method), seeded(seed)
     plan = _plan(chosen, Plan(TAT(), shortcut_weight, seed, distribution, per_location_norm))
     inputs = resolve_inputs(model, example_inputs)
     mode = _mode(model)
     owned = model if inplace else _copied(model)
     folded = fold_parametrizations(owned)
     graph = capture(owned, inputs)
+    left_out = unread(graph)
     first = propagate(graph, mode=mode)
     before = _report(graph, first)
     outcome = rewrite(graph, plan, first) if plan is not None else _by_systems(graph, chosen, seed, first, mode)
-    ledger = _with_folded(outcome.ledger, folded)
+    ledger = _with_notes(outcome.ledger, folded, left_out)
     after = _report(outcome.graph, outcome.propagation)
     shaped = outcome.graph.emit()
-    shaped.train(model.training)
+    _set_modes(shaped, model)
     watch = LoadWatch().over(shaped)
     used = chosen[0] if len(chosen) == 1 else chosen
     shaped.meta["kgraph"] = TransformRecord(
@@ -181,11 +171,22 @@ def _copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
 
 
-def _with_folded(ledger: Ledger, names: list[str]) -> Ledger:
-    if not names:
-        return ledger
-    note = f"parametrizations folded into plain weights: {', '.join(names)}"
-    return replace(ledger, notes=(note, *ledger.notes))
+def _set_modes(shaped: nn.Module, model: nn.Module) -> None:
+    """Every module as in ``model`` (a frozen BatchNorm stays in eval mode); new ones as the whole."""
+    shaped.train(model.training)
+    modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
+    for name, module in shaped.named_modules(remove_duplicate=False):
+        module.training = modes.get(name, module.training)
+
+
+def _with_notes(ledger: Ledger, folded: list[str], left_out: list[str]) -> Ledger:
+    notes = []
+    if folded:
+        notes.append(f"parametrizations folded into plain weights: {', '.join(folded)}")
+    if left_out:
+        names = ", ".join(left_out[:5]) + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else "")
+        notes.append(f"not read by the captured forward, and left out: {names}")
+    return replace(ledger, notes=(*notes, *ledger.notes)) if notes else ledger
 
 
 def shaping_targets(

@@ -2,7 +2,7 @@
 
 Dropped: metadata assertions, guards, aliases and casts that change nothing. Inlined: grad-mode regions.
 Made functional: in-place operations (a later reader of the overwritten value reads the new one).
-Recognized: hand-written RMS norms, which become ``aten.rms_norm``.
+Recognized: hand-written RMS norms, which become ``aten.rms_norm``, and stochastic depth (`kgraph.drop_path`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from kgraph.drop_path import fuse_drop_paths
+
 aten = torch.ops.aten
+
+DROPOUTS = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+}
+"""All take (x, probability, train)."""
 
 _NOISE = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
 _COPIES = {aten.alias.default, aten.lift_fresh_copy.default, aten.detach.default, aten.detach_.default}
@@ -46,6 +56,7 @@ def canonicalize_graph(graph: fx.Graph) -> None:
     _functionalize(graph)
     _drop_whole_copies(graph)
     _inline_numbers(graph)
+    fuse_drop_paths(graph)
     _fuse_rms_norms(graph)
     _contiguous_views(graph)
 

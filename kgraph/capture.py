@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from kgraph.errors import CaptureError, InputError, ModelError
@@ -26,6 +27,7 @@ from kgraph.lift import EmittedModule, emit
 from kgraph.lowering import Untraceable
 from kgraph.torch_export import export_flat
 from kgraph.tracing import trace
+from kgraph.untouched import untouched
 from kgraph.verify import reproduces, reproduces_everywhere
 
 FrontEnd = Literal["auto", "trace", "export"]
@@ -78,6 +80,10 @@ def check_model(model: object) -> nn.Module:
         "OptimizedModule": "torch.compile",
         "ScriptModule": "TorchScript",
     }
+    for name, module in model.named_modules():
+        if name and isinstance(module, torch.jit.ScriptModule):
+            hint = "Use the module it was scripted from: TorchScript has no graph that can be captured"
+            raise ModelError("a submodule is TorchScript", node=name, hint=hint)
     for kind in type(model).__mro__:
         if kind.__name__ in wrappers:
             wrapper = wrappers[kind.__name__]
@@ -111,17 +117,36 @@ def capture(
     """
     model = check_model(model)
     inputs = _distinct(resolve_inputs(model, example_inputs))
-    census = _check_forward(model, inputs)
-    notes: list[str] = []
-    with _modes_kept(model):
+    notes = _mixed_modes(model)
+    with untouched(model):
+        census = _check_forward(model, inputs)
         if front_end == "trace" or (front_end == "auto" and census.pays(deep)):
             try:
-                return _traced(model, inputs)
+                return _traced(model, inputs, notes)
             except Untraceable as error:
                 if front_end == "trace":
                     raise CaptureError(f"{type(model).__name__} cannot be traced symbolically: {error}") from error
                 notes.append(f"captured by torch.export, for symbolic tracing failed: {error}")
         return _exported(model, inputs, notes, verify)
+
+
+def unread(graph: Graph) -> list[str]:
+    """Keys of the model's state dict whose tensors the graph does not read: no emitted module has them."""
+    root, read = graph.root, {str(node.target) for node in graph.module.graph.nodes if node.op == "get_attr"}
+    state = root.state_dict(keep_vars=True)
+    known = {id(state[name]) for name in read & state.keys()}
+    # a counter belongs to its norm, and goes or stays with it
+    return [n for n, t in state.items() if id(t) not in known and not n.endswith("num_batches_tracked")]
+
+
+def _mixed_modes(model: nn.Module) -> list[str]:
+    """A remark where norms are in another mode than the model."""
+    norms = [(name, module) for name, module in model.named_modules() if hasattr(module, "running_mean")]
+    other = [name for name, module in norms if module.training != model.training]
+    if not other:
+        return []
+    own, theirs = ("train", "eval") if model.training else ("eval", "train")
+    return [f"{', '.join(other)}: in {theirs} mode, analysed as the rest of the model ({own} mode unless told)"]
 
 
 def _distinct(inputs: Inputs) -> Inputs:
@@ -149,14 +174,14 @@ def _collector_paused() -> Iterator[None]:
 
 
 @_collector_paused()
-def _traced(model: nn.Module, inputs: Inputs) -> Graph:
+def _traced(model: nn.Module, inputs: Inputs, notes: list[str]) -> Graph:
     """Capture by symbolic tracing; only a graph verified against the model is good."""
     if any(parameter.is_meta for parameter in model.parameters()):
         raise Untraceable("parameters without values, which leave nothing to verify")
     model.train()
     flat = trace(model, inputs, _positional_names(model, len(inputs.args)))
     _index_sites(flat.graph)
-    graph = Graph(flat, model, inputs)
+    graph = Graph(flat, model, inputs, list(notes))
     if not reproduces_everywhere(graph.emit(), model, inputs):
         raise Untraceable("another output than the model's")
     return graph
@@ -180,17 +205,6 @@ def _matches(graph: Graph) -> bool:
     return reproduces(graph.emit(), graph.root, graph.inputs)
 
 
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            if module.training != training:
-                module.training = training
-
-
 class _Census:
     """How many modules a forward calls, and how many kinds of calls: class, shapes of inputs and parameters."""
 
@@ -198,7 +212,7 @@ class _Census:
         self.calls, self.kinds = 0, set[object]()
 
     def note(self, module: nn.Module, inputs: tuple[object, ...]) -> None:
-        own = tuple(parameter.shape for parameter in module._parameters.values() if parameter is not None)
+        own = tuple(p.shape for p in module._parameters.values() if p is not None and not is_lazy(p))
         self.kinds.add((type(module), tuple(v.shape for v in inputs if isinstance(v, Tensor)), own))
         self.calls += 1
 
@@ -208,13 +222,14 @@ class _Census:
 
 
 def _check_forward(model: nn.Module, inputs: Inputs) -> _Census:
-    """Run the model once (without touching its buffers) so that wrong inputs get a plain message."""
+    """Run the model once, in eval mode, so that wrong inputs get a plain message."""
     census = _Census()
     hook = register_module_forward_pre_hook(census.note)
-    with _modes_kept(model), torch.no_grad():
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, tuple(inputs))  # a forward may write to its inputs
+    with torch.no_grad():
         model.eval()
         try:
-            model(*inputs[0], **inputs[1])
+            model(*args, **kwargs)
         except Exception as error:  # whatever the user's forward raises on bad inputs
             raise does_not_run(model, inputs, error) from error
         finally:

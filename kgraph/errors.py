@@ -34,6 +34,14 @@ class InputError(KGraphError):
     """An argument is outside its domain, or the example inputs do not fit the model."""
 
 
+class FileError(InputError, OSError):
+    """A file cannot be written."""
+
+    def __init__(self, path: object, error: OSError) -> None:
+        super().__init__(f"cannot write {path}: {error.strerror or error}", hint="Pass a path in a folder that exists")
+        self.strerror = error.strerror
+
+
 class CaptureError(KGraphError):
     """The model's forward could not be captured as a graph."""
 

@@ -31,7 +31,7 @@ def resolve_inputs(model: nn.Module, example_inputs: object = None) -> Inputs:
     if isinstance(example_inputs, Inputs):
         return example_inputs
     args, kwargs = _as_arguments(example_inputs) if example_inputs is not None else infer_inputs(model)
-    if not any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+    if not any(isinstance(value, Tensor) for value in pytree.tree_leaves((args, kwargs))):
         raise InputError(
             f"the example inputs hold no tensor (got {type(example_inputs).__name__})",
             hint="Pass a tensor, a tuple of positional arguments or a dict of keyword arguments",
@@ -54,7 +54,7 @@ def _as_arguments(example_inputs: object) -> Inputs:
 
 def batch_size(inputs: Inputs) -> int:
     """Size of dimension 0 of the first tensor that has one."""
-    for value in (*inputs[0], *inputs[1].values()):
+    for value in pytree.tree_leaves(tuple(inputs)):
         if isinstance(value, Tensor) and value.ndim > 0:
             return int(value.shape[0])
     return 1
@@ -68,8 +68,7 @@ def _with_batch(inputs: Inputs) -> Inputs:
         batched = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == 1
         return torch.cat([value, value]) if batched else value
 
-    args, kwargs = inputs
-    return Inputs(tuple(map(double, args)), {key: double(value) for key, value in kwargs.items()})
+    return Inputs(*pytree.tree_map(double, tuple(inputs)))
 
 
 def infer_inputs(model: nn.Module) -> Inputs:

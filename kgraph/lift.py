@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from kgraph.canonical import aten, is_effect
+from kgraph.canonical import DROPOUTS, aten, is_effect
 from kgraph.site import site_of
 from kgraph.switches import DeviceAnchor, TrainingSwitch
 
@@ -46,16 +46,24 @@ class EmittedModule(fx.GraphModule):
         return _dressed(plain, plain.meta, _Layout.of(self), type(self).__name__)
 
 
+class _Tracer(fx.Tracer):
+    """Reads the code again when a module is loaded; buffers stay what they are, not values of that moment."""
+
+    proxy_buffer_attributes = True
+
+
 class _Layout(NamedTuple):
     """What GraphModule forgets when it is built from another module.
 
     Attributes:
         transient: names of non-persistent buffers.
         tied: groups of names that share one parameter.
+        evaluated: names of modules in eval mode.
     """
 
     transient: tuple[str, ...]
     tied: tuple[tuple[str, ...], ...]
+    evaluated: tuple[str, ...]
 
     @classmethod
     def of(cls, module: nn.Module) -> _Layout:
@@ -65,7 +73,8 @@ class _Layout(NamedTuple):
         for name, parameter in module.named_parameters(remove_duplicate=False):
             groups[id(parameter)].append(name)
         tied = tuple(tuple(names) for names in groups.values() if len(names) > 1)
-        return cls(tuple(name for name in buffers if name not in persistent), tied)
+        evaluated = tuple(name for name, one in module.named_modules(remove_duplicate=False) if not one.training)
+        return cls(tuple(name for name in buffers if name not in persistent), tied, evaluated)
 
     def apply(self, module: nn.Module) -> None:
         buffers = dict(module.named_buffers(remove_duplicate=False))
@@ -78,6 +87,8 @@ class _Layout(NamedTuple):
             for name in names if present else ():
                 if name not in parameters:
                     _register(module, name, parameters[present[0]])
+        for name, one in module.named_modules(remove_duplicate=False):
+            one.training = name not in self.evaluated
 
 
 def _register(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -98,7 +109,6 @@ def _revive(
 def _dressed(plain: fx.GraphModule, meta: dict[str, Any], layout: _Layout, name: str) -> EmittedModule:
     module = EmittedModule(plain, plain.graph, name)
     layout.apply(module)
-    module.training = plain.training
     module.meta.update(meta)
     return module
 
@@ -125,8 +135,11 @@ def emit(flat: fx.GraphModule, root: nn.Module, *, name: str | None = None, lift
     for node in graph.nodes:
         node.meta = {}
     module = EmittedModule(_attributes(graph, flat, root, helpers), graph, name or type(root).__name__)
-    _Layout.of(root).apply(module)
-    module.training = root.training
+    layout = _Layout.of(root)
+    own = dict(root.named_buffers(remove_duplicate=False))
+    constants = [name for name, _ in module.named_buffers(remove_duplicate=False) if name not in own]
+    # no part of the model's state: a state dict of the model has no such keys
+    layout._replace(transient=(*layout.transient, *constants)).apply(module)
     return module
 
 
@@ -153,7 +166,7 @@ def _add_helper(helpers: dict[str, nn.Module], prefix: str, module: nn.Module) -
 
 
 def _bare_copy(graph: fx.Graph) -> fx.Graph:
-    copy = fx.Graph()  # without export's tracer class, which does not unpickle
+    copy = fx.Graph(tracer_cls=_Tracer)  # not export's tracer class, which does not unpickle
     copies: dict[fx.Node, fx.Node] = {}
     output = copy.graph_copy(graph, copies)
     for old, new in copies.items():
@@ -219,12 +232,14 @@ def _required_arguments(forward: Callable[..., Any]) -> int:
 
 
 def _drive_training_flags(graph: fx.Graph, helpers: dict[str, nn.Module]) -> None:
-    """Functional dropout, batch norm and attention dropout follow ``module.training``."""
+    """Functional dropout, random relus, batch norm and attention dropout follow ``module.training``."""
     for node in list(graph.nodes):
         if node.op != "call_function" or node.meta.get("weight_only"):
             continue
-        if node.target in (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default):
+        if node.target in DROPOUTS:
             _switch(graph, node, 2, node.args[2], False, helpers)
+        elif node.target is aten.rrelu.default and len(node.args) > 3:
+            _switch(graph, node, 3, node.args[3], False, helpers)
         elif node.target is aten.batch_norm.default and node.args[5] and node.args[3] is not None:
             _switch(graph, node, 5, True, False, helpers)
         elif node.target is aten.scaled_dot_product_attention.default and len(node.args) > 4 and node.args[4]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from kgraph.checks import number
 from kgraph.errors import InputError
 
 
@@ -22,7 +24,7 @@ class DKS:
     keep_relu: bool = False
 
     def __post_init__(self) -> None:
-        if not self.zeta > 1:
+        if not 1 < number("zeta", self.zeta) < math.inf:
             raise InputError(f"zeta is {self.zeta}", hint="DKS needs zeta > 1; 1.5 is the published default")
 
 
@@ -41,9 +43,9 @@ class TAT:
     tau: float = 0.3
 
     def __post_init__(self) -> None:
-        if not 0 < self.eta < 1:
+        if not 0 < number("eta", self.eta) < 1:
             raise InputError(f"eta is {self.eta}", hint="TAT needs eta in (0, 1); 0.9 is the published default")
-        if not self.tau > 0:
+        if not 0 < number("tau", self.tau) < math.inf:
             raise InputError(f"tau is {self.tau}", hint="TAT needs tau > 0; 0.3 is the published default")
 
 

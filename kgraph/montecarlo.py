@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kgraph.analysis import Analysis, NodeKernel
 from kgraph.canonical import aten
 from kgraph.capture import Graph, capture, check_model
-from kgraph.checks import with_values
+from kgraph.checks import cosines_of, seeded, whole, with_values
 from kgraph.errors import InputError
 from kgraph.finite import Runner
 
@@ -188,15 +188,15 @@ def montecarlo(
     Raises:
         InputError: fewer than two draws, or an unknown mode; and what `capture` raises.
     """
-    if draws < 2:
+    if whole("draws", draws) < 2:
         raise InputError(f"draws is {draws}", hint="A standard error needs at least 2")
     with_values(check_model(model))
     mode = mode or ("train" if model.training else "eval")
     if mode not in ("train", "eval"):
         raise InputError(f"mode is {mode!r}", hint="Choose 'train' or 'eval'")
     graph = capture(model, example_inputs, verify=False)
-    runner = Runner(graph, cosines, mode, background)
-    generator = torch.Generator().manual_seed(seed)
+    runner = Runner(graph, cosines_of(cosines), mode, background)
+    generator = torch.Generator().manual_seed(seeded(seed))
     samples: dict[str, list[Tensor]] = {}
     with redrawn(graph.root, _as_they_are(graph)) as redraw, torch.no_grad():
         for draw in range(draws):

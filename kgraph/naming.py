@@ -56,6 +56,8 @@ def read_input(text: str) -> Tensor:
         shape = tuple(int(size) for size in shape_text.replace("x", ",").split(","))
     except ValueError:
         raise NamingError(f"--input {text}: write a shape such as 1,3,224,224 or 1,128:long") from None
+    if min(shape) < 1:
+        raise NamingError(f"--input {text}: sizes are 1 or more")
     generator = torch.Generator().manual_seed(0)
     if kind in _INTEGERS:
         return torch.randint(0, 2, shape, generator=generator, dtype=_INTEGERS[kind])

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from kgraph.capture import capture, check_model
+from kgraph.checks import number
 from kgraph.errors import InputError
 from kgraph.lift import EmittedModule
 from kgraph.passes.base import Workspace
@@ -53,6 +54,7 @@ def param_groups(
         InputError: lr is not positive, or no beta is given and the model knows none; and what `kgraph.capture` raises.
     """
     check_model(model)
+    lr, stride_exponent = number("lr", lr), number("stride_exponent", stride_exponent)
     if not (math.isfinite(lr) and lr > 0 and math.isfinite(stride_exponent)):
         raise InputError(
             f"lr is {lr}, stride_exponent is {stride_exponent}", hint="Pass a positive rate and a finite exponent"

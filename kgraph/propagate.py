@@ -169,7 +169,7 @@ class _Walk:
         target: Any = node.target
         if target is aten.sym_size.int and isinstance(args[0], Kernel):
             return args[0].shape[args[1]]
-        if target is aten.embedding.default and self._reads_tokens(node):
+        if target in (aten.embedding.default, aten.embedding_bag.padding_idx) and self._reads_tokens(node):
             args, kwargs = self.unallocated.filled(node, self.values)
             return find_rule(target)(self._context(node), *args, **kwargs)  # type: ignore[misc]
         if not _random(args, kwargs):

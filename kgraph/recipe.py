@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from kgraph.analysis import Ledger
@@ -244,8 +245,13 @@ def _differ(planned: float, found: float) -> bool:
 
 def _off(work: Workspace, node: fx.Node) -> bool:
     kernel = work.kernels()[node]
-    tolerance = _SAMPLED_TOLERANCE if kernel.how.level >= 2 else _Q_TOLERANCE
-    return abs(float(kernel.merged.q) - 1) > tolerance
+    return abs(float(kernel.merged.q) - 1) > (_SAMPLED_TOLERANCE if kernel.how.level >= 2 else _rounding(work))
+
+
+def _rounding(work: Workspace) -> float:
+    """What q may differ by: half precision rounds a weight by up to eps / 2, and with it q by up to eps."""
+    halves = {p.dtype for p in work.graph.root.parameters()} & {torch.float16, torch.bfloat16}
+    return max([_Q_TOLERANCE, *(torch.finfo(one).eps for one in halves)])
 
 
 class _Causes:

@@ -9,6 +9,7 @@ from torch import fx
 from kgraph.analysis import Analysis, NodeKernel
 from kgraph.canonical import operation_name
 from kgraph.capture import Graph
+from kgraph.errors import RuleError
 from kgraph.kernel import DIFF, SAME, Kernel, Pairs
 from kgraph.nonlinear import is_activation
 from kgraph.propagate import Propagation
@@ -18,6 +19,11 @@ from kgraph.site import shape_of, site_of
 def summarize(graph: Graph, result: Propagation) -> Analysis:
     """The rows of a report: one for every node whose value is random."""
     kernels = result.kernels()
+    if not kernels:
+        raise RuleError(
+            f"nothing in {graph.name} depends on an input in a way that a kernel could follow",
+            hint="Pass floating-point inputs, or token ids that an embedding reads",
+        )
     depth = _depths(graph.module.graph, kernels)
     rows = tuple(_row(node, kernel, result.pairs, depth[node], kernels) for node, kernel in kernels.items())
     output = next(n for n in graph.module.graph.nodes if n.op == "output")

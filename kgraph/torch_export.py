@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -29,7 +31,14 @@ def export_flat(model: nn.Module, inputs: Inputs, names: list[str], notes: list[
     Raises:
         CaptureError: no attempt succeeds; names the line.
     """
-    flat = _export(model, inputs, names, notes).module(check_guards=False)
+    program = _export(model, inputs, names, notes)
+    try:
+        flat = program.module(check_guards=False)
+    except RuntimeError as error:  # a submodule called as an attribute of every GraphModule
+        raise CaptureError(
+            f"torch.export cannot rebuild {type(model).__name__}: {error}",
+            hint="Rename submodules and parameters called meta, graph or code",
+        ) from error
     assert isinstance(flat, fx.GraphModule)
     _refuse_data_dependence(flat.graph, model)
     for node in flat.graph.nodes:
@@ -41,18 +50,19 @@ def export_flat(model: nn.Module, inputs: Inputs, names: list[str], notes: list[
 
 
 def _export(model: nn.Module, inputs: Inputs, names: list[str], notes: list[str]) -> torch.export.ExportedProgram:
-    args, kwargs = inputs
     size = batch_size(inputs)
 
     def dynamic(value: Any) -> Any:
         batched = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
         return {0: DYNAMIC} if batched else None
 
-    shapes = (pytree.tree_map(dynamic, args), pytree.tree_map(dynamic, kwargs))
+    shapes = (pytree.tree_map(dynamic, inputs.args), pytree.tree_map(dynamic, inputs.kwargs))
     named = {**dict(zip(names, shapes[0], strict=True)), **shapes[1]}
-    attempts = [(named, False), (None, False), (named, True)]
+    attempts = [(named, False), (named, True), (None, False)]  # a batch of any size first
     first: Exception | None = None
     for dynamic_shapes, strict in attempts:
+        # torch marks the tensors it is given as dynamic: neither the caller's nor those of the next attempt
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, tuple(inputs))
         try:
             with _quiet():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
@@ -67,12 +77,15 @@ def _export(model: nn.Module, inputs: Inputs, names: list[str], notes: list[str]
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export logs at length what the error raised afterwards says in one line."""
+    """torch.export logs and prints at length what the error raised afterwards says in one line."""
     logger = logging.getLogger("torch")
     before, logger.disabled = logger.level, False
     logger.setLevel(logging.CRITICAL)
+    printed = io.StringIO()
     try:
-        yield
+        with redirect_stderr(printed):
+            yield
+        sys.stderr.write(printed.getvalue())  # of an export that succeeds: warnings, what the forward prints
     finally:
         logger.setLevel(before)
 

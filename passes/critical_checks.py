@@ -178,7 +178,8 @@ def strays(work: Workspace, regions: list[Region], q: float, all_taps: bool) -> 
     """Nonlinear layers whose propagated q is not q*, where nothing that ``unmet`` names explains it."""
     # Kernels hold a mean over positions: zeros of a separate padding lower it, though the delta tap reads none.
     apart = any(operation_name(node) in (*TRANSPOSED, *PADS) for node in work.nodes)
-    if apart or border_losses(work, all_taps) or any("no bias" in unmet for unmet in work.unmet):
+    said = any("no bias" in unmet or "shares its weight" in unmet for unmet in work.unmet)
+    if apart or said or border_losses(work, all_taps):
         return ""
     kernels = work.kernels()
     affine = {node for node in work.nodes if affine_arguments(work, node) is not None}

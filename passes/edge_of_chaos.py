@@ -73,7 +73,7 @@ class CriticalWeights(Pass):
     distribution: WeightLaw = "delta-orthogonal"
 
     def rewrite(self, work: Workspace) -> None:
-        generator, done = work.generator, set[str]()
+        generator, done = work.generator, dict[str, float]()
         regions = find_regions(work.graph.module, work.is_random)
         depths = depths_of(work, regions)
         depth = max(depths.values(), default=0)
@@ -122,7 +122,7 @@ class CriticalWeights(Pass):
                 found.append(_Layer(node, at, bias_at, *_variances(work, node.args[reads], ends, q, known)))
         return found
 
-    def _draw_layer(self, work: Workspace, layer: _Layer, done: set[str], generator: Generator) -> None:
+    def _draw_layer(self, work: Workspace, layer: _Layer, done: dict[str, float], generator: Generator) -> None:
         node, why = layer.node, layer.why
         parameter = direct_weight(work, node, layer.at)
         if parameter is None:
@@ -130,8 +130,14 @@ class CriticalWeights(Pass):
             return
         if str(parameter.target) in done:
             work.notes.append(f"{parameter.target} is used by several layers; it was drawn once")
+            drawn_for = done[str(parameter.target)]
+            if abs(drawn_for / layer.sigma_w2 - 1) > 1e-6:
+                work.unmet.append(
+                    f"{node.name} shares its weight with a layer of another sigma_w^2: it wants {layer.sigma_w2:.3g}, "
+                    f"{parameter.target} was drawn for {drawn_for:.3g}"
+                )
             return
-        done.add(str(parameter.target))
+        done[str(parameter.target)] = layer.sigma_w2
         weight = work.tensor(parameter)
         before = f"std {mean_square(weight) ** 0.5:.3g}"
         self._draw(node, weight.data, layer.sigma_w2**0.5, generator)

@@ -54,17 +54,21 @@ class BalanceActivations(Pass):
     form: Form = "normalized"
 
     def rewrite(self, work: Workspace) -> None:
+        found: list[tuple[Region, ShapedActivation]] = []
+        # all before any node changes: one may be a function of another's nodes
         for region in find_regions(work.graph.module, work.is_random):
             reason = kept_reason(region)
             if reason:
                 work.keep(region.end, operation_name(region.end), reason)
                 continue
             try:
-                self._balance(work, region)
+                found.append((region, self._balanced(work, region)))
             except InputError as error:  # a constant, or without second moment
                 work.unmet.append(f"{region.end.name}: {error}")
+        for region, shaped in found:
+            swap_activation(work, region, shaped)
 
-    def _balance(self, work: Workspace, region: Region) -> None:
+    def _balanced(self, work: Workspace, region: Region) -> ShapedActivation:
         moments = activation_moments(region.fn)
         norm = region.end.meta.get(_NORM)
         shift = self._shift(region, moments, norm is not None)
@@ -76,7 +80,7 @@ class BalanceActivations(Pass):
         before = f"mean {moments.mean:.4g}, second moment {moments.second:.4g}"
         after = f"mean {(moments.mean - shift) * moments.power(shift) ** -0.5:.4g}, second moment 1"
         work.record(region.end, "balance activation", why, before, after)
-        swap_activation(work, region, shaped)
+        return shaped
 
     def _shift(self, region: Region, moments: ActivationMoments, normed: bool) -> float:
         if self.r is None:

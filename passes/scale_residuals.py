@@ -14,6 +14,7 @@ import networkx as nx
 from torch import fx
 
 from kgraph.canonical import aten, operation_name
+from kgraph.checks import number
 from kgraph.errors import InputError
 from kgraph.modules import WeightedSum
 from kgraph.passes.base import Pass, Workspace, owner_path
@@ -42,7 +43,7 @@ class ScaleResiduals(Pass):
     shortcut_weight: float = 0.8
 
     def __post_init__(self) -> None:
-        if not 0 <= self.shortcut_weight <= 1:
+        if not 0 <= number("shortcut_weight", self.shortcut_weight) <= 1:
             raise InputError(f"shortcut_weight is {self.shortcut_weight}", hint="Pass a number in [0, 1]")
 
     def rewrite(self, work: Workspace) -> None:

@@ -33,6 +33,9 @@ def critical_point(activation: Activation, *, q: float | None = None, sigma_b2: 
             message says from which q on there is one.
     """
     phi = as_pointwise(activation)
+    for name, value in (("q", q), ("sigma_b2", sigma_b2)):
+        if value is not None and not hasattr(value, "__float__"):  # a tensor of one number will do
+            raise InputError(f"{name} is {value!r}", hint="Pass a number")
     if (q is None) == (sigma_b2 is None):
         raise InputError("give either q or sigma_b2", hint="critical_point('tanh', q=1e-3)")
     if q is None:

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import networkx as nx
 
 from kgraph.analysis import Analysis, Change, Ledger, NodeKernel
-from kgraph.errors import InputError
+from kgraph.errors import FileError, InputError
 from kgraph.report.numbers import plain
 from kgraph.report.rows import Row
 
@@ -102,5 +102,8 @@ def to_networkx(analysis: Analysis, rows: Sequence[Row]) -> nx.DiGraph:
 def write(text: str, path: str | Path | None) -> str:
     """Write `text` if there is a path; return it either way."""
     if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise FileError(path, error) from error
     return text

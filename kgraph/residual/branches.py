@@ -28,7 +28,7 @@ AFFINE = {
     "addmm": 2,
 }
 """Affine operations and the position of their weight."""
-IDENTITY = {"dropout", "contiguous", "clone", "alias", "detach", "to", "_to_copy"}
+IDENTITY = {"dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach", "to", "_to_copy"}
 """Operations through which a value stays what it is."""
 LINEAR = IDENTITY | {"reshape", "view", "flatten", "unsqueeze", "squeeze", "permute", "transpose", "mul", "div", "neg"}
 """Operations, of one random operand, that a factor passes."""

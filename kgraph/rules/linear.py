@@ -49,7 +49,8 @@ def mean_square(tensor: Tensor) -> float:
         return tensor.shape[0] / max(tensor.numel(), 1)
     if tensor.numel() > 1 and not any(tensor.stride()):
         return float(tensor[(0,) * tensor.ndim]) ** 2  # one number, expanded
-    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)) ** 2 / max(tensor.numel(), 1)
+    real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    return float(torch.linalg.vector_norm(real, dtype=torch.float64)) ** 2 / max(tensor.numel(), 1)
 
 
 def bias_moments(bias: Tensor | None) -> tuple[float, float]:

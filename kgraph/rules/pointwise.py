@@ -174,13 +174,22 @@ def dropout(context: Context, x: Kernel, p: float, train: bool) -> Kernel:
     """eval: nothing; train: entries survive with probability 1-p, divided by it.
 
     `feature_dropout` draws one mask for every index of the first two dimensions: whole channels, where the second
-    one is the channels'; else one mask for all channels of a position, whose law is no longer Gaussian.
+    one is the channels'; whole inputs, where it is the batch (`kgraph.drop_path`); else one mask for all channels of
+    a position. Where channels share a mask the law is no longer Gaussian.
     """
     if not train or context.mode == "eval" or p == 0:
         return x
     by_feature = context.node.target is aten.feature_dropout.default
-    whole = by_feature and {role for role, _ in x.axes[1]} == {"c"}
+    roles = {role for role, _ in x.axes[1]} if by_feature else {"p"}
+    whole = roles <= {"c", "b"}
     parts = [algebra.drop(part, p, context.node.name, whole=whole) for part in x.parts]
-    if by_feature and not whole:
-        parts = [replace(part, how=part.how | assumed("one mask for all channels of a position")) for part in parts]
+    if by_feature and roles != {"c"}:
+        of = "an input" if whole else "a position"
+        parts = [replace(part, how=part.how | assumed(f"one mask for all channels of {of}")) for part in parts]
     return x.with_parts(*parts)
+
+
+@rule(aten.alpha_dropout.default, aten.feature_alpha_dropout.default)
+def alpha_dropout(context: Context, x: Kernel, p: float, train: bool) -> Kernel:
+    """eval: nothing; train: dropped entries get selu's lower bound, sampled."""
+    return x if not train or context.mode == "eval" or p == 0 else context.sample()

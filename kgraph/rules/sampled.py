@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from kgraph import algebra
-from kgraph.canonical import aten, operation_name
+from kgraph.canonical import DROPOUTS, aten, operation_name
 from kgraph.draws import COUNT, unknown_law
 from kgraph.fields import FieldDraws
 from kgraph.how import assumed
@@ -201,7 +201,7 @@ def for_mode(node: fx.Node, args: tuple[Any, ...], mode: str) -> tuple[Any, ...]
     """Captured in train mode; in eval mode dropout does nothing."""
     if mode == "train":
         return args
-    if node.target is aten.dropout.default:
+    if node.target in DROPOUTS:
         return (*args[:2], False)
     if node.target is aten.scaled_dot_product_attention.default and len(args) > 4:
         return (*args[:4], 0.0, *args[5:])

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
+from kgraph.checks import numbers
 from kgraph.errors import InputError
 from kgraph.passes.base import Pass
 from kgraph.passes.edge_of_chaos import CriticalWeights, WeightLaw
@@ -37,6 +38,7 @@ class EdgeOfChaos(System):
     remove_norms: bool = False
 
     def __post_init__(self) -> None:
+        numbers(self, "q", "sigma_b")
         if self.q is not None and self.sigma_b is not None:
             raise InputError("q and sigma_b are both given", hint="One follows from the other on the critical line")
         if self.q is not None and not 0 < self.q < math.inf:

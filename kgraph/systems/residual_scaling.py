@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from kgraph.checks import numbers
 from kgraph.depth_correlated import DepthWeights, check_generator
 from kgraph.errors import InputError
 from kgraph.passes.base import Pass
@@ -36,6 +37,7 @@ class ResidualScaling(System):
     hurst: float | None = None
 
     def __post_init__(self) -> None:
+        numbers(self, "hurst")
         check_generator(self.weights, self.hurst)
         if self.beta != "auto" and not (isinstance(self.beta, (int, float)) and math.isfinite(self.beta)):
             raise InputError(f"beta is {self.beta!r}", hint="Pass 'auto' or a finite number")

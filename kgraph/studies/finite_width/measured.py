@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from kgraph.capture import Graph, capture
+from kgraph.checks import number
 from kgraph.errors import InputError
 from kgraph.report.numbers import count, elide, short
 from kgraph.studies.finite_width.chain import ChainLayer, Distribution
@@ -196,7 +197,7 @@ def measure_fluctuations(
 
     Source: Day, Kahn, Roberts 2023, arXiv 2310.07765; R to U: Roberts, Yaida, Hanin 2022, arXiv 2106.10165.
     """
-    if draws < 3 or draws != int(draws):
+    if number("draws", draws) < 3 or draws != int(draws):
         raise InputError(f"draws is {draws}", hint="A jackknife error of a variance needs a whole number of at least 3")
     graph = model if isinstance(model, Graph) else capture(model, example_inputs)
     declared: dict[str, Any] = {"weight_variance": weight_variance, "bias_variance": bias_variance}

@@ -17,6 +17,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from kgraph.capture import capture, check_model
+from kgraph.checks import whole
 from kgraph.depth_correlated import DepthWeights
 from kgraph.errors import InputError, ModelError
 from kgraph.propagate import propagate
@@ -191,7 +192,7 @@ def residual_depth(
     Source: Marion, Fermanian, Biau, Vert 2022, arXiv 2206.06929.
     """
     check_model(model)
-    if draws == 1 or draws < 0 or inputs < 2:
+    if whole("draws", draws) == 1 or draws < 0 or whole("inputs", inputs) < 2:
         raise InputError(f"draws is {draws}, inputs is {inputs}", hint="Pass at least 2 of each, or draws=0")
     mode = mode or ("train" if model.training else "eval")
     graph = capture(copy.deepcopy(model), example_inputs)

@@ -1,0 +1,94 @@
+"""What a run of somebody else's model may advance, kept: generators, buffers, attributes, modes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Leave ``model`` and the global generators as they are, whatever its forward does to them."""
+    with ExitStack() as stack:
+        for kept in (_modes(model), _tensors(model), _generators()):
+            stack.enter_context(kept)
+        if not is_uninitialized(model):  # else it is a copy, and becomes what its first run makes of it
+            stack.enter_context(_attributes(model))
+        yield
+
+
+def is_uninitialized(model: nn.Module) -> bool:
+    """Whether a first run would make parameters (torch's lazy modules), which nothing could take back."""
+    return any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers()))
+
+
+@contextmanager
+def _generators() -> Iterator[None]:
+    """PyTorch's (of the CPU and, where CUDA is in use, of every device), Python's and NumPy's."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def _modes(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            if module.training != training:
+                module.training = training
+
+
+@contextmanager
+def _tensors(model: nn.Module) -> Iterator[None]:
+    """Values of buffers: counters, moving averages, the power iteration of a spectral norm."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta and not is_lazy(buffer)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+@contextmanager
+def _attributes(model: nn.Module) -> Iterator[None]:
+    """What a forward stores on its modules: under a tracer, tensors without values that would break the next run."""
+    spaces = [(space, dict(space)) for module in model.modules() for space in _spaces(module)]
+    lists = [(value, list(value)) for _, space in spaces for value in space.values() if type(value) is list]
+    try:
+        yield
+    finally:
+        for space, before in spaces:
+            if space.keys() != before.keys() or any(space[key] is not before[key] for key in before):
+                space.clear()
+                space.update(before)
+        for value, items in lists:
+            if len(value) != len(items) or any(one is not other for one, other in zip(value, items, strict=True)):
+                value[:] = items
+
+
+def _spaces(module: nn.Module) -> list[dict[str, Any]]:
+    """The module's attributes, its parameters, buffers and children, and dictionaries it keeps."""
+    own = vars(module)
+    plain = [value for name, value in own.items() if type(value) is dict and not name.startswith("_forward")]
+    registered = [cast(dict[str, Any], s) for s in (module._parameters, module._buffers, module._modules)]
+    return [own, *registered, *(one for one in plain if all(one is not other for other in registered))]
+
+
+__all__ = ["is_uninitialized", "untouched"]
