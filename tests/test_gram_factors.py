@@ -103,3 +103,30 @@ def test_analyze_of_stored_statistics() -> None:
     found = kgraph.kernels(model, x, parametrization="ntk").ntk
     reported = kgraph.analyze(model, x.float(), parametrization="ntk").final.ntk
     assert found is not None and reported == pytest.approx(float(found.diagonal().mean()), rel=1e-6)
+
+
+class Typed(nn.Module):
+    """Token, type and position embeddings, as in BERT: one row of types for all positions, a row each of places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.kind, self.place = nn.Embedding(9, WIDTH), nn.Embedding(2, WIDTH), nn.Embedding(5, WIDTH)
+        self.out = nn.Linear(WIDTH, 16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        places = torch.arange(ids.shape[1])
+        return self.out(torch.tanh(self.token(ids) + self.kind(torch.zeros_like(ids[:1])) + self.place(places))).mean(1)
+
+
+@pytest.mark.parametrize("name", ["kind.weight", "place.weight"])
+def test_one_row_for_all_positions(name: str) -> None:
+    """Within four standard errors, 5 / width a layer and the draws' own; a row for each position is 1/5 of it or so."""
+    torch.manual_seed(0)
+    model, ids = Typed(), torch.tensor([[0, 1, 2, 3, 4], [5, 1, 6, 7, 8]])
+    alone = part(model, name)
+    found = kgraph.ntk(model, ids, multipliers=alone)
+    draws = torch.stack([kgraph.empirical_ntk(Typed(), ids, multipliers=alone).matrix for _ in range(DRAWS)])
+    allowed = SIGMAS * draws.std(0) / DRAWS**0.5 + (2 * 2.5 / WIDTH + 4 * (5 / 8192) ** 0.5) * found.diagonal().max()
+    assert bool(((found - draws.mean(0)).abs() <= allowed).all())
+    other = kgraph.ntk(model, ids, multipliers=part(model, "place.weight" if name == "kind.weight" else "kind.weight"))
+    assert bool(((other - draws.mean(0)).abs() > allowed).any())

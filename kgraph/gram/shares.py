@@ -127,6 +127,27 @@ def entry_speed(context: Context, node: fx.Node, change: Change, places: bool) -
     return total
 
 
+def repeated(context: Context, node: fx.Node, change: Change, dims: list[int]) -> list[int]:
+    """Those of ``dims`` along which a tensor repeats the same entries of its parameters: a row looked up everywhere."""
+    source, found = _source(context, node, change), []
+    for d in dims:
+        value = source.value
+        if not torch.equal(value, value.narrow(d, 0, 1).expand_as(value)):
+            continue
+        signs = _signs(value.narrow(d, 0, 1), 0)
+        every = source.slopes(signs.expand_as(value).contiguous())
+        # Equal to each of them added up: all the same, for none is longer than another.
+        ends = [torch.zeros_like(value).index_copy(d, torch.tensor([i]), signs) for i in (0, value.shape[d] - 1)]
+        alone = [source.slopes(one) for one in ends]
+        if all(
+            torch.allclose(one * value.shape[d], total)
+            for each in alone
+            for one, total in zip(each, every, strict=True)
+        ):
+            found.append(d)
+    return found
+
+
 def _read(context: Context, source: _Source, root: str) -> None:
     """Note that a tensor's parameters are read entry by entry under the name ``root``.
 

@@ -16,7 +16,7 @@ from kgraph.gram.build import as_function, mapped, scaled, shifted
 from kgraph.gram.field import Field
 from kgraph.gram.rules.pointwise import unary
 from kgraph.gram.rules.table import Context, rule
-from kgraph.gram.shares import Change, entry_speed, parameters_behind, unchanged
+from kgraph.gram.shares import Change, entry_speed, parameters_behind, repeated, unchanged
 from kgraph.gram.value import Axes, Axis, CannotFollow, Value, expanded, place_start, roles, single_place, size_of
 from kgraph.how import assumed
 from kgraph.maps import Pointwise
@@ -84,6 +84,9 @@ def as_known(context: Context, x: Tensor, like: Value, name: str | None, change:
     fixed = known_value(change(shared(x)), like, None, 0.0)
     if node is None or not context.engine.with_ntk or not parameters_behind(context, node):
         return fixed
+    if fixed.places:
+        shared = _without_repeats(context, node, shared, x, like)
+        fixed = known_value(change(shared(x)), like, None, 0.0)
     gain = entry_speed(context, node, lambda t: change(shared(t)), places=bool(fixed.places))
     moving = known_value(change(shared(x)), like, name, gain)
     if moving.channels == 1 < like.channels:
@@ -92,6 +95,21 @@ def as_known(context: Context, x: Tensor, like: Value, name: str | None, change:
 
 
 ONE_FOR_ALL = assumed("the gradient by one number that all channels share is taken to be independent of them")
+
+
+def _without_repeats(context: Context, node: torch.fx.Node, shared: Change, x: Tensor, like: Value) -> Change:
+    """One of the positions, where all of them read the same parameters."""
+    t, lead = shared(x), len(like.axes) - x.ndim
+    dims = [d for d in range(t.ndim) if t.shape[d] > 1 and roles(like.axes[lead + d]) == {"p"}]
+    found = repeated(context, node, shared, dims)
+
+    def first(whole: Tensor) -> Tensor:
+        whole = shared(whole)
+        for d in found:
+            whole = whole.narrow(d, 0, 1)
+        return whole
+
+    return first
 
 
 def one_for_all(x: Tensor, like: Value) -> Change:
