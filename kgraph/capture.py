@@ -141,7 +141,9 @@ def unread(graph: Graph) -> list[str]:
 
 def _mixed_modes(model: nn.Module) -> list[str]:
     """A remark where norms are in another mode than the model."""
-    norms = [(name, module) for name, module in model.named_modules() if hasattr(module, "running_mean")]
+    norms = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)
+    ]
     other = [name for name, module in norms if module.training != model.training]
     if not other:
         return []

@@ -134,11 +134,18 @@ def _reads_padding(work: Workspace, node: fx.Node, all_taps: bool) -> bool:
         if operation_name(source) == "pad" and len(source.args) > 2 and source.args[2] != "constant":
             return False
         (source,) = source.all_input_nodes
-    geometry, kernel = geometry_of(node, transposed=False), shape_of(weight)[2:]
+    return any(_crops(*axis, all_taps) for axis in _axes(node, source, weight, transposed=False))
+
+
+_AxisGeometry = tuple[int, int, int, int, int, int]
+
+
+def _axes(node: fx.Node, source: fx.Node, weight: fx.Node, *, transposed: bool) -> list[_AxisGeometry]:
+    """(size, padding, dilation, stride, places of the input, of the output) of every axis of a convolution."""
+    geometry, kernel = geometry_of(node, transposed=transposed), shape_of(weight)[2:]
     dilations, strides = (per_axis(key, geometry[key], len(kernel)) for key in ("dilation", "stride"))
-    pads = layer_padding(geometry["padding"], kernel, dilations)
-    axes: Any = zip(kernel, pads, dilations, strides, shape_of(source)[2:], shape_of(node)[2:], strict=True)
-    return any(_crops(*axis, all_taps) for axis in axes)  # pyright: ignore[reportCallIssue]
+    pads: Any = layer_padding(geometry["padding"], kernel, dilations)
+    return list(zip(kernel, pads, dilations, strides, shape_of(source)[2:], shape_of(node)[2:], strict=True))
 
 
 def _crops(size: int, pad: int, dilation: int, stride: int, places: int, outputs: int, all_taps: bool) -> bool:
@@ -155,11 +162,7 @@ def _reaches_unevenly(work: Workspace, node: fx.Node, all_taps: bool) -> bool:
     if operation_name(node) not in TRANSPOSED or not work.is_random(source) or single_position(node):
         return False
     assert isinstance(source, fx.Node) and isinstance(weight, fx.Node)
-    geometry, kernel = geometry_of(node, transposed=True), shape_of(weight)[2:]
-    dilations, strides = (per_axis(key, geometry[key], len(kernel)) for key in ("dilation", "stride"))
-    pads = layer_padding(geometry["padding"], kernel, dilations)
-    axes: Any = zip(kernel, pads, dilations, strides, shape_of(source)[2:], shape_of(node)[2:], strict=True)
-    return any(_misses(*axis, all_taps) for axis in axes)  # pyright: ignore[reportCallIssue]
+    return any(_misses(*axis, all_taps) for axis in _axes(node, source, weight, transposed=True))
 
 
 def _misses(size: int, pad: int, dilation: int, stride: int, places: int, outputs: int, all_taps: bool) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from oracles import IMAGE, SEQUENCE, VECTOR, Body, dense, disagreements, images, pixelwise, vectors
 from torch import Tensor, nn
 from torch.nn import functional
 
+import kgraph
 from kgraph.rules import reindex
 
 relu = torch.relu
@@ -104,3 +107,23 @@ def test_tokens_mixed_by_a_layer_agree() -> None:
 def test_a_moved_tensor_taken_as_unmoved_fails_the_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reindex, "moved", lambda part, label: part)
     assert disagreements(images(with_moved(MOVES[name])), IMAGE)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.long, torch.trunc), (torch.bool, lambda u: (u != 0).double())])
+def test_casts_to_types_without_fractions(dtype: torch.dtype, expected: Callable[[Tensor], Tensor]) -> None:
+    """E[trunc(z)^2] and E[1[z != 0]] of z ~ N(0, q), drawn: four standard errors; a cast is not the identity."""
+
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read = nn.Linear(16, 64, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (3 * self.read(x)).to(dtype).float()
+
+    found = kgraph.analyze(Cast(), torch.randn(2, 16))
+    before = next(node.q for node in found.nodes if node.op == "mul")
+    z = before**0.5 * torch.randn(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    squares = expected(z).square()
+    assert found.final.q == pytest.approx(float(squares.mean()), abs=4 * float(squares.std()) / 100_000**0.5 + 1e-9)
+    assert abs(found.final.q - before) > 0.1

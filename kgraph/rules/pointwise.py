@@ -32,6 +32,28 @@ def is_pointwise(target: object) -> bool:
     return torch.Tag.pointwise in target.tags or target in _UNTAGGED
 
 
+COPIES = (
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten._to_copy.default,
+    aten.alias.default,
+    aten.detach.default,
+)
+"""Operations that make another tensor of the same entries, or round them to another type."""
+_TRUNCATED, _NOT_ZERO = Pointwise(torch.trunc), Pointwise(lambda u: (u != 0).to(u.dtype))
+
+
+def rounding_of(args: tuple[object, ...], kwargs: dict[str, object]) -> Pointwise | None:
+    """What a cast does to an entry: rounds towards 0, or to true and false; None where its type holds fractions."""
+    dtype = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype)), torch.float64)
+    if dtype.is_floating_point or dtype.is_complex:
+        return None
+    return _NOT_ZERO if dtype == torch.bool else _TRUNCATED
+
+
 def apply_all(fn: Pointwise, x: Kernel) -> Kernel:
     """``fn`` on every channel group."""
     return x.with_parts(*(algebra.apply(fn, part) for part in x.parts))

@@ -15,6 +15,7 @@ from typing import Any
 from kgraph.canonical import aten
 from kgraph.entries import expand_positions, moved, slice_part
 from kgraph.kernel import Axes, Factor, Kernel, Part
+from kgraph.rules.pointwise import COPIES, apply_all, rounding_of
 from kgraph.rules.table import Context, rule
 
 aten_view = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.reshape_as.default)
@@ -109,19 +110,11 @@ def t(context: Context, x: Kernel) -> Kernel:
     return transpose(context, x, -1, -2)
 
 
-@rule(
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten._to_copy.default,
-    aten.alias.default,
-    aten.detach.default,
-)
-def unchanged(context: Context, x: Kernel, *_: object, **__: object) -> Kernel:
-    """Copies and casts."""
-    return x
+@rule(*COPIES)
+def copied(context: Context, x: Kernel, *args: object, **kwargs: object) -> Kernel:
+    """Copies and casts; a type without fractions rounds."""
+    rounding = rounding_of(args, kwargs)
+    return x if rounding is None else apply_all(rounding, x)
 
 
 @rule(aten.channel_shuffle.default, aten.roll.default, aten.flip.default)

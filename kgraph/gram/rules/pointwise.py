@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from kgraph.canonical import aten
@@ -15,7 +14,7 @@ from kgraph.gram.value import CannotFollow, Value, roles
 from kgraph.maps import Pointwise
 from kgraph.modules import Scale, ShapedActivation
 from kgraph.roots import Root
-from kgraph.rules.pointwise import function_of, shaped_map
+from kgraph.rules.pointwise import COPIES, function_of, rounding_of, shaped_map
 
 
 def apply_all(fn: Pointwise, x: Value) -> Value:
@@ -44,25 +43,11 @@ def identity(context: Context, module: nn.Identity, x: Value) -> Value:
     return x
 
 
-@rule(
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten._to_copy.default,
-    aten.alias.default,
-    aten.detach.default,
-)
-def converted(context: Context, x: Value, *args: object, **kwargs: object) -> Value:
-    """Another type or place; where the type holds no fractions, the nearest number towards 0 (or true and false)."""
-    dtype = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype)), torch.float64)
-    if dtype.is_floating_point or dtype.is_complex:
-        return x
-    return x.each(lambda u: mapped(_NOT_ZERO if dtype == torch.bool else _TRUNCATED, u))
-
-
-_TRUNCATED, _NOT_ZERO = Pointwise(torch.trunc), Pointwise(lambda u: (u != 0).to(u.dtype))
+@rule(*COPIES)
+def copied(context: Context, x: Value, *args: object, **kwargs: object) -> Value:
+    """Copies and casts; a type without fractions rounds."""
+    rounding = rounding_of(args, kwargs)
+    return x if rounding is None else apply_all(rounding, x)
 
 
 @rule(aten.dropout.default, aten.feature_dropout.default)
