@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 _SOURCE = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
-_TORCH = ("torch/nn/", "torch/_", "torch/fx/", "torch/utils/", "torch/overrides")
+_LIBRARIES = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, __file__))
+"""The folders of the packages themselves: a user's checkout may well be called torch or kgraph."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +77,17 @@ def _call_index(key: str) -> int:
 
 
 def source_line(trace: str) -> str:
-    """Innermost ``file.py:line`` of a stack trace that lies outside PyTorch itself."""
+    """Innermost ``file.py:line`` of a stack trace that lies outside PyTorch and kgraph."""
     frames = [(file, line) for file, line, _ in _SOURCE.findall(trace)]
-    own = [frame for frame in frames if not is_torch_file(frame[0])]
+    own = [frame for frame in frames if not is_library_file(frame[0])]
     file, line = (own or frames or [("", "")])[-1]
     return f"{PurePath(file).name}:{line}" if file else ""
 
 
 @cache
-def is_torch_file(file: str) -> bool:
-    """Whether a source file is part of PyTorch."""
-    return any(part in file for part in _TORCH)
+def is_library_file(file: str) -> bool:
+    """Whether a source file is part of PyTorch or of kgraph, not of the user's code."""
+    return file.startswith(_LIBRARIES)
 
 
 def concrete_shape(value: Any) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from kgraph.canonical import aten, canonicalize
 from kgraph.errors import CaptureError
 from kgraph.inputs import Inputs, batch_size
-from kgraph.site import read_site, source_line
+from kgraph.site import is_library_file, read_site, source_line
 
 DYNAMIC = torch.export.Dim.DYNAMIC
 
@@ -121,8 +121,7 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
 def _user_trace(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f'File "{f.filename}", line {f.lineno}, in {f.name}' for f in frames]
-    inside = [line for line in lines if "/torch/" not in line and "kgraph/" not in line]
-    return "\n".join(inside)
+    return "\n".join(line for frame, line in zip(frames, lines, strict=True) if not is_library_file(frame.filename))
 
 
 def _share_tensors(flat: fx.GraphModule, model: nn.Module) -> None:

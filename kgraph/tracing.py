@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from kgraph.canonical import aten, canonicalize_graph
 from kgraph.inputs import Inputs, batch_size
 from kgraph.lowering import Lowering, Template, Untraceable, expression
-from kgraph.site import Site, concrete_shape, is_torch_file
+from kgraph.site import Site, concrete_shape, is_library_file
 
 _OF_AUTOGRAD = ("requires_grad", "grad", "grad_fn", "is_leaf", "data")
 
@@ -283,7 +283,7 @@ def _source() -> str:
         file = frame.f_code.co_filename
         if frame.f_code.co_name == "forward" and file != __file__ and not file.startswith(_GENERATED):
             line = f"{os.path.basename(file)}:{frame.f_lineno}"
-            if not is_torch_file(file):
+            if not is_library_file(file):
                 return line
             innermost = innermost or line
         frame = frame.f_back
