@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from kgraph.analysis import Ledger
 from kgraph.capture import Graph, capture, check_model, unread
 from kgraph.checks import seeded
+from kgraph.emitted import EmittedModule
 from kgraph.errors import InputError
 from kgraph.export import OnnxExport
 from kgraph.export import export_onnx as _export_onnx
 from kgraph.inputs import resolve_inputs
-from kgraph.lift import EmittedModule
 from kgraph.methods import DKS, TAT, Method
 from kgraph.passes.fold_parametrizations import fold_hooks, fold_parametrizations, has_hooks
 from kgraph.passes.remove_norms import NORMS

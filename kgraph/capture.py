@@ -21,9 +21,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from kgraph.emitted import EmittedModule
 from kgraph.errors import CaptureError, InputError, ModelError
 from kgraph.inputs import RECORD, Inputs, record_of, resolve_inputs
-from kgraph.lift import EmittedModule, emit
+from kgraph.lift import emit
 from kgraph.lowering import Untraceable
 from kgraph.torch_export import export_flat
 from kgraph.tracing import trace

@@ -9,108 +9,20 @@ from __future__ import annotations
 
 import inspect
 import operator
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from kgraph.canonical import DROPOUTS, aten, is_effect
+from kgraph.emitted import EmittedModule, EmittedTracer, Layout
 from kgraph.site import site_of
 from kgraph.switches import DeviceAnchor, TrainingSwitch
 
 SWITCH, ANCHOR = "_kgraph_switch", "_kgraph_anchor"
-
-
-class EmittedModule(fx.GraphModule):
-    """The standard module kgraph emits: a GraphModule over the user's submodules.
-
-    ``module.kgraph`` is what the transform recorded (None for a plain emission).
-    """
-
-    @property
-    def kgraph(self) -> Any:
-        return self.meta.get("kgraph")
-
-    def __reduce__(self) -> Any:
-        rebuild, arguments = super().__reduce__()
-        return _revive, (rebuild, arguments, dict(self.meta), _Layout.of(self), type(self).__name__)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> EmittedModule:
-        with warnings.catch_warnings():  # PyTorch warns about its own pytree leaves
-            warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
-            plain = super().__deepcopy__(memo)
-        return _dressed(plain, plain.meta, _Layout.of(self), type(self).__name__)
-
-
-class _Tracer(fx.Tracer):
-    """Reads the code again when a module is loaded; buffers stay what they are, not values of that moment."""
-
-    proxy_buffer_attributes = True
-
-
-class _Layout(NamedTuple):
-    """What GraphModule forgets when it is built from another module.
-
-    Attributes:
-        transient: names of non-persistent buffers.
-        tied: groups of names that share one parameter.
-        evaluated: names of modules in eval mode.
-    """
-
-    transient: tuple[str, ...]
-    tied: tuple[tuple[str, ...], ...]
-    evaluated: tuple[str, ...]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> _Layout:
-        persistent = set(module.state_dict(keep_vars=True))
-        buffers = dict(module.named_buffers(remove_duplicate=False))
-        groups: dict[int, list[str]] = defaultdict(list)
-        for name, parameter in module.named_parameters(remove_duplicate=False):
-            groups[id(parameter)].append(name)
-        tied = tuple(tuple(names) for names in groups.values() if len(names) > 1)
-        evaluated = tuple(name for name, one in module.named_modules(remove_duplicate=False) if not one.training)
-        return cls(tuple(name for name in buffers if name not in persistent), tied, evaluated)
-
-    def apply(self, module: nn.Module) -> None:
-        buffers = dict(module.named_buffers(remove_duplicate=False))
-        for name in filter(buffers.__contains__, self.transient):
-            owner, _, field = name.rpartition(".")
-            module.get_submodule(owner)._non_persistent_buffers_set.add(field)
-        parameters = dict(module.named_parameters(remove_duplicate=False))
-        for names in self.tied:
-            present = [name for name in names if name in parameters]
-            for name in names if present else ():
-                if name not in parameters:
-                    _register(module, name, parameters[present[0]])
-        for name, one in module.named_modules(remove_duplicate=False):
-            one.training = name not in self.evaluated
-
-
-def _register(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    path, _, field = name.rpartition(".")
-    for part in filter(None, path.split(".")):
-        if part not in dict(module.named_children()):
-            module.add_module(part, nn.Module())
-        module = module.get_submodule(part)
-    module.register_parameter(field, parameter)
-
-
-def _revive(
-    rebuild: Any, arguments: tuple[Any, ...], meta: dict[str, Any], layout: _Layout, name: str
-) -> EmittedModule:
-    return _dressed(rebuild(*arguments), meta, layout, name)
-
-
-def _dressed(plain: fx.GraphModule, meta: dict[str, Any], layout: _Layout, name: str) -> EmittedModule:
-    module = EmittedModule(plain, plain.graph, name)
-    layout.apply(module)
-    module.meta.update(meta)
-    return module
 
 
 def emit(flat: fx.GraphModule, root: nn.Module, *, name: str | None = None, lift: bool = True) -> EmittedModule:
@@ -135,7 +47,7 @@ def emit(flat: fx.GraphModule, root: nn.Module, *, name: str | None = None, lift
     for node in graph.nodes:
         node.meta = {}
     module = EmittedModule(_attributes(graph, flat, root, helpers), graph, name or type(root).__name__)
-    layout = _Layout.of(root)
+    layout = Layout.of(root)
     own = dict(root.named_buffers(remove_duplicate=False))
     constants = [name for name, _ in module.named_buffers(remove_duplicate=False) if name not in own]
     # no part of the model's state: a state dict of the model has no such keys
@@ -166,7 +78,7 @@ def _add_helper(helpers: dict[str, nn.Module], prefix: str, module: nn.Module) -
 
 
 def _bare_copy(graph: fx.Graph) -> fx.Graph:
-    copy = fx.Graph(tracer_cls=_Tracer)  # not export's tracer class, which does not unpickle
+    copy = fx.Graph(tracer_cls=EmittedTracer)  # not export's tracer class, which does not unpickle
     copies: dict[fx.Node, fx.Node] = {}
     output = copy.graph_copy(graph, copies)
     for old, new in copies.items():

@@ -15,8 +15,8 @@ from torch import nn
 
 from kgraph.capture import capture, check_model
 from kgraph.checks import number
+from kgraph.emitted import EmittedModule
 from kgraph.errors import InputError
-from kgraph.lift import EmittedModule
 from kgraph.passes.base import Workspace
 from kgraph.passes.ntk_chaos_layers import AffineLayer, affine_layer
 from kgraph.record import TransformRecord

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from kgraph.analysis import Ledger
-from kgraph.lift import EmittedModule
+from kgraph.emitted import EmittedModule
 from kgraph.report import Comparison, Report
 from kgraph.systems import AnyMethod
 from kgraph.targets import ShapingTargets

@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _WrappedHook
 from torch.nn.utils import parametrize
+
+_NORMS_OF_TORCH = tuple(f"torch.nn.utils.{name}" for name in ("parametrizations", "weight_norm", "spectral_norm"))
 
 
 def fold_parametrizations(model: nn.Module) -> list[str]:
@@ -21,6 +24,7 @@ def fold_parametrizations(model: nn.Module) -> list[str]:
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
                 folded.append(f"{path}.{name}" if path else name)
+            _forget_state_hooks(module)
     return folded + fold_hooks(model)
 
 
@@ -28,6 +32,15 @@ def _give_own_class(module: nn.Module) -> None:
     """A class of the module's own: torch makes one per parametrized module, copies share it, and folding empties it."""
     shared = type(module)
     module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _forget_state_hooks(module: nn.Module) -> None:
+    """torch's hooks that translate the names of a normalized weight: they outlive it, and one cannot be pickled."""
+    for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        for key, hook in list(hooks.items()):
+            inner = hook.hook if isinstance(hook, _WrappedHook) else hook
+            if inner.__module__ in _NORMS_OF_TORCH:
+                del hooks[key]
 
 
 def fold_hooks(model: nn.Module) -> list[str]:
@@ -38,6 +51,7 @@ def fold_hooks(model: nn.Module) -> list[str]:
             hook(module, ())  # what the next forward would do: spectral norm first improves its estimate
         hook.remove(module)
         del module._forward_pre_hooks[key]
+        _forget_state_hooks(module)
         folded.append(f"{path}.{hook.name}" if path else hook.name)
     return folded
 

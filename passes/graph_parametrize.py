@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from kgraph.canonical import aten, operation_name
 from kgraph.capture import capture, check_model
-from kgraph.lift import EmittedModule
+from kgraph.emitted import EmittedModule
 from kgraph.parent_scale import PARENT_SCALE, ParentScale, Taps
 from kgraph.passes.base import Pass, Workspace, owner_path
 from kgraph.site import shape_of, site_of

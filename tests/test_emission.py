@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 import kgraph
 from kgraph import TransformRecord
 from kgraph.capture import capture
-from kgraph.lift import EmittedModule
+from kgraph.emitted import EmittedModule
 from kgraph.modules import ShapedActivation
 
 # PyTorch 2.13 warns about its own pytree leaves whenever a captured GraphModule is copied or loaded.

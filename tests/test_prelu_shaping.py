@@ -15,7 +15,7 @@ from transformed import chain, record
 
 import kgraph
 from kgraph.capture import capture
-from kgraph.lift import EmittedModule
+from kgraph.emitted import EmittedModule
 from kgraph.modules import ShapedActivation
 from kgraph.propagate import propagate
 from kgraph.subnetworks import find_subnetworks

@@ -13,7 +13,7 @@ from torch import nn
 from transformed import chain, record
 
 import kgraph
-from kgraph.lift import EmittedModule
+from kgraph.emitted import EmittedModule
 from kgraph.record import STALE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # PyTorch, about its own pytree

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import kgraph
 from kgraph import TransformRecord
-from kgraph.lift import EmittedModule
+from kgraph.emitted import EmittedModule
 
 QUICK = [
     "mlp",
