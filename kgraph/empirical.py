@@ -17,7 +17,9 @@ from torch.utils import _pytree as pytree
 from kgraph.capture import check_model, does_not_run
 from kgraph.checks import with_values
 from kgraph.errors import InputError
+from kgraph.float64 import InFloat64
 from kgraph.gram.kernels import batched_inputs
+from kgraph.gram.options import check_flag, learning
 from kgraph.inputs import Inputs
 
 Factor = float | Tensor
@@ -51,6 +53,7 @@ def empirical_ntk(
     *,
     sketch: int | None = None,
     multipliers: Mapping[str, Factor] | None = None,
+    count_frozen: bool = False,
     seed: int = 0,
 ) -> EmpiricalNTK:
     """NTK of the network with the parameters it has, in float64; the normalization is that of `kgraph.ntk`.
@@ -66,6 +69,7 @@ def empirical_ntk(
         sketch: number of random directions v, entries +-1/sqrt(O), in place of all outputs:
             Theta = E_v <d(v.f(x))/dp, m d(v.f(x'))/dp>, unbiased.
         multipliers: learning-rate multipliers m by parameter name (a tensor: entry by entry).
+        count_frozen: whether parameters with ``requires_grad=False`` count too; else their m is 0, unless it is given.
         seed: of the directions and of the model's own random numbers (dropout); no global generator is touched.
 
     Raises:
@@ -76,7 +80,7 @@ def empirical_ntk(
     if sketch is not None and sketch < 2:
         raise InputError(f"sketch is {sketch}", hint="A standard error needs at least 2 directions")
     parameters, buffers = _double_copy(model)
-    factors = _factors(model, multipliers or {})
+    factors = _factors(model, learning(model, multipliers or {}, check_flag("count_frozen", count_frozen)))
     left = _rows(model, parameters, buffers, x1, seed)
     right = left if x2 is None else _rows(model, parameters, buffers, x2, seed)
     if left[0].shape != right[0].shape:
@@ -158,7 +162,7 @@ def _run(model: nn.Module, tensors: Tensors, inputs: Inputs, seed: int) -> Tenso
     """First floating-point output, [rows, O]."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with seeded(model, seed), torch.enable_grad():
+        with seeded(model, seed), torch.enable_grad(), InFloat64():
             output = functional_call(model, tensors, inputs.args, inputs.kwargs)
     except Exception as error:  # whatever the user's forward raises on bad inputs
         raise does_not_run(model, inputs, error) from error

@@ -22,6 +22,7 @@ from kgraph.canonical import operation_name
 from kgraph.capture import Graph, check_model
 from kgraph.errors import InputError
 from kgraph.gram.kernels import NodeGram, batched_inputs, captured, kernels
+from kgraph.gram.options import learning
 from kgraph.node_moments import NodeMoments, cosine_of, measure, own_moments
 from kgraph.nonlinear import is_activation
 from kgraph.report.numbers import cosine, count, elide, short
@@ -160,7 +161,13 @@ class KernelComparison:
 
 
 def compare(
-    model: nn.Module, x1: Any, *, draws: int = 8, seed: int = 0, parametrization: str = "standard"
+    model: nn.Module,
+    x1: Any,
+    *,
+    draws: int = 8,
+    seed: int = 0,
+    parametrization: str = "standard",
+    count_frozen: bool = False,
 ) -> KernelComparison:
     """Measure a finite network's kernels over draws of its parameters, beside those that `kgraph.kernels` predicts.
 
@@ -172,6 +179,7 @@ def compare(
         draws: of the parameters (at least 2).
         seed: of the draws; the global generator is not touched.
         parametrization: of the NTK, as for `kgraph.kernels`.
+        count_frozen: whether parameters with ``requires_grad=False`` have their part in the NTK, as there.
 
     Raises:
         InputError: fewer than two draws or inputs; and what `kgraph.kernels` raises.
@@ -183,15 +191,17 @@ def compare(
     inputs, n = batched_inputs(x)
     if n < 2:
         raise InputError("there is one input", hint="A cosine needs two")
-    own = copy.deepcopy(model).cpu().double()
+    own = copy.deepcopy(model).cpu()
     graph = captured(own, inputs)
-    predicted = kernels(graph, x, nodes="all", parametrization=parametrization, seed=seed)
+    options: dict[str, Any] = {"parametrization": parametrization, "count_frozen": count_frozen}
+    predicted = kernels(graph, x, nodes="all", seed=seed, **options)
     assert predicted.ntk is not None
     full = predicted.positions == "full"
     ntk = _over_positions(predicted.ntk, full)
     mode = "train" if own.training else "eval"
     nodes = NodeMoments(graph, pytree.tree_leaves(tuple(inputs)), n, mode)
-    factors = own_moments(own) if parametrization == "ntk" else {}
+    speeds = own_moments(own) if parametrization == "ntk" else dict.fromkeys(dict(own.named_parameters()), 1.0)
+    factors = speeds | learning(own, {}, count_frozen)
     samples, thetas = measure(own, nodes, x, draws, seed, factors)
     rows, slack = _rows(graph, predicted.nodes, full, samples, nodes.entries)
     error = thetas.std(0) / math.sqrt(draws)

@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from kgraph.canonical import aten
 from kgraph.capture import Graph
 from kgraph.empirical import Factor, empirical_ntk, seeded
+from kgraph.float64 import InFloat64
 from kgraph.gram.taps import tap_shares
 from kgraph.montecarlo import redrawn
 from kgraph.rules.sampled import for_mode
@@ -31,7 +32,7 @@ class NodeMoments:
     """Runs a captured graph on inputs and reads ``[q(x_0), q(x_1), K(x_0, x_1)]`` off every node.
 
     Args:
-        graph: a captured model in float64.
+        graph: a captured model; it runs in float64.
         inputs: the placeholders' values, at least two rows each.
         n: number of inputs.
         mode: "train" or "eval".
@@ -61,7 +62,7 @@ class NodeMoments:
         return moments
 
     def _run(self, inputs: list[Any], mode: str, take: Taker, seed: int = 0) -> None:
-        with torch.no_grad(), seeded(self.graph.root, seed):
+        with torch.no_grad(), seeded(self.graph.root, seed), InFloat64():
             MeasuringInterpreter(self.graph.module, mode, take).run(*inputs, enable_io_processing=False)
 
     def _find_batch_dims(self) -> dict[str, int]:

@@ -22,6 +22,7 @@ from kgraph.capture import Graph
 from kgraph.errors import InputError
 from kgraph.gram import Kernels, kernels
 from kgraph.gram.kernels import batched_inputs, captured
+from kgraph.gram.options import check_flag, learning
 from kgraph.gram.tiles import Bar
 
 Run = Callable[[Mapping[str, float | Tensor]], Kernels]
@@ -86,6 +87,7 @@ def ntk_report(
     *,
     parametrization: str = "standard",
     multipliers: dict[str, float] | None = None,
+    count_frozen: bool = False,
     mode: str | None = None,
     seed: int = 0,
 ) -> NTKReport:
@@ -96,6 +98,7 @@ def ntk_report(
         x: inputs as for `kgraph.kernels`.
         parametrization: "standard" (what PyTorch trains) or "ntk".
         multipliers: learning-rate multipliers by parameter name that are already set.
+        count_frozen: whether parameters with ``requires_grad=False`` count too; else their share is 0.
         mode: "train" or "eval"; the model's own when None.
         seed: of joint draws.
 
@@ -104,7 +107,7 @@ def ntk_report(
     """
     graph = model if isinstance(model, Graph) else captured(model, batched_inputs(x)[0])
     given = dict.fromkeys((name for name, _ in graph.module.named_parameters(remove_duplicate=False)), 1.0)
-    given |= multipliers or {}
+    given |= learning(graph.root, multipliers or {}, check_flag("count_frozen", count_frozen))
 
     def run(chosen: Mapping[str, float | Tensor]) -> Kernels:
         return kernels(graph, x, parametrization=parametrization, mode=mode, multipliers=chosen, seed=seed)
@@ -142,6 +145,9 @@ def _parts_by_runs(run: Run, multipliers: dict[str, float]) -> dict[str, float]:
     parts = {}
     with Bar(list(multipliers.items()), "NTK by layer") as bar:
         for name, own in bar:
+            if own == 0.0:
+                parts[name] = 0.0
+                continue
             alone = {other: own if other == name else 0.0 for other in multipliers}
             parts[name] = float(_positions_averaged(run(alone)).diagonal().mean())
     return parts

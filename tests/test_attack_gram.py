@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -297,3 +298,54 @@ def test_one_number_for_all_channels_is_assumed() -> None:
     """A norm behind it would take its gradient out again, which no law of one channel shows."""
     model, x = net(lambda m, x: m.b(relu(m.a(x)) * m.s), a=dense(8), b=dense(), s=parameter(1)), inputs(2, 8)
     assert [kgraph.kernels(model, x, with_ntk=on).how for on in (True, False)] == ["assumed", "exact"]
+
+
+class _Spike(torch.autograd.Function):
+    """A step with the derivative of a hat: how spiking networks are trained."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor) -> Tensor:
+        ctx.save_for_backward(u)
+        return (u > 0).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        (u,) = ctx.saved_tensors
+        return g * (1 - u.abs()).clamp_min(0)
+
+
+class _Relu(torch.autograd.Function):
+    """A relu whose backward is its derivative, in a file of its own for memory's sake."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor) -> Tensor:
+        ctx.save_for_backward(u)
+        return u.clamp_min(0)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        (u,) = ctx.saved_tensors
+        return g * (u > 0)
+
+
+class _Applied(nn.Module):
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.function.apply(u)  # type: ignore[return-value]
+
+
+def test_a_backward_written_by_hand_is_followed_or_refused() -> None:
+    x = inputs(2, 8)
+    spiking = nn.Sequential(nn.Linear(8, 64), _Applied(_Spike), nn.Linear(64, 4))
+    with pytest.raises(RuleError, match="backward written by hand.*'0.weight'"):
+        kgraph.ntk(spiking, x)
+    assert bool(kgraph.nngp(spiking, x).isfinite().all())
+    spiking[0].requires_grad_(False)  # nothing passes through the step any more
+    frozen = kgraph.ntk(spiking, x)
+    torch.testing.assert_close(frozen.diagonal(), torch.full((2,), 64 / 2 + 1.0).double(), rtol=1e-9, atol=0)
+    own, plain = (nn.Sequential(nn.Linear(8, 64), a, nn.Linear(64, 4)) for a in (_Applied(_Relu), nn.ReLU()))
+    plain.load_state_dict(own.state_dict())
+    torch.testing.assert_close(kgraph.ntk(own, x), kgraph.ntk(plain, x), rtol=1e-9, atol=0)

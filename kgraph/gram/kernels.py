@@ -20,7 +20,7 @@ from kgraph.gram.engine import Engine
 from kgraph.gram.exchangeable import Exchangeable
 from kgraph.gram.joint import NeedsAllPairs
 from kgraph.gram.layout import Diagonal, Full, Layout, NeedsFull
-from kgraph.gram.options import check_by_parameter, check_choice, check_memory, check_nodes
+from kgraph.gram.options import check_by_parameter, check_choice, check_flag, check_memory, check_nodes, learning
 from kgraph.gram.read import gram_of
 from kgraph.gram.result import Kernels, NodeGram
 from kgraph.gram.rows import Rows
@@ -67,6 +67,7 @@ def kernels(
     with_ntk: bool = True,
     variances: Mapping[str, float] | None = None,
     multipliers: Mapping[str, float | Tensor] | None = None,
+    count_frozen: bool = False,
     seed: int = 0,
     memory_gib: float = 4.0,
 ) -> Kernels:
@@ -87,6 +88,8 @@ def kernels(
         variances: declared E[w^2] by parameter name; the others are measured on the tensors.
         multipliers: learning-rate multipliers by parameter name: factors on its part of the NTK. Tensors that
             require gradients get them (the NTK is linear in every multiplier).
+        count_frozen: whether parameters with ``requires_grad=False`` have their part in the NTK too; else they have
+            none (multiplier 0), unless a multiplier of theirs is given.
         seed: of the draws that operations without a closed form are measured on.
         memory_gib: memory to stay below, by estimate: a larger Gram matrix is computed in tiles of inputs.
 
@@ -105,13 +108,14 @@ def kernels(
     first, n1 = batched_inputs(x1)
     second, n2 = batched_inputs(x2) if x2 is not None else (None, n1)
     graph = model if isinstance(model, Graph) else captured(model, first)
-    if with_ntk:
-        refuse_stops(graph)
     mode = mode or ("train" if graph.root.training else "eval")
     check_choice("mode", mode, ("train", "eval"))
     check_by_parameter("variances", variances or {}, graph)
     check_by_parameter("multipliers", multipliers or {}, graph)
-    options = Options(mode, variances or {}, multipliers or {})
+    speeds = learning(graph.root, multipliers or {}, check_flag("count_frozen", count_frozen)) if with_ntk else {}
+    if with_ntk:
+        refuse_stops(graph, speeds)
+    options = Options(mode, variances or {}, speeds)
     differentiated = any(isinstance(m, Tensor) and m.requires_grad for m in options.multipliers.values())
     with torch.set_grad_enabled(differentiated), on(device):
         inputs, rows = _joined(here(first), here(second), n1, n2)

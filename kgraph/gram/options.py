@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kgraph.capture import Graph
 from kgraph.errors import InputError
@@ -32,6 +32,32 @@ def check_memory(memory_gib: object) -> None:
     """A positive number."""
     if not isinstance(memory_gib, (int, float)) or isinstance(memory_gib, bool) or not memory_gib > 0:
         raise InputError(f"memory_gib is {memory_gib!r}", hint="Pass a number of GiB above 0")
+
+
+def check_flag(name: str, value: object) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {value!r}", hint="Pass True or False")
+    return value
+
+
+def learning(model: nn.Module, multipliers: Mapping[str, Any], count_frozen: bool) -> dict[str, Any]:
+    """Learning-rate multipliers, 0 for every frozen parameter that is given none (tied ones by all their names).
+
+    Raises:
+        InputError: nothing is trained at all.
+    """
+    if count_frozen:
+        return dict(multipliers)
+    named = list(model.named_parameters(remove_duplicate=False))
+    given = {id(p) for name, p in named if name in multipliers}
+    frozen = {name: 0.0 for name, p in named if not p.requires_grad and id(p) not in given}
+    if named and len(frozen) == len(named):
+        raise InputError(
+            "every parameter of the model is frozen (requires_grad=False): there is no NTK",
+            hint="count_frozen=True counts them, kgraph.nngp leaves the NTK out",
+        )
+    return {**frozen, **multipliers}
 
 
 def check_by_parameter(name: str, values: object, graph: Graph) -> None:

@@ -1,21 +1,24 @@
-"""Gradients that a model stops on their way (``detach``, ``no_grad``): a captured graph does not show where."""
+"""Gradients that are not those of a captured graph: stopped on their way (``detach``, ``no_grad``), or written by hand
+(the ``backward`` of an ``autograd.Function``)."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from kgraph.canonical import aten
 from kgraph.capture import Graph
 from kgraph.errors import RuleError
 from kgraph.inputs import Inputs
+from kgraph.rules.sampled import for_mode
 
 _STOPS = {torch.detach, Tensor.detach, Tensor.detach_, torch._C._set_grad_enabled, Tensor.data.__get__}  # type: ignore[attr-defined]
 _NOISE = 1e-2
@@ -32,39 +35,59 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def refuse_stops(graph: Graph) -> None:
-    """Raise if the model's gradients are not those of its graph.
+def refuse_stops(graph: Graph, multipliers: Mapping[str, object]) -> None:
+    """Raise if the model's gradients are not those of its graph, by parameters whose multiplier is not 0.
 
     Raises:
-        RuleError: a parameter's gradient is stopped somewhere: its part in the NTK is not what the graph says.
+        RuleError: a parameter's gradient is stopped somewhere, or another one is written by hand: its part in the NTK
+            is not what the graph says.
     """
-    if graph.module not in _stopped:
-        _stopped[graph.module] = _first_stopped(graph)
-    if name := _stopped[graph.module]:
-        what = f"the model stops gradients on the way to {name!r} (detach or no_grad), which kernels do not follow"
-        raise RuleError(what, hint="kgraph.nngp leaves the NTK out, kgraph.empirical_ntk measures it")
+    if graph.module not in _unlike:
+        _unlike[graph.module] = _differing(graph)
+    for name, why in _unlike[graph.module].items():
+        if multipliers.get(name, 1.0) != 0.0:
+            what = f"the model {why.format(name)}, which kernels do not follow"
+            raise RuleError(what, hint="kgraph.nngp leaves the NTK out, kgraph.empirical_ntk measures it")
 
 
-_stopped: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+_unlike: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
 """What was found of every graph, by its module."""
+_STOPPED = "stops gradients on the way to {!r} (detach or no_grad)"
+_BY_HAND = "has a backward written by hand (an autograd.Function) on the way to {!r}"
 
 
-def _first_stopped(graph: Graph) -> str:
-    """Name of a parameter whose gradient is not that of the graph, or ""."""
+def _differing(graph: Graph) -> dict[str, str]:
+    """Names of the parameters whose gradient is not that of the graph, and why."""
     model, inputs = graph.root, graph.inputs
     if any(p.is_meta for p in model.parameters()):
-        return ""
+        return {}
+    state = _state(model)
     with _evaluated(model), torch.enable_grad():
         with _Watch() as watch:
-            output = _output(model, {name: b.detach().clone() for name, b in model.named_buffers()}, inputs)
-        if output is None or not watch.seen:
-            return ""
-        own, told = (_gradients(each, inputs) for each in (model, graph.emit().eval()))
+            output = _output(model, state, inputs)
+        by_hand = output is not None and _written_by_hand(output)
+        if output is None or not (watch.seen or by_hand):
+            return {}
+        own, told = _gradients(model, inputs), _gradients(model, inputs, graph)
+    why = _BY_HAND if by_hand else _STOPPED
+    found = {}
     for name, mine in own.items():
         said = told.get(name, mine)  # a tied parameter may go by another name
         if float((mine - said).norm()) > _NOISE * max(float(mine.norm()), float(said.norm())):
-            return name
-    return ""
+            found[name] = why
+    return found
+
+
+def _written_by_hand(output: Tensor) -> bool:
+    """Whether a backward that somebody wrote stands between the output and the parameters."""
+    queue, seen = [output.grad_fn], {None, output.grad_fn}
+    for at in queue:
+        if isinstance(at, torch.autograd.function.BackwardCFunction):
+            return True
+        new = {before for before, _ in at.next_functions} - seen if at is not None else set()
+        seen |= new
+        queue += new
+    return False
 
 
 @contextmanager
@@ -85,20 +108,49 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {**tensors, **{name: b.detach().clone() for name, b in model.named_buffers()}}
 
 
-def _output(model: nn.Module, state: dict[str, Tensor], inputs: Inputs) -> Tensor | None:
-    """A random sum of the output's entries; None where the model does not run this way."""
+def _output(model: nn.Module, state: dict[str, Tensor], inputs: Inputs, graph: Graph | None = None) -> Tensor | None:
+    """A random sum of the output's entries, of the graph if one is given; None where it does not run this way."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         try:
-            return _random_sum(pytree.tree_leaves(functional_call(model, state, inputs.args, inputs.kwargs)))
+            if graph is None:
+                output = functional_call(model, state, inputs.args, inputs.kwargs)
+            else:
+                leaves = pytree.tree_leaves(tuple(inputs))
+                output = _Operations(graph.module, state).run(*leaves, enable_io_processing=False)
+            return _random_sum(pytree.tree_leaves(output))
         except RuntimeError:
             return None
 
 
-def _gradients(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+class _Operations(fx.Interpreter):
+    """The graph operation by operation, in eval mode: whatever a module of the user's would do backwards."""
+
+    def __init__(self, module: fx.GraphModule, state: dict[str, Tensor]) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.state = state
+
+    def fetch_attr(self, target: str) -> Any:
+        return self.state[target] if target in self.state else super().fetch_attr(target)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_function":
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        schema = getattr(n.target, "_schema", None)
+        mutates = schema is not None and schema.is_mutable  # a running statistic, a counter
+        if mutates or n.target is aten.detach.default:  # which rules take for a copy
+            return args[0]
+        args = for_mode(n, tuple(args), "eval")
+        if n.target is aten.batch_norm.default:
+            args = (*args[:5], args[3] is None, *args[6:])
+        return self.call_function(n.target, args, kwargs)  # type: ignore[arg-type]
+
+
+def _gradients(model: nn.Module, inputs: Inputs, graph: Graph | None = None) -> dict[str, Tensor]:
     """Gradient of that sum by every parameter; nothing where there is none."""
     state = _state(model)
-    total = _output(model, state, inputs)
+    total = _output(model, state, inputs, graph)
     wanted = {name: state[name] for name, _ in model.named_parameters() if state[name].requires_grad}
     if total is None or not wanted:
         return {}

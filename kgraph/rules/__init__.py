@@ -2,6 +2,7 @@
 
 from kgraph.rules import (
     attention,
+    constants,
     conv,
     embedding,
     linear,
@@ -21,6 +22,7 @@ __all__ = [
     "Context",
     "Sampler",
     "attention",
+    "constants",
     "conv",
     "embedding",
     "find_rule",

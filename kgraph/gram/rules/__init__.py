@@ -3,6 +3,7 @@
 from kgraph.gram.rules import (  # noqa: F401  (each registers its rules)
     affine,
     attention,
+    constants,
     embedding,
     gates,
     merge,
