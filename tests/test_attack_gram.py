@@ -340,7 +340,7 @@ class _Applied(nn.Module):
 def test_a_backward_written_by_hand_is_followed_or_refused() -> None:
     x = inputs(2, 8)
     spiking = nn.Sequential(nn.Linear(8, 64), _Applied(_Spike), nn.Linear(64, 4))
-    with pytest.raises(RuleError, match="backward written by hand.*'0.weight'"):
+    with pytest.raises(RuleError, match=r"backward written by hand.*'0.weight'"):
         kgraph.ntk(spiking, x)
     assert bool(kgraph.nngp(spiking, x).isfinite().all())
     spiking[0].requires_grad_(False)  # nothing passes through the step any more

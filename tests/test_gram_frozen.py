@@ -1,4 +1,4 @@
-"""Frozen parameters have no part in the NTK, constants made from inputs are constants, float32 state runs in float64."""
+"""Frozen parameters have no part in the NTK; constants made from inputs are known; float32 state runs in float64."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_model_that_is_not_trained_has_no_ntk() -> None:
     model = chain().requires_grad_(False)
     calls: list[Callable[..., object]] = [kgraph.ntk, kgraph.ntk_report, kgraph.empirical_ntk]
     for call in calls:
-        with pytest.raises(InputError, match="every parameter of the model is frozen.*count_frozen=True"):
+        with pytest.raises(InputError, match=r"every parameter of the model is frozen.*count_frozen=True"):
             call(model, X)
     torch.testing.assert_close(kgraph.nngp(model, X), 8 * GRAM, rtol=1e-12, atol=0)
     with pytest.raises(InputError, match="count_frozen is 'no'"):
