@@ -10,6 +10,7 @@ from kgraph.empirical import EmpiricalNTK, empirical_ntk
 from kgraph.errors import (
     CaptureError,
     ExportError,
+    FileError,
     InputError,
     KGraphError,
     ModelError,
@@ -25,6 +26,7 @@ from kgraph.montecarlo import montecarlo
 from kgraph.ntk_report import NTKReport, ntk_report
 from kgraph.param_groups import param_groups
 from kgraph.passes.graph_parametrize import graph_parametrize
+from kgraph.saved import load
 from kgraph.shaping import ShapedConstants, shape_activation
 from kgraph.studies.finite_width.measured import MeasuredFluctuations, MeasuredNode, measure_fluctuations
 from kgraph.studies.finite_width.report import Fluctuations, NodeFluctuations, fluctuations
@@ -43,6 +45,7 @@ __all__ = [
     "EdgeOfChaos",
     "EmpiricalNTK",
     "ExportError",
+    "FileError",
     "Fluctuations",
     "InputError",
     "Isometry",
@@ -77,6 +80,7 @@ __all__ = [
     "graph_parametrize",
     "isometry",
     "kernels",
+    "load",
     "mean_field",
     "measure_fluctuations",
     "montecarlo",

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from kgraph.emitted import EmittedModule
 from kgraph.errors import CaptureError, InputError, ModelError
+from kgraph.failures import failed
 from kgraph.inputs import RECORD, Inputs, record_of, resolve_inputs
 from kgraph.lift import emit
 from kgraph.lowering import Untraceable
@@ -243,9 +244,8 @@ def _check_forward(model: nn.Module, inputs: Inputs) -> _Census:
 def does_not_run(model: nn.Module, inputs: Inputs, error: Exception) -> InputError:
     """What to raise when ``model`` refused ``inputs`` with ``error``."""
     shapes = [tuple(v.shape) for v in pytree.tree_leaves(tuple(inputs)) if isinstance(v, Tensor)]
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return InputError(
-        f"{type(model).__name__} does not run on the example inputs of shapes {shapes}: {first}",
+        f"{type(model).__name__} does not run on the example inputs of shapes {shapes}: {failed(error)}",
         hint="Pass example_inputs that the model's forward accepts",
     )
 

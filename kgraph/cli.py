@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
+import io
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,10 +18,12 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from kgraph.errors import KGraphError
+from kgraph.errors import FileError, KGraphError
+from kgraph.files import destination, folder
 from kgraph.report.table import PLAIN_WIDTH
 
 SPINNER_AFTER = 1.0  # seconds
+_UNPRINTED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class _Group(TyperGroup):
@@ -31,7 +35,9 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         with _exit_codes():
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # a full disk behind it is ours to report, not the interpreter's at its end
+            return result
 
 
 @contextmanager
@@ -45,6 +51,14 @@ def _exit_codes() -> Iterator[None]:
     except usage_error as error:
         error.exit_code = 1
         raise
+    except BrokenPipeError:
+        raise  # the reader has gone: typer ends quietly
+    except OSError as error:
+        if error.errno not in _UNPRINTED:
+            raise
+        sys.stdout = io.StringIO()  # what is left in the buffer would fail again at the interpreter's end
+        _errors().print(Text(f"error: cannot print: {error.strerror}", style="bold red"), soft_wrap=True)
+        raise typer.Exit(2) from error
 
 
 app = typer.Typer(
@@ -55,11 +69,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="A compiler for the initialization-time kernel of neural networks.\n\nMODEL is `timm:NAME`, "
     "`package.module:FACTORY` or `path/to/file.py:FACTORY`, where FACTORY is a model class or a function "
-    "that returns a model.",
+    "that returns a model: the module or file is run. Or MODEL is a file that `kgraph transform --out` wrote.",
     epilog="Example: `kgraph analyze timm:resnet50 --html report.html`",
 )
 
-Model = Annotated[str, typer.Argument(help="timm:NAME, package.module:FACTORY or path/to/file.py:FACTORY.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="timm:NAME, package.module:FACTORY or path/to/file.py:FACTORY (the file is run), "
+        "or a file that transform --out wrote."
+    ),
+]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Run what a saved file holds or names: whole modules, factories it does not lie by."),
+]
 Kwargs = Annotated[str, typer.Option(help="Arguments of the factory, as JSON: '{\"width\": 3}'.")]
 Inputs = Annotated[
     list[str] | None,
@@ -113,6 +137,7 @@ def analyze(
     inputs: Inputs = None,
     mode: ModeOption = None,
     seed: Seed = 0,
+    trust: Trust = False,
     html: HtmlOption = None,
     json: JsonOption = None,
     all_nodes: Annotated[bool, typer.Option("--all-nodes", help="Also list nodes that only re-index.")] = False,
@@ -120,7 +145,8 @@ def analyze(
     """Print what happens to q values and c values at every node of MODEL."""
     import kgraph
 
-    module, examples = _load(model, kwargs, inputs, seed)
+    _check_places(html, json)
+    module, examples = _load(model, kwargs, inputs, seed, trust)
     with spinner(f"analyzing {model}"):
         report = kgraph.analyze(module, examples, mode=mode)
     if not _is_stdout(json):
@@ -137,27 +163,34 @@ def transform(
     inputs: Inputs = None,
     shortcut_weight: Shortcut = None,
     seed: Seed = 0,
+    trust: Trust = False,
     html: HtmlOption = None,
     json: JsonOption = None,
-    out: Annotated[Path | None, typer.Option(help="Save the model (torch.save of the whole module).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Save the model: weights and how to make it, for MODEL and kgraph.load.")
+    ] = None,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="--out pickles the whole module (torch.save); reading that runs code.")
+    ] = False,
     onnx: OnnxOption = None,
 ) -> None:
     """Rewrite MODEL until its kernel has the shape that the method wants; print what changed."""
     import kgraph
 
-    module, examples = _load(model, kwargs, inputs, seed)
+    _check_places(html, json, out, onnx)
+    recipe = None if out is None or whole else _recipe(model, kwargs, seed, methods, shortcut_weight)
+    module, examples = _load(model, kwargs, inputs, seed, trust)
+    chosen = [method.value for method in methods]
     with spinner(f"transforming {model}"):
-        result = kgraph.transform(
-            module, [m.value for m in methods], examples, shortcut_weight=shortcut_weight, seed=seed
-        )
+        result = kgraph.transform(module, chosen, examples, shortcut_weight=shortcut_weight, seed=seed)
     if not _is_stdout(json):
         _console().print(result.kgraph.comparison)
     _write(result.kgraph.comparison, html, json)
     if out is not None:
-        import torch
+        from kgraph import saved
 
-        with _files(out), out.open("wb") as file:  # torch.save's own error for a missing folder is no OSError
-            torch.save(result, file)
+        with _files():
+            saved.write(result, out) if recipe is None else saved.save(result, out, recipe, examples)
         _wrote(out)
     if onnx is not None:
         _export(result, onnx, examples)
@@ -170,10 +203,12 @@ def export(
     kwargs: Kwargs = "{}",
     inputs: Inputs = None,
     seed: Seed = 0,
+    trust: Trust = False,
     opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 23.")] = 20,
 ) -> None:
     """Export MODEL to ONNX and check the file against it."""
-    module, examples = _load(model, kwargs, inputs, seed)
+    _check_places(onnx)
+    module, examples = _load(model, kwargs, inputs, seed, trust)
     _export(module, onnx, examples, opset)
 
 
@@ -185,10 +220,13 @@ def demo(
 ) -> None:
     """Compile a bundled 50-layer residual network: leaves report.html and model.onnx."""
     import kgraph
+    from kgraph.checks import seeded
     from kgraph.demo import model_and_input
 
-    with _files(out):
-        out.mkdir(parents=True, exist_ok=True)
+    seeded(seed)
+    with _files():
+        folder(out)
+    _check_places(out / "report.html", out / "model.onnx")
     model, examples = model_and_input(seed)
     with spinner(f"transforming {type(model).__name__}"):
         result = kgraph.transform(model, method, examples, seed=seed)
@@ -226,13 +264,26 @@ def spinner(text: str) -> Iterator[None]:
         status.stop()
 
 
-def _load(model: str, kwargs: str, inputs: list[str] | None, seed: int) -> tuple[Any, tuple[Any, ...] | None]:
-    from kgraph.naming import NamingError, load_model, read_input
+def _load(
+    model: str, kwargs: str, inputs: list[str] | None, seed: int, trust: bool
+) -> tuple[Any, tuple[Any, ...] | None]:
+    from kgraph.naming import NamingError, read_input
+    from kgraph.reading import load_any
 
     try:
         examples = tuple(read_input(text) for text in inputs) if inputs else None
         with spinner(f"building {model}"):
-            return load_model(model, kwargs, seed), examples
+            return load_any(model, kwargs, seed, trust=trust), examples
+    except NamingError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _recipe(model: str, kwargs: str, seed: int, methods: list[MethodName], shortcut_weight: float | None) -> Any:
+    from kgraph.naming import NamingError
+    from kgraph.reading import recipe_of
+
+    try:
+        return recipe_of(model, kwargs, seed, [method.value for method in methods], shortcut_weight)
     except NamingError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -240,31 +291,39 @@ def _load(model: str, kwargs: str, inputs: list[str] | None, seed: int) -> tuple
 def _export(model: Any, path: Path, examples: tuple[Any, ...] | None, opset: int = 20) -> None:
     import kgraph
 
-    with spinner(f"exporting {path}"), _files(path):
+    with spinner(f"exporting {path}"), _files():
         result = kgraph.export_onnx(model, path, examples, opset=opset)
     _wrote(path, f"differs from the model by at most {result.max_abs_error:.1e}")
 
 
 def _write(report: Any, html: Path | None, json: Path | None) -> None:
     if html is not None:
-        with _files(html):
+        with _files():
             report.to_html(html)
         _wrote(html)
     if _is_stdout(json):
         print(report.to_json())
     elif json is not None:
-        with _files(json):
+        with _files():
             report.to_json(json)
         _wrote(json)
 
 
+def _check_places(*paths: Path | None) -> None:
+    """Before the work, not after it."""
+    with _files():
+        for path in paths:
+            if path is not None and not _is_stdout(path):
+                destination(path)
+
+
 @contextmanager
-def _files(path: Path) -> Iterator[None]:
+def _files() -> Iterator[None]:
     """Files that cannot be written are wrong usage, in one line."""
     try:
         yield
-    except OSError as error:
-        raise typer.BadParameter(f"cannot write {path}: {error.strerror or error}") from error
+    except FileError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _wrote(path: Path, remark: str = "") -> None:

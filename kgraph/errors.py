@@ -37,9 +37,8 @@ class InputError(KGraphError):
 class FileError(InputError, OSError):
     """A file cannot be written."""
 
-    def __init__(self, path: object, error: OSError) -> None:
-        super().__init__(f"cannot write {path}: {error.strerror or error}", hint="Pass a path in a folder that exists")
-        self.strerror = error.strerror
+    def __init__(self, path: object, reason: object, *, hint: str = "Pass a path you may write to") -> None:
+        super().__init__(f"cannot write {path}: {reason}", hint=hint)
 
 
 class CaptureError(KGraphError):

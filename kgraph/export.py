@@ -11,7 +11,6 @@ import importlib.util
 import json
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kgraph.errors import ExportError, InputError
+from kgraph.files import destination, placed
 from kgraph.onnx_check import Call, ExampleInputs, checked_session, has_batch, parity, reason
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def export_onnx(
 
     Each output y must agree to ``max(tolerance, 16 eps) * max(1, max|y|)``, eps of the output's dtype, at the
     example's batch size and at another. The file is written beside ``path`` and moved there last: on any
-    failure a file that stood there before is untouched. Weights above 1.5 GiB go to ``<name>.data``.
+    failure a file that stood there before is untouched; symbolic links are followed. Weights above 1.5 GiB go to
+    ``<name>.data``.
 
     Args:
         model: any module, a captured graph included; its training flags are restored.
@@ -79,37 +80,31 @@ def export_onnx(
             ``session.get_modelmeta().custom_metadata_map``).
         tolerance: relative to the output's scale.
 
-    Raises: InputError for an argument outside its domain; ExportError where the file cannot be written, the
-        model cannot be exported, or the file does not reproduce it (the message names the worst output).
+    Raises: InputError for an argument outside its domain; FileError where the file cannot be written; ExportError
+        where the model cannot be exported, or the file does not reproduce it (the message names the worst output).
     """
-    target = Path(path)
-    _check_arguments(model, target, opset, tolerance)
+    _check_arguments(model, opset, tolerance)
+    target = destination(path)
     call, shapes = Call.of(example_inputs).bound(model)
     metadata = {} if report is None else {METADATA_KEY: _as_json(report)}
     _require_onnx()
-    with _scratch(target) as scratch, _evaluating(model), _quiet(), torch.no_grad():
-        file = scratch / target.name
+    with placed(target) as file, _evaluating(model), _quiet(), torch.no_grad():
         # Traced at two or more: torch.export takes an axis of length 1 for a constant.
         traced = call.resized(max(2, call.batch_size()))
         names = _write(model, file, traced, shapes, opset, metadata)
         session = checked_session(file)
         sizes = (call.batch_size(), 2 if call.batch_size() == 3 else 3)
         error = max(parity(model, session, names, call.resized(n), tolerance) for n in sizes)
-        _publish(scratch, target)
-    return OnnxExport(target, error, sizes, opset)
+    return OnnxExport(Path(path), error, sizes, opset)
 
 
-def _check_arguments(model: nn.Module, target: Path, opset: int, tolerance: float) -> None:
+def _check_arguments(model: nn.Module, opset: int, tolerance: float) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"export_onnx takes an nn.Module, got {type(model).__name__}")
     if opset not in OPSETS:
         raise InputError(f"opset must be {OPSETS[0]} to {OPSETS[-1]}, got {opset}")
     if not tolerance > 0:
         raise InputError(f"tolerance must be positive, got {tolerance}")
-    if target.is_dir():
-        raise ExportError(f"'{target}' is a directory", hint="Give the path of the file to write")
-    if not target.parent.is_dir():
-        raise ExportError(f"The directory '{target.parent}' does not exist", hint="Create it first")
 
 
 def _as_json(report: Mapping[str, Any]) -> str:
@@ -123,17 +118,6 @@ def _require_onnx() -> None:
     for name in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(name) is None:
             raise ExportError(f"{name} is not installed", hint="Run: pip install 'kgraph[onnx]'")
-
-
-@contextlib.contextmanager
-def _scratch(target: Path) -> Iterator[Path]:
-    """A temporary directory beside the target (one file system, so that the final move is atomic)."""
-    try:
-        folder = tempfile.TemporaryDirectory(prefix=".kgraph-", dir=target.parent)
-    except OSError as error:
-        raise ExportError(f"Cannot write to '{target.parent}': {error.strerror}") from error
-    with folder as name:
-        yield Path(name)
 
 
 def _set_training(model: nn.Module, mode: bool) -> None:
@@ -215,12 +199,22 @@ def _write(
         program.rename_axes(_batch_axes(graph, [n for n, y in pairs if has_batch(y, call.batch_size())]))
         _clean(graph)
         graph.metadata_props.update(metadata)
-        program.save(file, external_data=_bytes(model) > SINGLE_FILE_LIMIT)
     except ExportError:
         raise
     except Exception as error:
         raise ExportError(f"The model could not be exported to ONNX. {reason(error)}") from error
+    _save(program, file, _bytes(model) > SINGLE_FILE_LIMIT)
     return names
+
+
+def _save(program: torch.onnx.ONNXProgram, file: Path, external: bool) -> None:
+    """What the system refuses (an OSError) is for `placed` to name."""
+    try:
+        program.save(file, external_data=external)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ExportError(f"The model could not be written as ONNX. {reason(error)}") from error
 
 
 def _batch_axes(model: onnx_ir.Model, batched: Sequence[Any]) -> dict[Any, str]:
@@ -249,12 +243,3 @@ def _clean(model: onnx_ir.Model) -> None:
         item.doc_string = None
         for key in item.metadata_props.keys() - {"namespace"}:
             del item.metadata_props[key]
-
-
-def _publish(scratch: Path, target: Path) -> None:
-    """Moves the written files to the target's directory, the weights before what refers to them."""
-    try:
-        for file in sorted(scratch.iterdir(), key=lambda file: file.name == target.name):
-            os.replace(file, target.parent / file.name)
-    except OSError as error:
-        raise ExportError(f"Cannot write '{target}': {error.strerror}") from error

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from kgraph.canonical import operation_name
 from kgraph.capture import Graph, check_model
 from kgraph.errors import InputError
+from kgraph.files import save_figure
 from kgraph.gram.kernels import NodeGram, batched_inputs, captured, kernels
 from kgraph.gram.options import learning
 from kgraph.node_moments import NodeMoments, cosine_of, measure, own_moments
@@ -157,7 +158,7 @@ class KernelComparison:
             axes.errorbar(x, measured, error, fmt=".", color="C1", capsize=2, label=f"measured, {self.draws} draws")
             axes.set(xlabel="depth (nonlinear layers)", ylabel=f"{name} value", yscale=scale)
             axes.legend()
-        figure.savefig(path)
+        save_figure(figure, path)
 
 
 def compare(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import sys
 import time
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_json_to_stdout_is_nothing_but_json(calls: list[Any], model: str) -> Non
 
 def test_transform_passes_its_options_and_leaves_its_files(calls: list[Any], model: str, tmp_path: Path) -> None:
     out, onnx, html = (str(tmp_path / name) for name in ("model.pt", "model.onnx", "r.html"))
-    options = ["--method", "dks", "--shortcut-weight", "0.8", "--seed", "3"]
+    options = ["--method", "dks", "--shortcut-weight", "0.8", "--seed", "3", "--whole"]
     result = run("transform", model, *options, "--out", out, "--onnx", onnx, "--html", html)
     assert result.exit_code == 0, result.output
     assert calls[0][3] == {"method": ["dks"], "shortcut_weight": 0.8, "seed": 3}
@@ -165,6 +166,12 @@ def test_kgraph_errors_are_one_line_and_exit_2(calls: list[Any], model: str, mon
         (["analyze", "torch.nn:ReLU", "--input", "2,3:quux"], "unknown type"),
         (["analyze", "torch.nn:ReLU", "--mode", "test"], "train"),
         (["analyze", "torch.nn:ReLU", "--html", "/no/such/folder/r.html"], "cannot write"),
+        (["analyze", "torch.nn:ReLU", "--html", "/dev/null"], "it is a device"),
+        (["export", "torch.nn:ReLU", "--onnx", "/dev/null"], "it is a device"),
+        (["transform", "torch.nn:ReLU", "--out", "/dev/null"], "it is a device"),
+        (["demo", "--out", "/dev/null/a"], "cannot write /dev/null/a"),
+        (["analyze", "torch.nn:ReLU", "--input", "2,999999999999999"], "cannot be made"),
+        (["analyze", "torch.nn:ReLU", "--input", "99999999999999999999"], "cannot be made"),
         (["transform", "torch.nn:ReLU", "--method", "magic"], "dks"),
     ],
 )
@@ -173,6 +180,70 @@ def test_wrong_usage_says_what_and_exits_1(calls: list[Any], args: list[str], sa
     assert result.exit_code == 1
     words = " ".join(result.stderr.replace("│", " ").split())
     assert says in words and "Traceback" not in words
+
+
+@pytest.mark.parametrize("command", ["analyze", "transform", "export", "demo"])
+@pytest.mark.parametrize("seed", [str(2**80), str(-(2**63) - 1)])
+def test_a_seed_of_more_than_63_bits_is_one_line(command: str, seed: str, tmp_path: Path) -> None:
+    model = [] if command == "demo" else ["torch.nn:ReLU"]
+    path = {"export": ["--onnx", str(tmp_path / "m.onnx")], "demo": ["--out", str(tmp_path)]}.get(command, [])
+    result = run(command, *model, "--seed", seed, *path)
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: seed is {seed}. Pass a whole number")
+    assert len(result.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+BROKEN = {
+    "syntax": ("def make():\n    return nn.Linear(\n", "SyntaxError: .*:2\\)"),
+    "import": ("x = 1\nimport no_such_package_here\n", "ModuleNotFoundError: .*no_such_package_here.*:2\\)"),
+    "run time": ("def f():\n    return 1 / 0\nf()\n", "ZeroDivisionError: division by zero .*:2\\)"),
+    "exit": ("import sys\n\nsys.exit('usage: train.py DATA')\n", "SystemExit: usage: train.py DATA .*:3\\)"),
+    "bytes": ("x = '\0'\n", "(SyntaxError|ValueError): .*null bytes"),
+    "factory": ("def make():\n    raise KeyError('width')\n", "KeyError: 'width' .*:2\\)"),
+    "wrong call": ("def make(width):\n    return width\n", "TypeError: .*missing 1 required"),
+    "forward": (
+        "from torch import nn\nclass Net(nn.Module):\n    def forward(self, x):\n        return x @ self.missing\n"
+        "make = Net\n",
+        "AttributeError: .*missing.*:4",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_model_file_is_one_message_with_the_line(kind: str, tmp_path: Path) -> None:
+    text, says = BROKEN[kind]
+    path = tmp_path / f"broken_{kind.replace(' ', '_')}.py"
+    path.write_text(text)
+    result = run("analyze", f"{path}:make", "--input", "2,3")
+    assert result.exit_code in (1, 2) and result.stdout == "" and isinstance(result.exception, SystemExit)
+    assert "Traceback" not in result.stderr and "kgraph/naming.py" not in result.stderr
+    words = " ".join(re.sub("[│╭╰╮╯─]", " ", result.stderr).split())
+    assert re.search(says, words) and path.name in words.replace(" ", ""), words
+
+
+def test_a_broken_package_names_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_package_of_mine.py").write_text("\nraise RuntimeError('no GPU here')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    result = run("analyze", "broken_package_of_mine:make")
+    assert result.exit_code == 1
+    assert "RuntimeError: no GPU here (broken_package_of_mine.py:2)" in " ".join(result.stderr.replace("│", "").split())
+
+
+def test_a_full_disk_behind_the_standard_output_is_one_line(
+    calls: list[Any], model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = open("/dev/full", "w")  # noqa: SIM115 (closing it would fail, too)
+    monkeypatch.setattr(sys, "stdout", full)
+    with pytest.raises(SystemExit) as ended:
+        app(["analyze", model])
+    assert ended.value.code == 2 and capsys.readouterr().err == "error: cannot print: No space left on device\n"
+    with pytest.raises(OSError, match="No space"):
+        full.close()
+
+
+def test_places_are_checked_before_the_work(calls: list[Any], model: str, tmp_path: Path) -> None:
+    for option in ("--html", "--json", "--out", "--onnx"):
+        assert run("transform", model, option, str(tmp_path / "missing" / "file")).exit_code == 1
+    assert not calls
 
 
 def test_a_model_object_and_a_dotted_factory(calls: list[Any], model: str) -> None:

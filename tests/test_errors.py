@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import kgraph
 from kgraph import DKS, TAT
 from kgraph.capture import capture
-from kgraph.errors import CaptureError, ExportError, InputError, KGraphError, ModelError, TargetError
+from kgraph.errors import CaptureError, ExportError, FileError, InputError, KGraphError, ModelError, TargetError
 
 X = torch.randn(2, 8)
 
@@ -206,7 +206,7 @@ def test_opset(tmp_path: Path) -> None:
 def test_unwritable_path_leaves_nothing(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ExportError, match=r"file"):
+    with pytest.raises(FileError, match=r"file"):
         kgraph.export_onnx(small(), tmp_path / "file" / "model.onnx", X)
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 

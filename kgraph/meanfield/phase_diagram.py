@@ -14,6 +14,7 @@ from scipy.interpolate import RectBivariateSpline
 from torch import Tensor
 
 from kgraph.errors import InputError, KGraphError
+from kgraph.files import save_figure
 from kgraph.maps import Pointwise
 from kgraph.meanfield.critical import critical_point
 from kgraph.meanfield.moments import Activation, as_pointwise
@@ -77,7 +78,7 @@ class PhaseDiagram:
         _write_regimes(axes, self.chi_1, self.sigma_w.numpy(), self.sigma_b.numpy())
         axes.set(xlabel="σ_w", ylabel="σ_b", xlim=(w[0], w[-1]), ylim=(b[0], b[-1]))
         axes.set_title(f"Phase diagram of {self.activation}")
-        figure.savefig(path, dpi=110)
+        save_figure(figure, path, dpi=110)
 
     def _fine(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A finer grid with 1 / xi, negative in the ordered phase: smooth across the critical line, unlike xi."""

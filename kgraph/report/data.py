@@ -9,13 +9,12 @@ import math
 import types
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
-from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import networkx as nx
 
 from kgraph.analysis import Analysis, Change, Ledger, NodeKernel
-from kgraph.errors import FileError, InputError
+from kgraph.errors import InputError
 from kgraph.report.numbers import plain
 from kgraph.report.rows import Row
 
@@ -97,13 +96,3 @@ def to_networkx(analysis: Analysis, rows: Sequence[Row]) -> nx.DiGraph:
     for row in rows:
         graph.add_edges_from((name, row.node.name) for name in row.node.inputs)
     return graph
-
-
-def write(text: str, path: str | Path | None) -> str:
-    """Write `text` if there is a path; return it either way."""
-    if path is not None:
-        try:
-            Path(path).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise FileError(path, error) from error
-    return text

@@ -13,6 +13,7 @@ import networkx as nx
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from kgraph.analysis import Analysis, Ledger, NodeKernel
+from kgraph.files import write_text
 from kgraph.report import data
 from kgraph.report.html import Section, render
 from kgraph.report.ledger import ledger_lines
@@ -74,7 +75,7 @@ class Report:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """JSON text, also written to `path`. Not-a-number and infinities are "nan", "inf", "-inf"."""
-        return data.write(data.to_json(self.to_dict()), path)
+        return write_text(data.to_json(self.to_dict()), path)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -83,11 +84,11 @@ class Report:
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """CSV text, a line a node, also written to `path`."""
-        return data.write(data.to_csv(self.analysis, self.rows), path)
+        return write_text(data.to_csv(self.analysis, self.rows), path)
 
     def to_html(self, path: str | Path | None = None, ledger: Ledger | None = None) -> str:
         """One self-contained HTML page, also written to `path`; with a ledger, the changes are listed."""
-        return data.write(render(f"Kernel of {self.analysis.model}", [self.section()], ledger), path)
+        return write_text(render(f"Kernel of {self.analysis.model}", [self.section()], ledger), path)
 
     def plot(self) -> Figure:
         """Curves of q and c against depth as a matplotlib figure."""
@@ -131,12 +132,12 @@ class Comparison:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """JSON text, also written to `path`."""
-        return data.write(data.to_json(self.to_dict()), path)
+        return write_text(data.to_json(self.to_dict()), path)
 
     def to_html(self, path: str | Path | None = None) -> str:
         """One page with both sets of curves overlaid, the ledger and both tables, also written to `path`."""
         title = f"{self.after.analysis.model}: {self.ledger.method}"
-        return data.write(render(title, self._sections(), self.ledger), path)
+        return write_text(render(title, self._sections(), self.ledger), path)
 
     def plot(self) -> Figure:
         """Both sets of curves, before dashed, as a matplotlib figure."""

@@ -20,6 +20,7 @@ from kgraph.capture import capture, check_model
 from kgraph.checks import whole
 from kgraph.depth_correlated import DepthWeights
 from kgraph.errors import InputError, ModelError
+from kgraph.files import save_figure
 from kgraph.propagate import propagate
 from kgraph.report.numbers import count, short
 from kgraph.report.table import PLAIN_WIDTH, pick, to_text
@@ -158,7 +159,7 @@ class ResidualDepth:
             axes.set(xlabel="layer l / L", ylabel=label)
             axes.grid(alpha=0.3)
         figure.axes[0].legend(fontsize="small")
-        figure.savefig(path)
+        save_figure(figure, path)
 
 
 def residual_depth(
