@@ -54,10 +54,11 @@ def apply(fn: Pointwise, part: Part) -> Part:
     inner, base = _as_function(part)
     composed = fn if inner is IDENTITY else _compose(fn, inner)
     target = replace(part, expr=Apply(composed, base))
-    if not base.gaussian and not isinstance(base.expr, Unknown):
-        return _from_draws(target, part.how)
-    if isinstance(base.expr, Unknown):
-        part = replace(part, how=part.how | assumed(base.expr.reason))
+    if not base.gaussian:
+        reason = _taken_as_gaussian(base)
+        if not reason:
+            return _from_draws(target, part.how)
+        part = replace(part, how=part.how | assumed(reason))
     try:
         if part.factor is not None:  # an affine image of its base, with an NTK of its own
             return replace(_apply_gaussian(fn, part, part), expr=Apply(composed, base))
@@ -66,6 +67,13 @@ def apply(fn: Pointwise, part: Part) -> Part:
         drawn = _from_draws(target, part.how)
         unknown = torch.full_like(drawn.cov, float("nan"))
         return replace(drawn, slope=unknown, ntk=unknown)
+
+
+def _taken_as_gaussian(part: Part) -> str:
+    """Why a sum of Gaussian parts and of parts of unknown law counts as Gaussian; "" where it is no such sum."""
+    leaves = [part] if not isinstance(part.expr, Sum) else [term for _, term in part.expr.terms]
+    reasons = [leaf.expr.reason for leaf in leaves if isinstance(leaf.expr, Unknown)]
+    return reasons[0] if reasons and len(reasons) + sum(leaf.gaussian for leaf in leaves) == len(leaves) else ""
 
 
 def _apply_gaussian(fn: Pointwise, base: Part, part: Part) -> Part:

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from kgraph.kernel import SAME, Apply, Expr, Mask, Part, Product, Samples, Sum
@@ -64,9 +65,16 @@ def slice_part(part: Part, low: int, high: int, label: str) -> Part:
 
     def cut(piece: Part) -> Part:
         roots = Roots(Root(r.name, (*r.cuts, (label, low, high))) for r in piece.roots)
-        return replace(piece, size=high - low, roots=roots)
+        expr = _other_draws(piece.expr, low) if isinstance(piece.expr, Samples) else piece.expr
+        return replace(piece, size=high - low, roots=roots, expr=expr)
 
     return rebuild(part, ("slice", low, high, label), cut)
+
+
+def _other_draws(known: Samples, seed: int) -> Samples:
+    """The same draws in another order: what stands for one range of channels must not stand for the next as well."""
+    order = torch.randperm(len(known.first), generator=torch.Generator().manual_seed(seed))
+    return Samples(known.first[order], known.second[..., order])
 
 
 _origins: weakref.WeakKeyDictionary[Part, Part] = weakref.WeakKeyDictionary()

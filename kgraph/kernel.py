@@ -181,12 +181,15 @@ class Kernel:
         unpadded: of a kernel that zero padding made, the one before it and the zeros in front along the last
             dimensions: a convolution reads zeros less often than the mean over positions counts them. Whatever is
             made of this kernel by `replace` or `with_parts` has none.
+        joined: of a kernel that stands for tensors side by side: the dimension, and the kernel of each. Forgotten
+            like ``unpadded``.
     """
 
     parts: tuple[Part, ...]
     axes: Axes
     split: int | None = None
     unpadded: tuple[Kernel, tuple[int, ...]] | None = field(default=None, init=False)
+    joined: tuple[int, tuple[Kernel, ...]] | None = field(default=None, init=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -218,6 +221,11 @@ class Kernel:
         both = (((0,) * (dims - len(zeros)) + zeros) for zeros in (before, front))
         object.__setattr__(result, "unpadded", (inner, tuple(a + b for a, b in zip(*both, strict=True))))
         return result
+
+    def of_joined(self, dim: int, pieces: tuple[Kernel, ...]) -> Kernel:
+        """This kernel, remembered to stand for ``pieces`` side by side along ``dim``."""
+        object.__setattr__(self, "joined", (dim, pieces))
+        return self
 
     def with_parts(self, *parts: Part) -> Kernel:
         return replace(self, parts=parts, split=self.split if len(parts) > 1 else None)

@@ -15,9 +15,13 @@ from torch import Tensor
 
 from kgraph.canonical import aten
 from kgraph.entries import once
-from kgraph.kernel import DIFF, SAME, Kernel, Part
+from kgraph.how import assumed
+from kgraph.kernel import DIFF, SAME, Kernel, Part, Unknown
 from kgraph.rules.linear import Affine, affine_part, bias_moments, without_shared_channels
 from kgraph.rules.table import Context, rule
+
+FEW = 32
+"""Channels of a group below which a sum over them is not taken for Gaussian without saying so."""
 
 
 def tap_counts(
@@ -92,12 +96,23 @@ def _convolve(
 
     def summed(part: Part) -> Part:
         arriving = without_shared_channels(part) if mixes else part
-        return _summed_taps(context, arriving, layer, same, different, out_channels)
+        result = _summed_taps(context, arriving, layer, same, different, out_channels)
+        return result if groups == 1 or channels >= FEW else _of_few(part, result, channels, layer.root)
 
     part = once(x.merged, context.signature, summed)
     batch = x.axes[: -dims - 1]
     spatial = tuple((("p", size),) if size > 1 else () for size in sizes_out)
     return Kernel((part,), (*batch, (("c", out_channels),), *spatial))
+
+
+def _of_few(part: Part, result: Part, channels: int, root: str) -> Part:
+    """Sums of a few channels have the right second moments, and no Gaussian law: their variances differ by channel."""
+    number = "one channel" if channels == 1 else f"{channels} channels"
+    if part.roots.named(root):  # E[w^4] = 3 E[w^2]^2 enters
+        result = replace(
+            result, how=result.how | assumed(f"weights of {number} each that are used before count as new")
+        )
+    return replace(result, expr=Unknown(f"Gaussian sums of {number} each (a grouped convolution)"))
 
 
 def _summed_taps(context: Context, part: Part, layer: Affine, same: float, different: float, size: int) -> Part:

@@ -108,7 +108,7 @@ def contract(context: Context, x: Kernel, dims: tuple[int, ...], layer: Affine, 
     """Apply an affine layer that sums over ``dims`` of ``x``; ``axes`` are those of the result."""
     kept = [factor for i, axis in enumerate(x.axes) if i not in dims for factor in axis]
     mixes = any(role == "c" for role, _ in kept)
-    size = next((s for axis in axes for role, s in axis if role == "c"), 1)
+    size = math.prod(s for axis in axes for role, s in axis if role == "c")
 
     def summed(part: Part) -> Part:
         return affine_part(context, without_shared_channels(part) if mixes else part, layer, size)
@@ -121,7 +121,7 @@ def to_positions(axis: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ..
     return tuple(("p" if role == "c" else role, size) for role, size in axis)
 
 
-def _last_dim(
+def last_dim(
     context: Context, x: Kernel, weight: Tensor, bias: Tensor | None, out: int, index: int, *, turned: bool = False
 ) -> Kernel:
     """An affine layer over the last dimension; W^T f(W u) is no fresh Gaussian: it holds a multiple of u itself."""
@@ -143,18 +143,11 @@ def _last_dim(
 def linear(context: Context, x: Kernel, weight: Tensor, bias: Tensor | None = None) -> Kernel:
     if any(isinstance(a, Kernel) != (a is x) for a in (x, weight, bias)):
         return context.sample()
-    return _last_dim(context, x, weight, bias, weight.shape[0], 1)
+    return last_dim(context, x, weight, bias, weight.shape[0], 1)
 
 
 @rule(aten.addmm.default)
 def addmm(context: Context, bias: Tensor, x: Kernel, weight: Tensor, **scales: float) -> Kernel:
     if scales or any(isinstance(a, Kernel) != (a is x) for a in (bias, x, weight)):
         return context.sample()
-    return _last_dim(context, x, weight, bias, weight.shape[1], 2, turned=True)
-
-
-@rule(aten.mm.default, aten.matmul.default)
-def matmul(context: Context, x: Kernel | Tensor, weight: Kernel | Tensor) -> Kernel:
-    if isinstance(x, Kernel) and isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
-        return _last_dim(context, x, weight, None, weight.shape[1], 1, turned=True)
-    return context.sample()
+    return last_dim(context, x, weight, bias, weight.shape[1], 2, turned=True)

@@ -144,7 +144,8 @@ def _cat_positions(kernels: list[Kernel], dim: int) -> Kernel:
     how = max((mixed.how, *(part.how for part in crossed.values())), key=lambda how: (how.level, how.error))
     source = origin(whole[0])
     law = whole[0].expr if all(origin(part) is source for part in whole) else mixed.expr
-    return Kernel((replace(mixed, size=whole[0].size, expr=law, how=how, **fields),), axes)
+    result = Kernel((replace(mixed, size=whole[0].size, expr=law, how=how, **fields),), axes)
+    return result.of_joined(dim, tuple(kernels))
 
 
 def _crossings(parts: list[Part]) -> dict[tuple[int, int], Part]:

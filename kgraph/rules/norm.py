@@ -154,61 +154,9 @@ def per_location_norm(context: Context, module: PerLocationNorm, x: Kernel) -> K
     return context.sample() if module.append_constant else rms_norm(context, x, [])
 
 
-@rule(aten.group_norm.default)
-def group_norm(
-    context: Context,
-    x: Kernel,
-    groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *_: object,
-) -> Kernel:
-    if not isinstance(x, Kernel):
-        return context.sample()
-    return gain_and_bias(context, _grouped(x, groups, eps), weight, bias)
-
-
-def _grouped(x: Kernel, groups: int, eps: float) -> Kernel:
-    """Statistics over ``channels / groups`` channels and all positions of one input.
-
-    The mean over g channels and n positions has second moment m^2 + (K_positions - m^2) / g: zero fluctuation for
-    many channels (LayerNorm), the channel's own position mean for one (InstanceNorm).
-    """
-    part = x.merged
-    channels = next((size for axis in x.axes for role, size in axis if role == "c"), 1)
-    per_group = max(channels // groups, 1)
-    positions = max(x.positions, 1)
-    cov, slope, ntk = (_position_mean(field, positions) for field in (part.cov, part.slope, part.ntk))
-    removed = Removed(part.mean**2 + (cov - part.mean**2) / per_group, slope / per_group, ntk / per_group)
-    variance = float(part.q - removed.cov[Pairs.SELF]) + eps
-    return x.with_parts(normalized(part, removed, variance, part.mean))
-
-
-def _position_mean(field: Tensor, positions: int) -> Tensor:
+def position_mean(field: Tensor, positions: int) -> Tensor:
     """Average over all pairs of positions, shape [P]."""
     return field[:, SAME] / positions + field[:, DIFF] * (1 - 1 / positions)
-
-
-@rule(aten.instance_norm.default)
-def instance_norm(
-    context: Context,
-    x: Kernel,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    *_: object,
-) -> Kernel:
-    if not isinstance(x, Kernel):
-        return context.sample()
-    if running_mean is not None and running_var is not None and context.mode == "eval":
-        return _by_running_statistics(context, x, running_mean, running_var, eps, weight, bias)
-    channels = next((size for axis in x.axes for role, size in axis if role == "c"), 1)
-    return gain_and_bias(context, _grouped(x, channels, eps), weight, bias)
 
 
 @rule(aten.batch_norm.default)
@@ -227,11 +175,11 @@ def batch_norm(
     if not isinstance(x, Kernel):
         return context.sample()
     if running_mean is not None and running_var is not None and (context.mode == "eval" or not training):
-        return _by_running_statistics(context, x, running_mean, running_var, eps, weight, bias)
+        return by_running_statistics(context, x, running_mean, running_var, eps, weight, bias)
     return gain_and_bias(context, _by_batch_statistics(x, eps), weight, bias)
 
 
-def _by_running_statistics(
+def by_running_statistics(
     context: Context, x: Kernel, mean: Tensor, variance: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
 ) -> Kernel:
     """The affine map of the stored statistics, then gain and bias: one map, for trained ones go together."""
@@ -257,7 +205,7 @@ def _by_batch_statistics(x: Kernel, eps: float) -> Kernel:
     parts = []
     for part in x.parts:
         positions, rows = max(x.positions, 1), part.cov.shape[0]
-        cov, ntk = (_position_mean(field, positions)[Pairs.BACKGROUND].expand(rows) for field in (part.cov, part.ntk))
+        cov, ntk = (position_mean(field, positions)[Pairs.BACKGROUND].expand(rows) for field in (part.cov, part.ntk))
         removed = Removed(cov, torch.zeros_like(cov), ntk)  # the batch does not move with the pair
         parts.append(normalized(part, removed, float(part.q - cov[0]) + eps, part.mean))
     return x.with_parts(*parts)

@@ -152,11 +152,25 @@ def _narrow(x: Kernel, dim: int, start: int, stop: int) -> Kernel:
     kept = stop - start
     if kept == size:
         return x
+    if x.joined is not None and x.joined[0] == dim:
+        inside = _within(x.joined[1], dim, start, stop)
+        if inside is not None:
+            return _narrow(*inside)
     axes[dim] = ((next(iter(roles), "p") if len(roles) == 1 else "c", kept),) if kept > 1 else ()
     if "c" not in roles:
         return _elsewhere(replace(x, axes=tuple(axes)), f"{start}:{stop} of {dim - len(x.axes)}")
     parts = _channel_range(x, dim, start, stop)
     return Kernel(parts, tuple(axes), dim if len(parts) > 1 else None)
+
+
+def _within(pieces: Sequence[Kernel], dim: int, start: int, stop: int) -> tuple[Kernel, int, int, int] | None:
+    """Of tensors side by side, the one that holds ``start:stop``, with the range counted from its own start."""
+    at = 0
+    for piece in pieces:
+        if at <= start and stop <= at + piece.shape[dim]:
+            return piece, dim, start - at, stop - at
+        at += piece.shape[dim]
+    return None
 
 
 def _channel_range(x: Kernel, dim: int, start: int, stop: int) -> tuple[Part, ...]:

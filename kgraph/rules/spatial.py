@@ -117,24 +117,6 @@ def over_positions(x: Kernel, dims: Sequence[int], matrices: Sequence[Tensor]) -
     return Kernel(parts, tuple(new.get(d, axis) for d, axis in enumerate(x.axes)), x.split if len(parts) > 1 else None)
 
 
-@rule(aten.mean.dim, aten.sum.dim_IntList)
-def mean(context: Context, x: Kernel, dim: Sequence[int] | int | None, keepdim: bool = False, **_: object) -> Kernel:
-    if not isinstance(x, Kernel) or dim is None:
-        return context.sample()
-    dims = sorted({d % len(x.axes) for d in (dim if isinstance(dim, Sequence) else [dim])})
-    if {role for d in dims for role, _ in x.axes[d]} - {"p"}:
-        return context.sample()
-    averages = context.node.target is aten.mean.dim
-    rows = [torch.full((1, x.shape[d]), 1 / x.shape[d] if averages else 1.0, dtype=torch.float64) for d in dims]
-    averaged = over_positions(x, dims, rows)
-    if keepdim:
-        return averaged
-    split = averaged.split
-    if split is not None:
-        split -= sum(d < split for d in dims)
-    return Kernel(averaged.parts, tuple(a for d, a in enumerate(averaged.axes) if d not in dims), split)
-
-
 @rule(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
 def avg_pool(
     context: Context,

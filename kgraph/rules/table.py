@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from kgraph.canonical import operation_name
 from kgraph.errors import RuleError
@@ -55,6 +56,11 @@ class Context:
             return str(argument.target) if argument.op == "get_attr" else argument.name
         return self.node.name
 
+    def operand(self, index: int) -> fx.Node:
+        """Node of operand ``index``, counted through lists of tensors."""
+        operands = [a for a in pytree.tree_leaves(self.node.args) if isinstance(a, fx.Node)]
+        return operands[index]
+
     @property
     def signature(self) -> tuple[object, ...]:
         """The operation and its arguments but the first: equal for two calls of one layer."""
@@ -82,6 +88,28 @@ def parameter_of(node: fx.Node) -> tuple[str, bool]:
         turned ^= name in _TURNS
         node = source
     return str(node.target), turned
+
+
+def held(node: object) -> object:
+    """What the model holds at a `get_attr` node; None for others."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    value: object = node.graph.owning_module
+    for name in str(node.target).split("."):
+        value = getattr(value, name)
+    return value
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Whether a known tensor is a parameter, or anything computed from one; else it is a constant."""
+    queue, seen = [node], {node}
+    while queue:
+        one = queue.pop()
+        if isinstance(held(one), nn.Parameter):
+            return True
+        queue += [n for n in one.all_input_nodes if n not in seen]
+        seen.update(one.all_input_nodes)
+    return False
 
 
 def rule(*targets: object) -> Callable[[Rule], Rule]:

@@ -1,0 +1,119 @@
+"""Products with a known tensor: a parameter is a linear layer, a constant over positions is a map of positions.
+
+x W, einsum("bc,cd->bd", x, W)     a parameter: K' = fan_in E[W^2] K over what is summed
+A x, einsum("ij,bjc->bic", A, x)   a constant that mixes positions (an adjacency): the map itself
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from kgraph.canonical import aten
+from kgraph.kernel import Axes, Kernel
+from kgraph.rules.linear import Affine, contract, last_dim, mean_square, to_positions
+from kgraph.rules.spatial import over_positions
+from kgraph.rules.table import TURNED, Context, is_parameter, parameter_of, rule
+
+
+@rule(aten.mm.default, aten.matmul.default)
+def matmul(context: Context, x: Kernel | Tensor, weight: Kernel | Tensor) -> Kernel:
+    if isinstance(x, Kernel) and _is_matrix(weight):
+        assert isinstance(weight, Tensor)
+        return last_dim(context, x, weight, None, weight.shape[1], 1, turned=True)
+    if isinstance(weight, Kernel) and _is_matrix(x) and len(weight.axes) > 1:
+        assert isinstance(x, Tensor)
+        letters = "".join(chr(ord("a") + i) for i in range(len(weight.axes) - 2))
+        return _contracted(context, Letters("yz", f"{letters}zx", f"{letters}yx"), weight, x, 0)
+    return context.sample()
+
+
+def _is_matrix(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point()
+
+
+@dataclass(frozen=True)
+class Letters:
+    """Dimensions of a product: of the known factor, of the random one, and of the result."""
+
+    known: str
+    random: str
+    out: str
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is repeated, and every letter is summed over or kept by one factor only."""
+        once = all(len(set(word)) == len(word) for word in (self.known, self.random, self.out))
+        shared = set(self.known) & set(self.random)
+        return (
+            once
+            and bool(shared)
+            and not shared & set(self.out)
+            and set(self.known + self.random) - shared == {*self.out}
+        )
+
+
+@rule(aten.einsum.default)
+def einsum(context: Context, equation: str, operands: list[Kernel | Tensor], **_: object) -> Kernel:
+    """A random tensor times a known one; everything else is drawn."""
+    words, out = _words(equation)
+    kernels = [i for i, operand in enumerate(operands) if isinstance(operand, Kernel)]
+    if len(operands) != 2 or len(kernels) != 1 or out is None or len(words) != 2:
+        return context.sample()
+    x, known = operands[kernels[0]], operands[1 - kernels[0]]
+    assert isinstance(x, Kernel)
+    letters = Letters(words[1 - kernels[0]], words[kernels[0]], out)
+    if not isinstance(known, Tensor) or not known.is_floating_point() or not letters.plain:
+        return context.sample()
+    return _contracted(context, letters, x, known, 1 - kernels[0])
+
+
+def _words(equation: str) -> tuple[list[str], str | None]:
+    """Letters of every operand and of the result; None for the result where dots stand in."""
+    left, _, right = equation.replace(" ", "").partition("->")
+    return left.split(","), right if "." not in equation and "->" in equation else None
+
+
+def _contracted(context: Context, letters: Letters, x: Kernel, known: Tensor, index: int) -> Kernel:
+    """The product over the shared letters; ``index`` is the known factor's place among the operands."""
+    source = context.operand(index)
+    if is_parameter(source):
+        return _by_parameter(context, letters, x, known, *parameter_of(source))
+    return _by_constant(context, letters, x, known)
+
+
+def _by_parameter(context: Context, letters: Letters, x: Kernel, weight: Tensor, name: str, turned: bool) -> Kernel:
+    """A linear layer that sums over the shared letters."""
+    summed = tuple(i for i, letter in enumerate(letters.random) if letter in letters.known)
+    if any(role == "b" for i in summed for role, _ in x.axes[i]):
+        return context.sample()
+    leads = letters.known[0] not in letters.random  # like a layer's weight [out, in]; x @ W reads it the other way
+    root, other = (name, name + TURNED) if turned ^ leads else (name + TURNED, name)
+    if any(part.roots.named(other) for part in x.parts):
+        return context.sample()
+    fan_in = math.prod(x.shape[i] for i in summed)
+    layer = Affine(fan_in * mean_square(weight), 0.0, 0.0, fan_in, False, root)
+    sizes = dict(zip(letters.known, weight.shape, strict=True))
+    axes: Axes = tuple(
+        to_positions(x.axes[letters.random.index(letter)]) if letter in letters.random else (("c", sizes[letter]),)
+        for letter in letters.out
+    )
+    return contract(context, x, summed, layer, axes)
+
+
+def _by_constant(context: Context, letters: Letters, x: Kernel, known: Tensor) -> Kernel:
+    """A matrix over one dimension of positions."""
+    shared = [letter for letter in letters.random if letter in letters.known]
+    if known.ndim != 2 or len(shared) != 1:
+        return context.sample()
+    dim = letters.random.index(shared[0])
+    if any(role != "p" for role, _ in x.axes[dim]):
+        return context.sample()
+    own = next(letter for letter in letters.known if letter != shared[0])
+    rows = known.detach().double()
+    mapped = over_positions(x, [dim], [rows if letters.known[0] == own else rows.T])
+    order = [letters.random.replace(shared[0], own).index(letter) for letter in letters.out]
+    split = None if mapped.split is None else order.index(mapped.split)
+    return replace(mapped, axes=tuple(mapped.axes[i] for i in order), split=split)
