@@ -7,6 +7,7 @@ of several Gaussians are integrated by joint draws. Independence is never assume
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from kgraph.draws import evaluate, leaves_of, unknown_law
 from kgraph.errors import InputError
 from kgraph.how import EXACT, QUADRATURE, How, assumed
-from kgraph.kernel import DIFF, Apply, Mask, Pairs, Part, Product, Samples, Sum, Unknown
+from kgraph.jumps import steep
+from kgraph.kernel import DIFF, SAME, Apply, Mask, Pairs, Part, Product, Samples, Sum, Unknown
 from kgraph.maps import Pointwise, closed_form
 from kgraph.maps.tangent import correction
 from kgraph.roots import Root, Roots
@@ -81,7 +83,7 @@ def _apply_gaussian(fn: Pointwise, base: Part, part: Part) -> Part:
     variance = (base.q - base.mean**2).clamp_min(0)
     value, slope = centred.dual(variance, variance, base.cov - base.mean**2)
     own = EXACT if centred.how == "exact" else QUADRATURE
-    return Part(
+    result = Part(
         size=part.size,
         cov=value,
         slope=slope * base.slope,
@@ -91,6 +93,7 @@ def _apply_gaussian(fn: Pointwise, base: Part, part: Part) -> Part:
         expr=Apply(fn, base),
         how=part.how | own,
     )
+    return infinite(result) if steep(result) else result
 
 
 def _of_factor(centred: Pointwise, base: Part, dual: tuple[Tensor, Tensor]) -> Tensor | float:
@@ -109,7 +112,7 @@ def _from_draws(part: Part, how: How) -> Part:
     cov, mean = (values.first * values.second).mean(-1), float(values.first.mean())
     # exchangeable positions of one input share a common component and nothing else: K_diff >= mean^2
     cov[Pairs.SELF, DIFF] = cov[Pairs.SELF, DIFF].clamp_min(mean**2)
-    return replace(
+    result = replace(
         part,
         cov=cov,
         slope=values.slope.expand(*part.cov.shape, -1).mean(-1),
@@ -117,6 +120,19 @@ def _from_draws(part: Part, how: How) -> Part:
         mean=mean,
         how=how.drawn(values.standard_error()),
     )
+    return infinite(result) if steep(part) else result
+
+
+def infinite(part: Part) -> Part:
+    """The part behind a jump: c falls like the root of 1 - c_input there, so that its slope at 1 is infinite."""
+    slope = part.slope.clone()
+    slope[[Pairs.UNIT, Pairs.SELF], SAME] = math.inf
+    return replace(part, slope=slope)
+
+
+def endless(part: Part) -> bool:
+    """Whether the part's slope at c = 1 is infinite."""
+    return bool(torch.isinf(part.slope[Pairs.UNIT, SAME]))
 
 
 def add(left: Part, right: Part, left_weight: float = 1.0, right_weight: float = 1.0) -> Part:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from kgraph import draws
+from kgraph import algebra, draws
 from kgraph.canonical import aten, operation_name
 from kgraph.capture import Graph
 from kgraph.errors import InputError
-from kgraph.kernel import SAME, Kernel, Pairs, Part
+from kgraph.kernel import SAME, Apply, Kernel, Pairs, Part, Product, Samples, Sum
 from kgraph.roots import Root, Roots
 from kgraph.rules import Context, Sampler, find_rule
 from kgraph.rules.pointwise import is_pointwise, unary
@@ -127,6 +127,8 @@ class _Walk:
             if node.op == "output":
                 continue
             value = getattr(self, f"_{node.op}")(node)
+            if isinstance(value, Kernel):
+                value = still_infinite(value, [self.values[n] for n in node.all_input_nodes])
             if self.adjust is not None and isinstance(value, Kernel):
                 value = self._adjusted(node, value, self.adjust)
             self.values[node] = value
@@ -205,6 +207,19 @@ def known_result(node: fx.Node, args: Any, kwargs: Any, tokens: set[fx.Node]) ->
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return target(*args, **kwargs)
+
+
+def still_infinite(value: Kernel, inputs: list[Any]) -> Kernel:
+    """An infinite slope stays infinite behind rules that average, as long as inputs can be told apart.
+
+    What is written as a function shows by itself whether it jumps: x * (x > 0) does not. What is drawn may have run
+    the jump with what follows.
+    """
+    shown = (Apply, Sum, Product, Samples)
+    cov = value.merged.cov[: Pairs.SELF, SAME]
+    if not any(isinstance(k, Kernel) and algebra.endless(k.merged) for k in inputs) or bool((cov == cov[0]).all()):
+        return value
+    return value.with_parts(*(p if isinstance(p.expr, shown) else algebra.infinite(p) for p in value.parts))
 
 
 def _random(args: Any, kwargs: Any) -> bool:

@@ -59,7 +59,8 @@ VECTORS = {
 
 @pytest.mark.parametrize("name", VECTORS)
 def test_the_network_agrees(name: str) -> None:
-    assert disagreements(VECTORS[name], VECTOR) == []
+    jumps = ("slope",) if name == "where another is positive" else ()  # infinite, which no derivative tells
+    assert disagreements(VECTORS[name], VECTOR, skip=jumps) == []
 
 
 IMAGES = {

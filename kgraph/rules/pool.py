@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kgraph.algebra import empirical
+from kgraph.algebra import empirical, endless, infinite
 from kgraph.canonical import aten
 from kgraph.draws import COUNT, unknown_law
 from kgraph.fields import FieldDraws, Gradients
@@ -130,7 +130,8 @@ def max_of_window(part: Part, held: Windows) -> Part:
     how = part.how.drawn(_relative_error(top_a, top_b, mean))
     reason = unknown_law(part)
     how = how | assumed(reason) if reason else how
-    return replace(drawn, cov=held.overlapping(cov), mean=mean, how=how)
+    result = replace(drawn, cov=held.overlapping(cov), mean=mean, how=how)
+    return infinite(result) if endless(part) else result
 
 
 def _products(top_a: Tensor, top_b: Tensor, mean: float) -> Tensor:

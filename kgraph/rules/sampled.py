@@ -131,7 +131,9 @@ class Sampler:
         how = how | assumed(reason) if reason else how
         like = Part(channels, mean["cov"], mean["slope"], mean["ntk"], float(mean["mean"]), roots)
         drawn = algebra.empirical(like, first, second, mean["slope"], mean["ntk"], roots)
-        return Kernel((replace(drawn, cov=mean["cov"], mean=float(mean["mean"]), how=how),), axes)
+        part = replace(drawn, cov=mean["cov"], mean=float(mean["mean"]), how=how)
+        jumps = any(algebra.endless(own) for kernel in inputs for own in kernel.parts)
+        return Kernel((algebra.infinite(part) if jumps else part,), axes)
 
 
 def _is_layer(node: fx.Node) -> bool:
