@@ -2,7 +2,7 @@
 
 Dropped: metadata assertions, guards, aliases and casts that change nothing. Inlined: grad-mode regions.
 Made functional: in-place operations (a later reader of the overwritten value reads the new one).
-Recognized: hand-written RMS norms, which become ``aten.rms_norm``, and stochastic depth (`kgraph.drop_path`).
+Recognized: norms in other spellings (`kgraph.written_norms`) and stochastic depth (`kgraph.drop_path`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from kgraph.drop_path import fuse_drop_paths
+from kgraph.written_norms import fuse_norms
 
 aten = torch.ops.aten
 
@@ -57,7 +58,8 @@ def canonicalize_graph(graph: fx.Graph) -> None:
     _drop_whole_copies(graph)
     _inline_numbers(graph)
     fuse_drop_paths(graph)
-    _fuse_rms_norms(graph)
+    fuse_norms(graph)
+    graph.eliminate_dead_code(is_impure_node=is_effect)
     _contiguous_views(graph)
 
 
@@ -226,56 +228,11 @@ def operation_name(node: fx.Node) -> str:
     return str(node.target)
 
 
-def _fuse_rms_norms(graph: fx.Graph) -> None:
-    for node in list(graph.nodes):
-        match = _match_rms_norm(node)
-        if match is None:
-            continue
-        last, source, axes, weight, eps = match
-        with graph.inserting_after(last):
-            fused = graph.call_function(aten.rms_norm.default, (source, axes, weight, eps))
-        fused.meta = dict(last.meta)
-        last.replace_all_uses_with(fused)
-    graph.eliminate_dead_code(is_impure_node=is_effect)
-
-
 def is_effect(node: fx.Node) -> bool:
     """Whether a node without readers must stay: inputs, outputs, and writes to buffers."""
     if node.op in ("placeholder", "output"):
         return True
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
-
-
-def _args(node: object, target: object) -> tuple[Any, ...] | None:
-    return node.args if isinstance(node, fx.Node) and node.target is target else None
-
-
-def _match_rms_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, list[Any], fx.Node | None, float] | None:
-    """Match ``x * rsqrt(mean(x**2, -1) + eps)``, optionally times a weight."""
-    if node.target is not aten.mul.Tensor:
-        return None
-    if len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
-        return None
-    first, second = node.all_input_nodes[0], node.all_input_nodes[-1]
-    for source, scale in ((first, second), (second, first)):
-        root = _args(scale, aten.rsqrt.default)
-        shifted = _args(root[0], aten.add.Tensor) if root else None
-        mean = _args(shifted[0], aten.mean.dim) if shifted else None
-        power = _args(mean[0], aten.pow.Tensor_Scalar) if mean else None
-        if not (power and shifted and mean and power[0] is source and power[1] == 2 and list(mean[1]) == [-1]):
-            continue
-        last, weight = _absorb_weight(node)
-        return last, source, [source.meta["val"].shape[-1]], weight, float(shifted[1])
-    return None
-
-
-def _absorb_weight(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    user = next(iter(node.users)) if len(node.users) == 1 else None
-    if user is not None and user.target is aten.mul.Tensor:
-        for argument in user.args:
-            if isinstance(argument, fx.Node) and argument.op == "get_attr":
-                return user, argument
-    return node, None
 
 
 def _contiguous_views(graph: fx.Graph) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from kgraph.canonical import DROPOUTS, aten, is_effect
 from kgraph.emitted import EmittedModule, EmittedTracer, Layout
+from kgraph.norm_chain import restore
 from kgraph.site import site_of
 from kgraph.switches import DeviceAnchor, TrainingSwitch
 
@@ -38,6 +39,7 @@ def emit(flat: fx.GraphModule, root: nn.Module, *, name: str | None = None, lift
     if lift:
         for nodes in _groups(graph).values():
             _lift_group(graph, nodes, root)
+    restore(graph)
     helpers: dict[str, nn.Module] = {}
     _drive_training_flags(graph, helpers)
     _follow_device(graph, helpers)

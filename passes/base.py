@@ -161,7 +161,7 @@ class Workspace:
         graph = self.graph.module.graph
         with graph.inserting_after(node):
             call = graph.call_module(path, (node,))
-        call.meta = _made_here(node)
+        call.meta = made_here(node)
         node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
         return call
 
@@ -205,7 +205,7 @@ def _label(node: fx.Node) -> str:
     return f"{path} ({node.name})" if path and path != node.name else node.name
 
 
-def _made_here(node: fx.Node) -> dict[str, object]:
+def made_here(node: fx.Node) -> dict[str, object]:
     """Metadata for a node a pass makes: the place and shape of its neighbour, but no module call to lift."""
     site = site_of(node)
     return {

@@ -12,7 +12,10 @@ from torch import fx, nn
 
 from kgraph.canonical import aten, operation_name
 from kgraph.kernel import Kernel
-from kgraph.passes.base import Pass, Workspace
+from kgraph.modules import Scale
+from kgraph.nonlinear import known_value
+from kgraph.norm_chain import chain_of
+from kgraph.passes.base import Pass, Workspace, made_here, owner_path
 from kgraph.site import site_of
 
 NORMS = {
@@ -23,6 +26,8 @@ NORMS = {
     aten.rms_norm.default: "RMSNorm",
 }
 _AFFINE = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+_CONTRACTIONS = ("matmul", "mm", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention")
+_NEAR_ONE = 0.1
 _THROUGH = (
     "dropout",
     "reshape",
@@ -43,24 +48,75 @@ class RemoveNorms(Pass):
 
     def rewrite(self, work: Workspace) -> None:
         _remove_response_norms(work)
+        activations = {node for region in work.regions() for node in region.nodes}
         for node in work.nodes:
             source = node.args[0] if node.target in NORMS else None
             if isinstance(source, fx.Node) and work.is_random(source):
-                _remove(work, node, source)
+                _remove(work, node, source, activations)
 
     def broken(self, work: Workspace) -> str:
         left = [n.name for n in work.nodes if n.target in NORMS and work.is_random(n.args[0])]
         return f"{', '.join(left)} still normalize" if left else ""
 
 
-def _remove(work: Workspace, node: fx.Node, source: fx.Node) -> None:
+def _remove(work: Workspace, node: fx.Node, source: fx.Node, activations: set[fx.Node]) -> None:
     value = work.before().values.get(source)  # None: an earlier pass made it
     before = f"q {float(value.merged.q):.3g} in" if isinstance(value, Kernel) else ""
-    note = _give_bias(work, source)
-    why = f"normalization-free by design{note}"
+    chain = chain_of(node)
+    first, end = chain[0].args[0], chain[-1]
+    assert isinstance(first, fx.Node)
+    note = _give_bias(work, first)
+    factor = _factor(work, chain)
+    stays = factor > 0 and abs(factor - 1) > _NEAR_ONE and _sets_a_size(work, end, activations)
+    kept = f"; its factor {factor:.4g} stays: it is the size of what leaves the model or meets another tensor"
+    why = f"normalization-free by design{note}{kept if stays else ''}"
     work.record(node, f"remove {NORMS[node.target]}", why, before, "gone")  # type: ignore[index]
-    node.replace_all_uses_with(source)
-    work.graph.module.graph.erase_node(node)
+    graph = work.graph.module.graph
+    if stays:
+        path = work.add_module(f"{owner_path(work, end)}scale", Scale(factor, reason="a norm's own factor"))
+        with graph.inserting_before(end):
+            call = graph.call_module(path, (first,))
+        call.meta = made_here(end)
+        first = call
+    end.replace_all_uses_with(first)
+    for gone in reversed(chain):
+        graph.erase_node(gone)
+
+
+def _factor(work: Workspace, chain: list[fx.Node]) -> float:
+    """What a written norm multiplies by besides a gain of the norm's own shape: 1 / sqrt(n) for unit vectors."""
+    factor = 1.0
+    for node in chain:
+        other = node.args[1] if node.target is aten.mul.Tensor else 1.0
+        if isinstance(other, fx.Node):
+            size = known_value(other, work.graph.module).double().square().mean().sqrt()
+            factor *= float(size) if not size.is_meta else 1.0
+        elif isinstance(other, (int, float)):
+            factor *= other
+    return factor
+
+
+def _sets_a_size(work: Workspace, end: fx.Node, activations: set[fx.Node]) -> bool:
+    """Whether a norm's factor is what logits or an output are made of, not just the q value of a layer's input.
+
+    Vectors of unit length that meet each other (cosine attention, contrastive heads), or leave the model without an
+    activation behind them, keep their length; in front of a layer that leads to an activation, q = 1 is wanted.
+    """
+    followed, seen, queue = False, {end}, [(end, False)]
+    while queue:
+        node, mixed = queue.pop()
+        for user in node.users:
+            name = operation_name(user)
+            if user in activations or user.target in NORMS:
+                followed = True
+            elif name in _CONTRACTIONS and sum(map(work.carries_random, set(user.all_input_nodes))) > 1:
+                if not mixed:
+                    return True
+                followed = True
+            elif user not in seen:
+                seen.add(user)
+                queue.append((user, mixed or name in _AFFINE))
+    return not followed
 
 
 def _producer(node: fx.Node) -> fx.Node | None:

@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from kgraph.canonical import aten, operation_name
+from kgraph.denominators import is_denominator
 from kgraph.errors import KGraphError
 from kgraph.maps import Pointwise
 from kgraph.methods import DKS, TAT, Method
@@ -175,6 +176,8 @@ def kept_reason(region: Region) -> str:
     """Why an activation is not shaped, or ""."""
     if region.gate:
         return "it is a gate: it scales another tensor, its strength is normalized instead"
+    if is_denominator(region.end):
+        return "it is part of what a tensor is divided by, as in a norm: it scales, it does not shape"
     if not feeds_a_layer(region.end):
         return "it is the output nonlinearity: no layer follows, its range is what the user wants"
     return _learnable_reason(region)
