@@ -22,6 +22,7 @@ _DIMENSIONS = 512
 _BLOCKS = 8
 _values: weakref.WeakKeyDictionary[Part, Values] = weakref.WeakKeyDictionary()
 _leaves: weakref.WeakKeyDictionary[Part, int] = weakref.WeakKeyDictionary()
+_found: weakref.WeakKeyDictionary[Part, frozenset[Part]] = weakref.WeakKeyDictionary()
 _counter = [0]
 
 
@@ -71,6 +72,7 @@ def restart() -> None:
     _counter[0] = 0
     _values.clear()
     _leaves.clear()
+    _found.clear()
 
 
 def evaluate(part: Part) -> Values:
@@ -176,7 +178,7 @@ def _differentiate(part: Part) -> Values:
     with torch.enable_grad():
         first_in = {leaf: known[leaf].first.detach().clone().requires_grad_() for leaf in leaves}
         second_in = {leaf: known[leaf].second.detach().clone().requires_grad_() for leaf in leaves}
-        first, second = _substitute(part, first_in), _substitute(part, second_in)
+        first, second = _substitute(part, dict(first_in)), _substitute(part, dict(second_in))
         d_first = torch.autograd.grad(first.sum(), list(first_in.values()), materialize_grads=True)
         d_second = torch.autograd.grad(second.sum(), list(second_in.values()), materialize_grads=True)
     slope = torch.zeros_like(second)
@@ -187,17 +189,26 @@ def _differentiate(part: Part) -> Values:
     return Values(first.detach(), second.detach(), slope.detach(), ntk.detach(), frozenset(leaves))
 
 
-def leaves_of(part: Part) -> set[Part]:
-    """The Gaussian or drawn parts that ``part`` is a function of."""
+def leaves_of(part: Part) -> frozenset[Part]:
+    """The Gaussian or drawn parts that ``part`` is a function of; kept, for branches are read many times."""
+    inner = _inner(part)
+    if not inner:
+        return frozenset({part})
+    if part not in _found:
+        _found[part] = frozenset().union(*map(leaves_of, inner))
+    return _found[part]
+
+
+def _inner(part: Part) -> tuple[Part, ...]:
     match part.expr:
         case Apply(_, arg):
-            return leaves_of(arg)
+            return (arg,)
         case Sum(terms):
-            return set().union(*(leaves_of(term) for _, term in terms))
+            return tuple(term for _, term in terms)
         case Product(left, right):
-            return leaves_of(left) | leaves_of(right)
+            return left, right
         case _:
-            return {part}
+            return ()
 
 
 def unknown_law(part: Part) -> str:
@@ -205,14 +216,21 @@ def unknown_law(part: Part) -> str:
     return next((leaf.expr.reason for leaf in leaves_of(part) if isinstance(leaf.expr, Unknown)), "")
 
 
-def _substitute(part: Part, leaves: dict[Part, Tensor]) -> Tensor:
+def _substitute(part: Part, known: dict[Part, Tensor]) -> Tensor:
+    """The expression with its leaves replaced; what is met several times is computed once."""
+    if part not in known:
+        known[part] = _substituted(part, known)
+    return known[part]
+
+
+def _substituted(part: Part, known: dict[Part, Tensor]) -> Tensor:
     match part.expr:
         case Apply(fn, arg):
-            return fn(_substitute(arg, leaves))
+            return fn(_substitute(arg, known))
         case Sum(terms):
-            first, *rest = (weight * _substitute(term, leaves) for weight, term in terms)
+            first, *rest = (weight * _substitute(term, known) for weight, term in terms)
             return sum(rest, first)
         case Product(left, right):
-            return _substitute(left, leaves) * _substitute(right, leaves)
+            return _substitute(left, known) * _substitute(right, known)
         case _:
-            return leaves[part]
+            raise KeyError(part)  # leaves_of names every leaf

@@ -13,6 +13,7 @@ from kgraph.draws import value_and_derivative
 from kgraph.kernel import DIFF, SAME, Apply, Mask, Pairs, Part, Product, Sum
 
 Shape = tuple[int, ...]
+_ROUNDING = 1e-12
 Gradients = dict[Part, tuple[Tensor, Tensor]]
 """For each Gaussian part: derivatives of a field by it, at a and at b of every pair."""
 
@@ -105,7 +106,8 @@ class FieldDraws:
         z2 = self._normal(shape, positions, common=common)
         root = q.sqrt()
         share = torch.where(q > 0, (cov / root.clamp_min(1e-300)).clamp(-root, root), torch.zeros_like(cov))
-        rest = (q - share.square()).clamp_min(0).sqrt()
+        share = torch.where(cov >= q * (1 - _ROUNDING), root, share)  # one and the same input gives equal numbers
+        rest = torch.where(share < root, (q - share.square()).clamp_min(0).sqrt(), torch.zeros_like(cov))
         wide = (-1, *(1 for _ in shape))
         return root * z1, share.reshape(wide) * z1 + rest.reshape(wide) * z2
 

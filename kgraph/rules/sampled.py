@@ -10,13 +10,12 @@ others they are not a number: each row costs two more runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from kgraph import algebra
@@ -28,6 +27,7 @@ from kgraph.kernel import SAME, Kernel, Pairs, Part
 from kgraph.roots import Root, Roots
 from kgraph.rules.measured import Measured, matched, result_axes
 from kgraph.rules.region import Region, find_region, kernels_of, weights_of
+from kgraph.rules.runs import Outcome, Point, Runs
 from kgraph.site import site_of
 
 Values = dict[fx.Node, Any]
@@ -52,60 +52,76 @@ class Sampler:
         region = find_region(node, self.values)
         entries = max((_entries(self.values[n]) for n in region.frontier), default=1)
         repeats = max(2, min(_MOST_REPEATS, _FEWEST_ENTRIES // max(entries, 1)))
-        measured = [self._run(region, seed) for seed in range(repeats)]
+        measured = self._measure(region, repeats)
         flat, tree = pytree.tree_flatten(measured[0])
         others = [pytree.tree_leaves(m) for m in measured[1:]]
         kernels = [self._kernel(node, region, [first, *(o[i] for o in others)]) for i, first in enumerate(flat)]
         return pytree.tree_unflatten(kernels, tree)
 
-    def _run(self, region: Region, seed: int) -> Any:
-        """One joint draw: moments of every output tensor, as a tree of `Measured`."""
-        draws = FieldDraws(seed)
-        fields = [_field(draws, self.values[n], None) for n in region.frontier]
+    def _measure(self, region: Region, repeats: int) -> list[Any]:
+        """Moments of every output tensor of joint draws, as trees of `Measured`."""
+        runs = Runs(self._forward(region), region.nodes)
+        measured: list[Any] = []
+        while len(measured) < repeats:  # of large tensors, one at a time is held
+            several = range(len(measured), min(repeats, len(measured) + max(1, runs.together // 4)))
+            measured += self._joint(region, runs, several)
+        return measured
 
-        def run(side: int, row: int) -> Callable[..., Any]:
-            """Random masks: one input has one, any two runs of a pair have two."""
-            own = 1 + row % len(self.pairs.inputs) if side and row != Pairs.SELF else 0
-            return lambda *inputs: self._execute(
-                region.nodes, dict(zip(region.frontier, inputs, strict=True)), (seed, own)
-            )
-
-        def along(name: str, row: int) -> list[tuple[Tensor, Tensor]]:
-            directions = [_field(draws, self.values[n], (name, row)) for n in region.frontier]
-            sides = []
-            for side in (0, 1):
-                tangent = tuple(_of_pairs(d, lambda pair, i=side: pair[i]) for d in directions)
-                sides.append(_jvp(run(side, row), _at(fields, side, row), tangent))
-            return list(zip(*sides, strict=True))
-
-        first, tree = pytree.tree_flatten(run(0, 0)(*_at(fields, 0, 0)))
+    def _joint(self, region: Region, runs: Runs, seeds: Sequence[int]) -> list[Any]:
+        """One joint draw a seed: the region at a and at b of every pair, and along the directions that are read."""
         count = len(self.pairs.inputs)
-        rows = [pytree.tree_leaves(run(1, row - count)(*_at(fields, 1, row - count))) for row in range(count)]
-        slope = along("slope", Pairs.UNIT)
-        ntk = {row: along("ntk", row) for row in self.ntk_rows}
-        results = [
-            Measured(
-                one, torch.stack([row[i] for row in rows]), {Pairs.UNIT: slope[i]}, {r: d[i] for r, d in ntk.items()}
-            )
-            for i, one in enumerate(first)
-        ]
+        directions = [("slope", count + Pairs.UNIT), *(("ntk", count + row) for row in self.ntk_rows)]
+        along, plain = [], []
+        for seed in seeds:
+            draws = FieldDraws(seed)
+            fields = [_field(draws, self.values[n], None) for n in region.frontier]
+            known = {row for _, row in directions}
+            plain += [self._point(fields, seed, 1, row) for row in range(count) if row not in known]
+            for direction in directions:
+                tangents = [_field(draws, self.values[n], direction) for n in region.frontier]
+                for side in (0, 1):
+                    tangent = tuple(_of_pairs(t, lambda pair, i=side: pair[i]) for t in tangents)
+                    along.append(replace(self._point(fields, seed, side, direction[1]), tangent=tangent))
+        values, derived = iter(runs.at(plain)), iter(runs.at(along))
+        return [self._gather(values, [(d, next(derived), next(derived)) for d in directions], runs.tree) for _ in seeds]
+
+    def _point(self, fields: list[Any], seed: int, side: int, row: int) -> Point:
+        """Random masks: one input has one, any two runs of a pair have two."""
+        count = len(self.pairs.inputs)
+        own = 1 + row if side and row != count + Pairs.SELF else 0
+        return Point(_at(fields, side, row), (seed, own))
+
+    def _gather(
+        self, plain: Iterator[Outcome], along: list[tuple[Direction, Outcome, Outcome]], tree: pytree.TreeSpec | None
+    ) -> Any:
+        """The moments that one joint draw gives, from its runs."""
+        count = len(self.pairs.inputs)
+        known = {row: at_b for (_, row), _, at_b in along}
+        rows = [known[row] if row in known else next(plain) for row in range(count)]
+        results = []
+        for i, first in enumerate(along[0][1].values):
+            pairs = {(name, row - count): (a.derivatives[i], b.derivatives[i]) for (name, row), a, b in along}
+            slope, ntk = ({row: d for (n, row), d in pairs.items() if n == name} for name in ("slope", "ntk"))
+            results.append(Measured(first, torch.stack([row.values[i] for row in rows]), slope, ntk))
+        assert tree is not None
         return pytree.tree_unflatten(results, tree)
 
-    def _execute(self, region: Sequence[fx.Node], known: Values, seed: tuple[int, int]) -> Any:
+    def _forward(self, region: Region) -> Callable[..., Any]:
+        """The region as a function of its frontier."""
+        used = {n for node in region.nodes for n in node.all_input_nodes}
+        inside = {*region.nodes, *region.frontier}
+        constants = {n: _double(self.values[n]) for n in used - inside}
+        return lambda *inputs: self._execute(region.nodes, constants | dict(zip(region.frontier, inputs, strict=True)))
+
+    def _execute(self, region: Sequence[fx.Node], known: Values) -> Any:
         result: Any = None
-        for index, node in enumerate(region):
-
-            def value(n: fx.Node) -> Any:
-                return known[n] if n in known else _double(self.values[n])
-
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)  # type: ignore[misc]
+        for node in region:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)  # type: ignore[misc]
             args = for_mode(node, args, self.mode)
             if node.op == "call_module":
                 result = self.module.get_submodule(str(node.target))(*args, **kwargs)
             else:
-                with torch.random.fork_rng(devices=[]):
-                    torch.default_generator.manual_seed(hash((*seed, index)))
-                    result = node.target(*args, **kwargs)  # type: ignore[operator]
+                result = node.target(*args, **kwargs)  # type: ignore[operator]
             if node in self.factors and isinstance(result, Tensor):
                 result = result * self.factors[node]
             known[node] = result
@@ -187,16 +203,6 @@ def _part_field(draws: FieldDraws, kernel: Kernel, part: Part, direction: Direct
         return first.reshape(shape), second.reshape(shape)
     first, second = draws.values(part, tuple(sizes), tuple(places))
     return first.reshape(shape), second.reshape(-1, *shape)
-
-
-def _jvp(forward: Callable[..., Any], primal: tuple[Any, ...], tangent: tuple[Any, ...]) -> list[Tensor]:
-    """Derivatives of every output; not a number where there is no forward derivative (recurrent kernels, indices)."""
-    try:
-        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have none
-            out = pytree.tree_leaves(torch.func.jvp(forward, primal, tangent)[1])
-    except (NotImplementedError, RuntimeError, ValueError):
-        out = [torch.full_like(t, math.nan, dtype=torch.float64) for t in pytree.tree_leaves(forward(*primal))]
-    return [t if t.is_floating_point() else t.double() for t in out]
 
 
 def for_mode(node: fx.Node, args: tuple[Any, ...], mode: str) -> tuple[Any, ...]:
