@@ -11,22 +11,22 @@ from __future__ import annotations
 import gc
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from kgraph.canonical import DROPOUTS
 from kgraph.emitted import EmittedModule
-from kgraph.errors import CaptureError, InputError, ModelError
-from kgraph.failures import failed
+from kgraph.errors import CaptureError, ModelError
+from kgraph.first_run import Census, foreign_draws, run_once
 from kgraph.inputs import RECORD, Inputs, record_of, resolve_inputs
 from kgraph.lift import emit
 from kgraph.lowering import Untraceable
+from kgraph.outputs import Form, close_outputs, opening, without_cache
 from kgraph.torch_export import export_flat
 from kgraph.tracing import trace
 from kgraph.untouched import untouched
@@ -35,8 +35,6 @@ from kgraph.verify import reproduces, reproduces_everywhere
 FrontEnd = Literal["auto", "trace", "export"]
 DEEP = 300
 """Module calls from which on symbolic tracing is tried first: torch.export takes 3 to 15 ms for each."""
-REPEATED = 8
-"""Tracing pays where calls repeat: a new kind of call costs 10 ms, one more of the same kind half a millisecond."""
 
 
 @dataclass
@@ -48,12 +46,14 @@ class Graph:
         root: the module the parameters and submodules belong to.
         inputs: example ``(args, kwargs)`` that gave the shapes.
         notes: what a reader of a report should know about the capture.
+        form: how the model's output is put together, where the graph returns it opened.
     """
 
     module: fx.GraphModule
     root: nn.Module
     inputs: Inputs
     notes: list[str] = field(default_factory=list)
+    form: Form | None = None
 
     @property
     def name(self) -> str:
@@ -63,6 +63,8 @@ class Graph:
         """The standard module this graph stands for."""
         module = emit(self.module, self.root)
         module.meta[RECORD] = record_of(self.inputs)
+        if self.form is not None:
+            close_outputs(module, self.form)
         return module
 
 
@@ -110,7 +112,7 @@ def capture(
         model: any bare module.
         example_inputs: tensor, tuple of positional or dict of keyword arguments; inferred when None.
         verify: compare the graph's eval output with the model's (skipped on the meta device).
-        front_end: "auto" traces a model of many module calls of few kinds (``deep``, `REPEATED`), and exports the
+        front_end: "auto" traces a model of many module calls of few kinds (``deep``, `Census`), and exports the
             others and what tracing cannot follow.
         deep: module calls from which on tracing is tried first.
 
@@ -120,16 +122,22 @@ def capture(
     model = check_model(model)
     inputs = _distinct(resolve_inputs(model, example_inputs))
     notes = _mixed_modes(model)
-    with untouched(model):
-        census = _check_forward(model, inputs)
+    with untouched(model), ExitStack() as stack:
+        census = run_once(model, inputs)
+        if census.form.dropped and stack.enter_context(without_cache(model)):
+            notes.append("captured with use_cache=False: a cache is no activation, and an emitted module returns none")
+            census = run_once(model, inputs)
+        if census.form.dropped:
+            notes.append(f"the output holds {', '.join(census.form.dropped)}: no tensor, and left out")
+        stack.enter_context(opening(model, census.form))
         if front_end == "trace" or (front_end == "auto" and census.pays(deep)):
             try:
-                return _traced(model, inputs, notes)
+                return _traced(model, inputs, notes, census)
             except Untraceable as error:
                 if front_end == "trace":
                     raise CaptureError(f"{type(model).__name__} cannot be traced symbolically: {error}") from error
                 notes.append(f"captured by torch.export, for symbolic tracing failed: {error}")
-        return _exported(model, inputs, notes, verify)
+        return _exported(model, inputs, notes, census, verify)
 
 
 def unread(graph: Graph) -> list[str]:
@@ -178,30 +186,40 @@ def _collector_paused() -> Iterator[None]:
 
 
 @_collector_paused()
-def _traced(model: nn.Module, inputs: Inputs, notes: list[str]) -> Graph:
+def _traced(model: nn.Module, inputs: Inputs, notes: list[str], census: Census) -> Graph:
     """Capture by symbolic tracing; only a graph verified against the model is good."""
     if any(parameter.is_meta for parameter in model.parameters()):
         raise Untraceable("parameters without values, which leave nothing to verify")
     model.train()
     flat = trace(model, inputs, _positional_names(model, len(inputs.args)))
-    _index_sites(flat.graph)
-    graph = Graph(flat, model, inputs, list(notes))
+    _index_sites(flat.graph, model, census)
+    graph = Graph(flat, model, inputs, list(notes), census.form)
     if not reproduces_everywhere(graph.emit(), model, inputs):
         raise Untraceable("another output than the model's")
     return graph
 
 
-def _exported(model: nn.Module, inputs: Inputs, notes: list[str], verify: bool) -> Graph:
-    graph = _captured(model, inputs, notes, training=True)
+def _exported(model: nn.Module, inputs: Inputs, notes: list[str], census: Census, verify: bool) -> Graph:
+    graph = _captured(model, inputs, notes, census, training=True)
     if verify and not _matches(graph):
         notes.append("captured in eval mode: in train mode the forward takes another path")
-        graph = _captured(model, inputs, notes, training=False)
+        graph = _captured(model, inputs, notes, census, training=False)
         if not _matches(graph):
-            raise CaptureError(
-                "the captured graph does not reproduce the model's output",
-                hint="A forward that draws python random numbers or depends on hidden state cannot be captured",
-            )
+            raise _not_reproduced(model, inputs)
     return graph
+
+
+def _not_reproduced(model: nn.Module, inputs: Inputs) -> CaptureError:
+    what = "the captured graph does not reproduce the model's output"
+    foreign = foreign_draws(model, inputs)
+    if foreign is None:
+        return CaptureError(what, hint="A forward that depends on hidden state cannot be captured")
+    whose, line = foreign
+    return CaptureError(
+        f"{what}: the forward draws {whose} numbers, which a graph has as constants",
+        source=line or None,
+        hint="Draw them with torch, as in torch.rand(())",
+    )
 
 
 def _matches(graph: Graph) -> bool:
@@ -209,52 +227,15 @@ def _matches(graph: Graph) -> bool:
     return reproduces(graph.emit(), graph.root, graph.inputs)
 
 
-class _Census:
-    """How many modules a forward calls, and how many kinds of calls: class, shapes of inputs and parameters."""
-
-    def __init__(self) -> None:
-        self.calls, self.kinds = 0, set[object]()
-
-    def note(self, module: nn.Module, inputs: tuple[object, ...]) -> None:
-        own = tuple(p.shape for p in module._parameters.values() if p is not None and not is_lazy(p))
-        self.kinds.add((type(module), tuple(v.shape for v in inputs if isinstance(v, Tensor)), own))
-        self.calls += 1
-
-    def pays(self, deep: int) -> bool:
-        """Whether symbolic tracing is worth a try."""
-        return self.calls >= max(deep, REPEATED * len(self.kinds))
-
-
-def _check_forward(model: nn.Module, inputs: Inputs) -> _Census:
-    """Run the model once, in eval mode, so that wrong inputs get a plain message."""
-    census = _Census()
-    hook = register_module_forward_pre_hook(census.note)
-    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, tuple(inputs))  # a forward may write to its inputs
-    with torch.no_grad():
-        model.eval()
-        try:
-            model(*args, **kwargs)
-        except Exception as error:  # whatever the user's forward raises on bad inputs
-            raise does_not_run(model, inputs, error) from error
-        finally:
-            hook.remove()
-    return census
-
-
-def does_not_run(model: nn.Module, inputs: Inputs, error: Exception) -> InputError:
-    """What to raise when ``model`` refused ``inputs`` with ``error``."""
-    shapes = [tuple(v.shape) for v in pytree.tree_leaves(tuple(inputs)) if isinstance(v, Tensor)]
-    return InputError(
-        f"{type(model).__name__} does not run on the example inputs of shapes {shapes}: {failed(error)}",
-        hint="Pass example_inputs that the model's forward accepts",
-    )
-
-
-def _captured(model: nn.Module, inputs: Inputs, notes: list[str], *, training: bool) -> Graph:
+def _captured(model: nn.Module, inputs: Inputs, notes: list[str], census: Census, *, training: bool) -> Graph:
     model.train(training)
     flat = export_flat(model, inputs, _positional_names(model, len(inputs.args)), notes)
-    _index_sites(flat.graph)
-    return Graph(flat, model, inputs, notes)
+    _index_sites(flat.graph, model, census)
+    if not training:
+        for node in flat.graph.nodes:
+            if node.target in DROPOUTS and node.args[2]:
+                node.meta["always"] = True  # drops in eval mode too
+    return Graph(flat, model, inputs, notes, census.form)
 
 
 def _positional_names(model: nn.Module, count: int) -> list[str]:
@@ -267,11 +248,16 @@ def _positional_names(model: nn.Module, count: int) -> list[str]:
     return names[:count]
 
 
-def _index_sites(graph: fx.Graph) -> None:
-    """Remember how many nodes each module call has, so that emission sees which calls are untouched."""
+def _index_sites(graph: fx.Graph, model: nn.Module, census: Census) -> None:
+    """Remember how many nodes each module call has, so that emission sees which calls are untouched.
+
+    Not where a call bound other arguments than the first: emission would call the module with the first alone.
+    """
     sizes: dict[tuple[str, int], int] = {}
     nodes = [n for n in graph.nodes if n.op == "call_function" and "site" in n.meta]
     for node in nodes:
         sizes[node.meta["site"].key] = sizes.get(node.meta["site"].key, 0) + 1
+    bare = {path for path, _ in sizes if census.bare(model.get_submodule(path))}
     for node in nodes:
-        node.meta["group_size"] = sizes[node.meta["site"].key]
+        if node.meta["site"].path in bare:
+            node.meta["group_size"] = sizes[node.meta["site"].key]

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from kgraph.capture import check_model, does_not_run
+from kgraph.capture import check_model
 from kgraph.checks import with_values
 from kgraph.errors import InputError
+from kgraph.first_run import does_not_run
 from kgraph.float64 import InFloat64
 from kgraph.gram.kernels import batched_inputs
 from kgraph.gram.options import check_flag, learning

@@ -148,7 +148,7 @@ def _required_arguments(forward: Callable[..., Any]) -> int:
 def _drive_training_flags(graph: fx.Graph, helpers: dict[str, nn.Module]) -> None:
     """Functional dropout, random relus, batch norm and attention dropout follow ``module.training``."""
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.meta.get("weight_only"):
+        if node.op != "call_function" or node.meta.get("weight_only") or node.meta.get("always"):
             continue
         if node.target in DROPOUTS:
             _switch(graph, node, 2, node.args[2], False, helpers)

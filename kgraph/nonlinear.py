@@ -101,6 +101,11 @@ class Region:
             return middle
         return average(self._map(-1.0), self._map(1.0), middle)
 
+    @cached_property
+    def everywhere(self) -> bool:
+        """Whether it is a function of every number; log and sqrt are not, and have no Gaussian integral."""
+        return not bool(self.fn(torch.linspace(-3.0, 3.0, 13, dtype=torch.float64)).isnan().any())
+
     def _map(self, at: float) -> Pointwise:
         """The map whose slopes lie ``at`` standard deviations from their mean."""
         node = self.end

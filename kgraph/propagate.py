@@ -20,8 +20,10 @@ from kgraph.errors import InputError
 from kgraph.kernel import SAME, Apply, Kernel, Pairs, Part, Product, Samples, Sum
 from kgraph.roots import Root, Roots
 from kgraph.rules import Context, Sampler, find_rule
+from kgraph.rules.noise import draws_noise, noise_kernel
 from kgraph.rules.pointwise import is_pointwise, unary
 from kgraph.rules.unallocated import Unallocated
+from kgraph.site import located, shape_of
 
 TOKEN_VIEWS = {
     aten.reshape.default,
@@ -126,7 +128,8 @@ class _Walk:
         for node in self.graph.module.graph.nodes:
             if node.op == "output":
                 continue
-            value = getattr(self, f"_{node.op}")(node)
+            with located(node):
+                value = getattr(self, f"_{node.op}")(node)
             if isinstance(value, Kernel):
                 value = still_infinite(value, [self.values[n] for n in node.all_input_nodes])
             if self.adjust is not None and isinstance(value, Kernel):
@@ -175,6 +178,8 @@ class _Walk:
             args, kwargs = self.unallocated.filled(node, self.values)
             return find_rule(target)(self._context(node), *args, **kwargs)  # type: ignore[misc]
         if not _random(args, kwargs):
+            if draws_noise(node):
+                return noise_kernel(node, channel_dim(node, len(shape_of(node))), args, kwargs, self.pairs)
             return known_result(node, args, kwargs, self.tokens)
         args, kwargs = self.unallocated.filled(node, self.values)
         context = self._context(node)

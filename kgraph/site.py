@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import PurePath
@@ -11,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from kgraph.errors import KGraphError, RuleError
 
 _SOURCE = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
 _LIBRARIES = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, __file__))
@@ -52,6 +56,34 @@ def site_of(node: fx.Node) -> Site:
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Concrete shape of the node's tensor at the example inputs."""
     return site_of(node).shape
+
+
+_RAISED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What an operation raises when it is run on values that it was not written for."""
+
+
+@contextmanager
+def located(node: fx.Node) -> Iterator[None]:
+    """Whatever an operation raises names its node and source line.
+
+    Raises:
+        RuleError: the operation, or its rule, failed on what stands for the input.
+    """
+    source = site_of(node).source or None
+    try:
+        yield
+    except KGraphError as error:
+        if error.node is not None:
+            raise
+        raise type(error)(error.what, node=node.name, source=source, hint=error.hint) from error
+    except _RAISED as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        raise RuleError(
+            f"{node.target} does not run on what stands for the input: {type(error).__name__}: {reason}",
+            node=node.name,
+            source=source,
+            hint="Write it with other operations, or leave it out of the model that is analysed",
+        ) from error
 
 
 def read_site(node: fx.Node) -> Site:

@@ -109,7 +109,7 @@ class _SlopeMaps:
 
     def nonlinear(self, region: Region, x: Value) -> Value:
         free = self.psi is not None and region in self.owner.free
-        slope = self.psi if free else _own_slope(region.fn)
+        slope = self.psi if free else _own_slope(region)
         return (slope * x[0],)  # type: ignore[operator]
 
     def product(self, x: Value, y: Value) -> Value:
@@ -127,7 +127,7 @@ class _CurvatureMaps:
         slope, curvature = x
         if region in self.owner.free:
             return self.psi * slope, self.psi * curvature + self.kappa * slope**2
-        own = _own_slope(region.fn)
+        own = _own_slope(region)
         return own * slope, own * curvature
 
     def product(self, x: Value, y: Value) -> Value:
@@ -155,9 +155,14 @@ class _LeakyMaps:
 _ONE = torch.ones((), dtype=torch.float64)
 
 
+def _own_slope(region: Region) -> float:
+    """The local slope; that of the identity where the function is not defined for all numbers."""
+    return _slope_of(region.fn) if region.everywhere else 1.0
+
+
 @lru_cache(maxsize=4096)
-def _own_slope(fn: Pointwise) -> float:
-    """The local slope; infinite where ``E[phi'^2]`` does not converge (sqrt|u|)."""
+def _slope_of(fn: Pointwise) -> float:
+    """Infinite where ``E[phi'^2]`` does not converge (sqrt|u|)."""
     try:
         return local_slope(fn)
     except InputError:
@@ -165,12 +170,18 @@ def _own_slope(fn: Pointwise) -> float:
 
 
 def local_c(region: Region, c: Array) -> Array:
-    """C(c) = E[phi phi] / E[phi^2] of a layer's own map at q = 1; NaN stays NaN."""
+    """C(c) = E[phi phi] / E[phi^2] of a layer's own map at q = 1; NaN stays NaN.
+
+    A function without a Gaussian integral (log, 1 / u) leaves c as it is: what it is applied to is not Gaussian.
+    """
     known = ~np.isnan(c)
     result = c.copy()
-    if known.any():
-        value, _ = region.fn.dual(_ONE, _ONE, torch.from_numpy(c[known]))
-        result[known] = (value / region.fn.second(_ONE)).numpy()
+    if known.any() and region.everywhere:
+        try:
+            value, _ = region.fn.dual(_ONE, _ONE, torch.from_numpy(c[known]))
+            result[known] = (value / region.fn.second(_ONE)).numpy()
+        except InputError:
+            return result
     return result
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 
 from kgraph.canonical import aten, canonicalize
@@ -64,7 +65,7 @@ def _export(model: nn.Module, inputs: Inputs, names: list[str], notes: list[str]
         # torch marks the tensors it is given as dynamic: neither the caller's nor those of the next attempt
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, tuple(inputs))
         try:
-            with _quiet():
+            with _quiet(), _unvalidated():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
             if dynamic_shapes is None:
                 notes.append(f"the batch size is fixed at {size}: the model's forward depends on it")
@@ -88,6 +89,17 @@ def _quiet() -> Iterator[None]:
         sys.stderr.write(printed.getvalue())  # of an export that succeeds: warnings, what the forward prints
     finally:
         logger.setLevel(before)
+
+
+@contextmanager
+def _unvalidated() -> Iterator[None]:
+    """torch.distributions checks the values of its arguments, which a trace has not."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 def _refuse_data_dependence(graph: fx.Graph, model: nn.Module) -> None:

@@ -24,6 +24,7 @@ from kgraph.shaping.leaky import leaky_centred
 from kgraph.site import site_of
 from kgraph.targets import ShapingTargets
 
+_DRAWS = ("bernoulli", "multinomial", "poisson", "binomial", "normal")
 _AFFINE = ("linear", "addmm", "matmul", "mm", "bmm", "einsum", "scaled_dot_product_attention", "lstm", "gru")
 _LEARNABLE = ("prelu", "rrelu", "rrelu_with_noise")
 
@@ -180,6 +181,10 @@ def kept_reason(region: Region) -> str:
         return "it is part of what a tensor is divided by, as in a norm: it scales, it does not shape"
     if not feeds_a_layer(region.end):
         return "it is the output nonlinearity: no layer follows, its range is what the user wants"
+    if any(operation_name(user) in _DRAWS for user in region.end.users):
+        return "numbers are drawn with it: it is a probability or a rate, and has its range"
+    if not region.everywhere:
+        return "it is not defined for every number: shifting and scaling what it gets would leave its domain"
     return _learnable_reason(region)
 
 

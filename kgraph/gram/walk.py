@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from kgraph.canonical import aten
 from kgraph.capture import Graph
+from kgraph.errors import RuleError
 from kgraph.gram import field as f
 from kgraph.gram.device import away, here
 from kgraph.gram.engine import Engine
@@ -20,7 +21,9 @@ from kgraph.gram.rules.table import untransposed
 from kgraph.gram.value import Axis, CannotFollow, Value
 from kgraph.propagate import channel_dim, known_result
 from kgraph.roots import Root
+from kgraph.rules.noise import draws_noise
 from kgraph.rules.pointwise import is_pointwise
+from kgraph.site import located, site_of
 
 Progress = Callable[[int, int], None]
 Taker = Callable[[fx.Node, Value], None]
@@ -67,7 +70,8 @@ class Walk:
             if node.op == "output":
                 result = fx.map_arg(node.args[0], lambda n: self.values[n])
                 break
-            value = self._evaluate(node, given)
+            with located(node):
+                value = self._evaluate(node, given)
             self.values[node] = value
             if isinstance(value, Value):
                 self.take(node, value)
@@ -114,6 +118,7 @@ class Walk:
         if target is aten.embedding.default and any(n in self.tokens for n in node.all_input_nodes):
             return self._apply(node, find_rule(target), args, kwargs)
         if not _random(args, kwargs):
+            _refuse_noise(node)
             self._note_parameters(node)
             result = here(known_result(node, args, kwargs, self.tokens))
             if isinstance(result, Tensor) and not result.is_floating_point():
@@ -147,6 +152,16 @@ class Walk:
             return rule(context, *args, **kwargs)
         except CannotFollow as reason:
             return sample(context, args, kwargs, str(reason))
+
+
+def _refuse_noise(node: fx.Node) -> None:
+    if draws_noise(node):
+        raise RuleError(
+            "the forward draws noise that no input decides: the kernel of two inputs is not a number of theirs alone",
+            node=node.name,
+            source=site_of(node).source or None,
+            hint="Leave the noise out, or use kgraph.analyze, which averages over it",
+        )
 
 
 def known_input(node: fx.Node, x: Tensor) -> Value:

@@ -16,11 +16,13 @@ Derivatives = dict[int, tuple[Tensor, Tensor]]
 class Measured:
     """Outputs of one joint draw: at a [...], at b of every pair [P, ...], and their derivatives.
 
-    ``slope`` and ``ntk`` hold, by row of the pairs, the derivatives at a and at b along one direction.
+    ``slope`` and ``ntk`` hold, by row of the pairs, the derivatives at a and at b along one direction. Moments of
+    complex outputs are E|z|^2 and Re E[z conj(z')]; nothing draws such outputs: what reads them is run with them.
     """
 
     def __init__(self, first: Tensor, second: Tensor, slope: Derivatives, ntk: Derivatives) -> None:
-        self.first, self.second, self.slope, self.ntk = first.double(), second.double(), slope, ntk
+        wide = torch.complex128 if first.is_complex() else torch.float64
+        self.first, self.second, self.slope, self.ntk = first.to(wide), second.to(wide), slope, ntk
 
     def moments(self, axes: Axes) -> dict[str, Tensor]:
         """cov, slope, ntk as [P, 2], and the mean."""
@@ -30,7 +32,7 @@ class Measured:
             "cov": pair_moments(first, self.second, places),
             "slope": self._rows(self.slope, places),
             "ntk": self._rows(self.ntk, places),
-            "mean": self.first.mean(),
+            "mean": self.first.mean().real,
         }
 
     def _rows(self, derivatives: Derivatives, places: list[int]) -> Tensor:
@@ -47,20 +49,20 @@ class Measured:
         other = self.second.roll(shifts, places) if places else self.second
         pick = torch.arange(count) * 7919 % self.first.numel()
         flat = [t.reshape(len(t), -1)[:, pick] for t in (self.second, other)]
-        return self.first.reshape(-1)[pick], torch.stack(flat, 1)
+        return self.first.real.reshape(-1)[pick], torch.stack(flat, 1).real
 
 
 def pair_moments(first: Tensor, second: Tensor, places: list[int]) -> Tensor:
     """Mean of first * second at the same position, and at two different ones; shape [P, 2]."""
     dims = [i + 1 for i in places]
     result = torch.empty(len(second), 2, dtype=torch.float64)
-    product = first * second
-    result[:, SAME] = product.flatten(1).mean(1)
+    product = (first * second.conj()).real
+    result[:, SAME] = product.reshape(len(product), -1).mean(1)
     count = math.prod(tuple(second.shape[d] for d in dims))
     if count == 1:
         result[:, DIFF] = result[:, SAME]
         return result
-    crossed = (first.sum(dims) * second.sum(dims) - product.sum(dims)) / (count * (count - 1))
+    crossed = ((first.sum(dims) * second.sum(dims).conj()).real - product.sum(dims)) / (count * (count - 1))
     result[:, DIFF] = crossed.flatten(1).mean(1) if crossed.ndim > 1 else crossed
     return result
 

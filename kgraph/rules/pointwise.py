@@ -16,7 +16,7 @@ from kgraph.how import assumed
 from kgraph.kernel import Kernel
 from kgraph.maps import Pointwise, closed_form, pointwise
 from kgraph.modules import FunctionModule, Scale, ShapedActivation
-from kgraph.rules.table import Context, rule
+from kgraph.rules.table import Context, drops, rule
 
 _known: dict[Any, Pointwise] = {}
 
@@ -199,7 +199,7 @@ def dropout(context: Context, x: Kernel, p: float, train: bool) -> Kernel:
     one is the channels'; whole inputs, where it is the batch (`kgraph.drop_path`); else one mask for all channels of
     a position. Where channels share a mask the law is no longer Gaussian.
     """
-    if not train or context.mode == "eval" or p == 0:
+    if not train or not drops(context.node, context.mode) or p == 0:
         return x
     by_feature = context.node.target is aten.feature_dropout.default
     roles = {role for role, _ in x.axes[1]} if by_feature else {"p"}
@@ -214,4 +214,4 @@ def dropout(context: Context, x: Kernel, p: float, train: bool) -> Kernel:
 @rule(aten.alpha_dropout.default, aten.feature_alpha_dropout.default)
 def alpha_dropout(context: Context, x: Kernel, p: float, train: bool) -> Kernel:
     """eval: nothing; train: dropped entries get selu's lower bound, sampled."""
-    return x if not train or context.mode == "eval" or p == 0 else context.sample()
+    return x if not train or not drops(context.node, context.mode) or p == 0 else context.sample()

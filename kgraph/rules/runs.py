@@ -124,7 +124,7 @@ class Runs:
         with _quiet():
             results, changes = torch.func.vmap(lambda x, t: _jvp(self.forward, x, t))(inputs, tangents)
         values, derivatives = self._leaves(results), pytree.tree_leaves(changes)
-        return [Outcome([v[i] for v in values], [d[i].double() for d in derivatives]) for i in range(len(points))]
+        return [Outcome([v[i] for v in values], [_wide(d[i]) for d in derivatives]) for i in range(len(points))]
 
     def _one(self, point: Point) -> Outcome:
         with torch.random.fork_rng(devices=[]):
@@ -135,7 +135,7 @@ class Runs:
         if point.tangent is not None and self.derivable:
             try:
                 values, derivatives = _jvp(self.forward, point.inputs, point.tangent)
-                return Outcome(self._leaves(values), [d.double() for d in pytree.tree_leaves(derivatives)])
+                return Outcome(self._leaves(values), [_wide(d) for d in pytree.tree_leaves(derivatives)])
             except _REFUSALS:
                 self.derivable = False  # recurrent kernels, indices
         return self._outcome(point, self._leaves(self.forward(*point.inputs)))
@@ -164,6 +164,10 @@ def _jvp(forward: Callable[..., Any], inputs: tuple[Any, ...], tangent: tuple[An
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward derivative
         result = torch.func.jvp(forward, inputs, tangent)
     return result[0], result[1]
+
+
+def _wide(derivative: Tensor) -> Tensor:
+    return derivative if derivative.is_complex() else derivative.double()
 
 
 def _stacked(trees: Sequence[Any]) -> Any:

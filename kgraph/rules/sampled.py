@@ -28,6 +28,7 @@ from kgraph.roots import Root, Roots
 from kgraph.rules.measured import Measured, matched, result_axes
 from kgraph.rules.region import Region, find_region, kernels_of, weights_of
 from kgraph.rules.runs import Outcome, Point, Runs
+from kgraph.rules.table import drops
 from kgraph.site import site_of
 
 Values = dict[fx.Node, Any]
@@ -161,7 +162,11 @@ def _entries(value: Any) -> int:
 
 
 def _double(value: Any) -> Any:
-    return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_complex():
+        return value.detach().to(torch.complex128)
+    return value.detach().double() if value.is_floating_point() else value
 
 
 def _is_pair(value: Any) -> bool:
@@ -207,7 +212,7 @@ def _part_field(draws: FieldDraws, kernel: Kernel, part: Part, direction: Direct
 
 def for_mode(node: fx.Node, args: tuple[Any, ...], mode: str) -> tuple[Any, ...]:
     """Captured in train mode; in eval mode dropout does nothing."""
-    if mode == "train":
+    if drops(node, mode):
         return args
     if node.target in DROPOUTS:
         return (*args[:2], False)

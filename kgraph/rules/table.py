@@ -129,6 +129,11 @@ def rule(*targets: object) -> Callable[[Rule], Rule]:
     return register
 
 
+def drops(node: fx.Node, mode: str) -> bool:
+    """Whether the dropout at ``node`` drops: in train mode, and where the forward asks for it in eval mode as well."""
+    return mode == "train" or bool(node.meta.get("always"))
+
+
 def find_rule(target: object) -> Rule | None:
     """The rule of an operation, or None (then the sampled rule applies)."""
     return _RULES.get(target)

@@ -15,6 +15,7 @@ from kgraph.maps import Pointwise
 from kgraph.modules import Scale, ShapedActivation
 from kgraph.roots import Root
 from kgraph.rules.pointwise import COPIES, function_of, rounding_of, shaped_map
+from kgraph.rules.table import drops
 
 
 def apply_all(fn: Pointwise, x: Value) -> Value:
@@ -53,7 +54,7 @@ def copied(context: Context, x: Value, *args: object, **kwargs: object) -> Value
 @rule(aten.dropout.default, aten.feature_dropout.default)
 def dropout(context: Context, x: Value, p: float, train: bool) -> Value:
     """eval: nothing; train: entries survive with probability 1 - p, divided by it; of `feature_dropout`, channels."""
-    if not train or context.mode == "eval" or p == 0:
+    if not train or not drops(context.node, context.mode) or p == 0:
         return x
     whole = context.node.target is aten.feature_dropout.default
     if whole and roles(x.axes[1]) != {"c"}:

@@ -1,0 +1,142 @@
+"""One run of the model before it is captured: that it runs at all, what it calls and how, what it returns."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from kgraph.errors import CaptureError, InputError
+from kgraph.failures import failed
+from kgraph.inputs import Inputs
+from kgraph.outputs import Form, opened
+
+REPEATED = 8
+"""Tracing pays where calls repeat: a new kind of call costs 10 ms, one more of the same kind half a millisecond."""
+
+
+class Census:
+    """What a forward calls, and what it returns.
+
+    Attributes:
+        calls: number of module calls.
+        kinds: kinds of calls: class, shapes of inputs and parameters.
+        form: of the output.
+    """
+
+    form: Form
+
+    def __init__(self) -> None:
+        self.calls, self.kinds = 0, set[object]()
+        self._bound: set[int] = set()
+
+    def note(self, module: nn.Module, inputs: tuple[object, ...]) -> None:
+        own = tuple(p.shape for p in module._parameters.values() if p is not None and not is_lazy(p))
+        self.kinds.add((type(module), tuple(v.shape for v in inputs if isinstance(v, Tensor)), own))
+        self.calls += 1
+
+    def note_binding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not _is_bare(module, args, kwargs):
+            self._bound.add(id(module))
+
+    def pays(self, deep: int) -> bool:
+        """Whether symbolic tracing is worth a try."""
+        return self.calls >= max(deep, REPEATED * len(self.kinds))
+
+    def bare(self, module: nn.Module) -> bool:
+        """Whether every call of ``module`` was ``module(x)``, and none bound other arguments of its forward."""
+        return id(module) not in self._bound
+
+
+def _is_bare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if len(args) == 1 and not kwargs:
+        return True
+    try:
+        signature = inspect.signature(module.forward)
+        bound = signature.bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):
+        return False
+    first, *others = signature.parameters.values()
+    return first.name in bound and all(bound.get(p.name, p.default) is p.default for p in others)
+
+
+def run_once(model: nn.Module, inputs: Inputs) -> Census:
+    """Run ``model`` in eval mode, so that wrong inputs get a plain message.
+
+    Raises:
+        InputError: the forward does not take these inputs.
+        CaptureError: it returns no tensor.
+    """
+    census = Census()
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, tuple(inputs))  # a forward may write to its inputs
+    with torch.no_grad(), ExitStack() as hooks:
+        hooks.callback(register_module_forward_pre_hook(census.note).remove)
+        for module in model.modules():
+            if next(module.children(), None) is None:
+                hooks.callback(module.register_forward_pre_hook(census.note_binding, with_kwargs=True).remove)
+        model.eval()
+        try:
+            output = model(*args, **kwargs)
+        except Exception as error:  # whatever the user's forward raises on bad inputs
+            raise does_not_run(model, inputs, error) from error
+    values, census.form = opened(output)
+    if not any(isinstance(value, Tensor) for value in pytree.tree_leaves(values)):
+        what = ", ".join(dict.fromkeys(census.form.dropped)) or type(output).__name__
+        raise CaptureError(
+            f"{type(model).__name__} returns no tensor but {what}",
+            hint="Return tensors, or tuples, dicts or dataclasses of tensors",
+        )
+    return census
+
+
+def does_not_run(model: nn.Module, inputs: Inputs, error: Exception) -> InputError:
+    """What to raise when ``model`` refused ``inputs`` with ``error``."""
+    shapes = [tuple(v.shape) for v in pytree.tree_leaves(tuple(inputs)) if isinstance(v, Tensor)]
+    return InputError(
+        f"{type(model).__name__} does not run on the example inputs of shapes {shapes}: {failed(error)}",
+        hint="Pass example_inputs that the model's forward accepts",
+    )
+
+
+def foreign_draws(model: nn.Module, inputs: Inputs) -> tuple[str, str] | None:
+    """Whose random numbers, Python's or NumPy's, a forward draws, and the ``file:line`` that calls Python's."""
+    lines: list[str] = []
+
+    def watch(frame: FrameType, event: str, argument: Any) -> None:
+        caller = _caller_of_random(frame, event, argument)
+        if caller is not None:
+            lines.append(f"{caller.f_code.co_filename.rsplit('/', 1)[-1]}:{caller.f_lineno}")
+
+    python, numpy = random.getstate(), np.random.get_state(legacy=False)
+    outer = sys.getprofile()
+    with torch.no_grad():
+        sys.setprofile(watch)
+        try:
+            model(*inputs.args, **inputs.kwargs)
+        finally:
+            sys.setprofile(outer)
+    if random.getstate() != python:
+        return "Python's random", lines[0] if lines else ""
+    if str(np.random.get_state(legacy=False)) != str(numpy):
+        return "NumPy's", ""
+    return None
+
+
+def _caller_of_random(frame: FrameType, event: str, argument: Any) -> FrameType | None:
+    own: Callable[[FrameType], bool] = lambda f: f.f_code.co_filename == random.__file__  # noqa: E731
+    if event == "c_call" and isinstance(getattr(argument, "__self__", None), random.Random) and not own(frame):
+        return frame
+    if event == "call" and own(frame) and frame.f_back is not None and not own(frame.f_back):
+        return frame.f_back
+    return None
