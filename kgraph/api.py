@@ -13,7 +13,7 @@ from kgraph.analysis import Ledger
 from kgraph.capture import Graph, capture, check_model, unread
 from kgraph.checks import seeded
 from kgraph.emitted import EmittedModule
-from kgraph.errors import InputError
+from kgraph.errors import InputError, ModelError
 from kgraph.export import OnnxExport
 from kgraph.export import export_onnx as _export_onnx
 from kgraph.inputs import resolve_inputs
@@ -168,7 +168,13 @@ def _copied(model: nn.Module) -> nn.Module:
     """A copy to rewrite; tensors that a forward hook computed (the older weight_norm) are copied as values."""
     attributes = [value for module in model.modules() for value in vars(module).values()]
     computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
+    except RecursionError as error:
+        raise ModelError(
+            f"{type(model).__name__} is nested too deeply for Python to copy",
+            hint="Raise sys.setrecursionlimit, or put its layers side by side in one container",
+        ) from error
 
 
 def _set_modes(shaped: nn.Module, model: nn.Module) -> None:

@@ -84,6 +84,11 @@ def check_model(model: object) -> nn.Module:
         "OptimizedModule": "torch.compile",
         "ScriptModule": "TorchScript",
     }
+    if isinstance(model, fx.GraphModule) and "train" in vars(model):  # torch.export replaces train() and eval()
+        raise ModelError(
+            "the model came out of torch.export: it has one mode for good, and nothing of its class",
+            hint="Pass the module that was exported",
+        )
     for name, module in model.named_modules():
         if name and isinstance(module, torch.jit.ScriptModule):
             hint = "Use the module it was scripted from: TorchScript has no graph that can be captured"

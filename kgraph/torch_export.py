@@ -40,6 +40,13 @@ def export_flat(model: nn.Module, inputs: Inputs, names: list[str], notes: list[
             f"torch.export cannot rebuild {type(model).__name__}: {error}",
             hint="Rename submodules and parameters called meta, graph or code",
         ) from error
+    except SyntaxError as error:  # the code of a GraphModule spells names as attributes
+        odd = [name for name, _ in model.named_modules() if not name.replace(".", "_").replace("_", "a").isalnum()]
+        raise CaptureError(
+            f"torch.export cannot write code for {type(model).__name__}: {error.msg}",
+            node=next(filter(None, odd), None),
+            hint="Rename submodules and parameters whose names are no Python identifiers",
+        ) from error
     assert isinstance(flat, fx.GraphModule)
     _refuse_data_dependence(flat.graph, model)
     for node in flat.graph.nodes:

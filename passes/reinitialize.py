@@ -83,6 +83,9 @@ class Reinitialize(Pass):
             return
         done.add(target)
         weight = work.tensor(parameter)
+        if not weight.numel():
+            work.keep(node, f"{operation_name(node)} of size 0", "it has no weights to draw")
+            return
         before = f"std {mean_square(weight) ** 0.5:.3g}"
         self._draw(node, weight, generator)
         if bias_at is not None:
@@ -107,7 +110,7 @@ class Reinitialize(Pass):
 
 def _keeps_q(weight: Tensor) -> bool:
     """fan_in E[W^2] = 1, up to the sampling error of Gaussian entries."""
-    if weight.is_meta:
+    if weight.is_meta or not weight.numel():
         return True
     drawn = max(int((weight != 0).sum()), 1)
     fan_in = weight[0].numel()

@@ -76,7 +76,7 @@ def _of_group(parts: tuple[Part, ...], per_group: int, positions: int, eps: floa
     many channels (LayerNorm), the channel's own position mean for one (InstanceNorm). Of a part with mean m_k in a
     group of mean m, K - 2 (m_k m + F_k / g) + m^2 + F / g stays, F being the averages of K_positions - m_k^2.
     """
-    whole, positions = merge(parts) if len(parts) > 1 else parts[0], max(positions, 1)
+    whole, positions = merge(parts) if parts[1:] else parts[0], max(positions, 1)
     weights = [part.size / whole.size for part in parts]
     fields = [[position_mean(getattr(part, name), positions) for part in parts] for name in ("cov", "slope", "ntk")]
     own = [fields[0][k] - part.mean**2 for k, part in enumerate(parts)]
