@@ -1,0 +1,190 @@
+"""A random network as source text: one statement a line, so that every row of a report finds its value."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+PRELUDE = '''\
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def settled(tensor, std, center=False):
+    """The tensor with exactly the mean square of its law, so that one network speaks for all."""
+    with torch.no_grad():
+        tensor -= tensor.mean() if center else 0
+        return tensor.mul_(std / tensor.square().mean().sqrt())
+
+
+def drawn(layer, weight="default", gain=1.0, bias="default"):
+    """The layer with its parameters of another law than PyTorch's own."""
+    fan_in = layer.weight[0].numel()
+    stds = {"default": (3 * fan_in) ** -0.5, "normal": gain * fan_in**-0.5}
+    stds["xavier"] = (2 / (fan_in + layer.weight.shape[0] * fan_in / layer.weight.shape[1])) ** 0.5
+    if weight == "orthogonal":
+        nn.init.orthogonal_(layer.weight, gain)
+    else:
+        if weight != "default":
+            nn.init.normal_(layer.weight)
+        settled(layer.weight, stds[weight])
+    if layer.bias is not None:
+        if bias in ("zero", "constant"):
+            nn.init.constant_(layer.bias, 0.3 if bias == "constant" else 0.0)
+        else:
+            if bias != "default":
+                (nn.init.normal_ if bias == "normal" else nn.init.uniform_)(layer.bias)
+            settled(layer.bias, stds["default"] if bias == "default" else 0.4, center=True)
+    return layer
+'''
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the dimensions of a value behind the batch are.
+
+    Attributes:
+        halves: number of channels in units of half the width.
+        places: sizes of the position dimensions.
+        first: whether the channels come before the positions, as for convolutions, or last, as for linear layers.
+    """
+
+    halves: int
+    places: tuple[int, ...] = ()
+    first: bool = False
+
+    @property
+    def channels(self) -> str:
+        """Number of channels as an expression of the width ``w``."""
+        return {1: "w // 2", 2: "w"}.get(self.halves, f"{self.halves} * w // 2")
+
+    @property
+    def channel_dim(self) -> int:
+        return 1 if self.first else 1 + len(self.places)
+
+    def sizes(self, width: int) -> tuple[int, ...]:
+        """Sizes behind the batch."""
+        channels = self.halves * width // 2
+        return (channels, *self.places) if self.first else (*self.places, channels)
+
+
+@dataclass(frozen=True)
+class Statement:
+    """``name = text``, made of ``reads`` and of the layers that ``text`` calls."""
+
+    name: str
+    text: str
+    reads: tuple[str, ...]
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Program:
+    """A network: its layers, its statements, the value returned.
+
+    Attributes:
+        seed: what it was generated from.
+        layers: constructor text by name of the attribute, in the order of construction.
+        statements: in order.
+        given: shape of the input ``x``; of token ids, the shape of their embedding.
+        tokens: whether the input is token ids.
+        mode: "train" or "eval".
+    """
+
+    seed: int
+    layers: dict[str, str]
+    statements: tuple[Statement, ...]
+    given: Shape
+    tokens: bool = False
+    mode: str = "eval"
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def result(self) -> Statement:
+        return self.statements[-1]
+
+    @property
+    def text(self) -> str:
+        return "\n".join([*self.layers.values(), *(s.text for s in self.statements)])
+
+    @property
+    def noisy(self) -> bool:
+        """Whether two runs of one network differ."""
+        return self.mode == "train" and "ropout" in self.text
+
+    def ending_with(self, name: str) -> Program:
+        """The program that returns the value called ``name``, without what that does not need."""
+        needed, kept = {name}, []
+        for statement in reversed(self.statements):
+            if statement.name in needed:
+                needed.update(statement.reads)
+                kept.append(statement)
+        return replace(self, statements=tuple(reversed(kept)))._with_used_layers()
+
+    def _with_used_layers(self) -> Program:
+        body = " ".join(s.text for s in self.statements)
+        return replace(self, layers={n: t for n, t in self.layers.items() if re.search(rf"self\.{n}\b", body)})
+
+    def lines(self) -> dict[str, int]:
+        """Line of every statement in the source, by name."""
+        start = len(self._head()) + 1
+        return {s.name: start + i for i, s in enumerate(self.statements)}
+
+    def _head(self) -> list[str]:
+        layers = [f"        {text}" for text in self.layers.values()]
+        return [
+            *PRELUDE.splitlines(),
+            "",
+            "",
+            f"class Program(nn.Module):  # seed {self.seed}, {self.mode} mode",
+            "    def __init__(self, w):",
+            "        super().__init__()",
+            *layers,
+            "",
+            "    def forward(self, x):",
+        ]
+
+    def source(self, every: bool = False) -> str:
+        """The module's text; with ``every``, its forward returns all values by name."""
+        body = [f"        {s.name} = {s.text}" for s in self.statements]
+        named = ", ".join(f'"{s.name}": {s.name}' for s in self.statements)
+        return "\n".join(
+            [*self._head(), *body, f"        return {'{' + named + '}' if every else self.result.name}", ""]
+        )
+
+    def compiled(self, every: bool = False) -> Made:
+        """The class, run from a file so that stack traces know its lines."""
+        return _compiled(self.source(every), f"program_{self.seed}{'_every' if every else ''}.py")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A compiled program: its class, of one argument, the width; and the file that it stands in."""
+
+    build: Any
+    file: str
+
+    def __call__(self, width: int) -> nn.Module:
+        return self.build(width)
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="fuzz")
+
+
+def _compiled(source: str, name: str) -> Made:
+    path = Path(_folder().name) / name
+    path.write_text(source)
+    space: dict[str, Any] = {"__name__": path.stem}
+    exec(compile(source, str(path), "exec"), space)
+    return Made(space["Program"], name)
