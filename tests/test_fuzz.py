@@ -78,7 +78,7 @@ def off_by(quantity: str, factor: float) -> Target:
     return Target(plain, Subject(said, measure))
 
 
-@pytest.mark.parametrize(("quantity", "factor"), [("q", 1.1), ("c 0.9", 1.1), ("slope", 1.1), ("ntk", 1.2)])
+@pytest.mark.parametrize(("quantity", "factor"), [("q", 1.1), ("c 0.9", 1.1), ("slope", 1.1), ("ntk", 1.3)])
 def test_numbers_off_by_a_tenth_are_wrong(quantity: str, factor: float) -> None:
     verdict = off_by(quantity, factor).judge(0, width=24)
     assert verdict.status == "wrong"
