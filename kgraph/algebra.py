@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kgraph import laws
 from kgraph.draws import evaluate, leaves_of, unknown_law
 from kgraph.errors import InputError
 from kgraph.how import EXACT, QUADRATURE, How, assumed
@@ -44,7 +45,7 @@ def shift(part: Part, constant: float) -> Part:
     if constant == 0.0:
         return part
     moved = replace(part, cov=part.cov + 2 * part.mean * constant + constant**2, mean=part.mean + constant)
-    fn, base = _as_function(part)
+    fn, base = as_function(part)
     return replace(moved, expr=Apply(_plus(fn, constant), base))
 
 
@@ -53,20 +54,20 @@ def apply(fn: Pointwise, part: Part) -> Part:
 
     Closed form or quadrature when ``v`` is Gaussian or a function of one Gaussian part, else joint draws.
     """
-    inner, base = _as_function(part)
+    inner, base = as_function(part)
     composed = fn if inner is IDENTITY else _compose(fn, inner)
     target = replace(part, expr=Apply(composed, base))
     if not base.gaussian:
         reason = _taken_as_gaussian(base)
         if not reason:
-            return _from_draws(target, part.how)
+            return _of_law(target, part.how)
         part = replace(part, how=part.how | assumed(reason))
     try:
         if part.factor is not None:  # an affine image of its base, with an NTK of its own
             return replace(_apply_gaussian(fn, part, part), expr=Apply(composed, base))
         return _apply_gaussian(composed, base, part)
     except InputError:  # sqrt|u|: the function has a second moment, its derivative has none
-        drawn = _from_draws(target, part.how)
+        drawn = _of_law(target, part.how)
         unknown = torch.full_like(drawn.cov, float("nan"))
         return replace(drawn, slope=unknown, ntk=unknown)
 
@@ -104,6 +105,18 @@ def _of_factor(centred: Pointwise, base: Part, dual: tuple[Tensor, Tensor]) -> T
     return correction(centred, base.mean, base.factor, (variance, variance), base.cov - base.mean**2, dual)
 
 
+def _of_law(part: Part, how: How) -> Part:
+    """Fill in the kernel of ``part`` by the law of its expression, or by draws of it."""
+    law = laws.law_of(part)
+    known = law and laws.read(law)
+    result = (
+        _from_draws(part, how)
+        if known is None
+        else replace(part, **known.tensors, mean=known.mean, how=how | known.how)
+    )
+    return infinite(result) if steep(part) else result
+
+
 def _from_draws(part: Part, how: How) -> Part:
     """Fill in the kernel of ``part`` by draws of its expression."""
     values = evaluate(part)
@@ -112,7 +125,7 @@ def _from_draws(part: Part, how: How) -> Part:
     cov, mean = (values.first * values.second).mean(-1), float(values.first.mean())
     # exchangeable positions of one input share a common component and nothing else: K_diff >= mean^2
     cov[Pairs.SELF, DIFF] = cov[Pairs.SELF, DIFF].clamp_min(mean**2)
-    result = replace(
+    return replace(
         part,
         cov=cov,
         slope=values.slope.expand(*part.cov.shape, -1).mean(-1),
@@ -120,7 +133,6 @@ def _from_draws(part: Part, how: How) -> Part:
         mean=mean,
         how=how.drawn(values.standard_error()),
     )
-    return infinite(result) if steep(part) else result
 
 
 def infinite(part: Part) -> Part:
@@ -178,7 +190,7 @@ def _settle(result: Part, left: Part, right: Part) -> Part:
     if left.independent(right):
         return result
     if not entangled(left, right):
-        return _from_draws(result, result.how)
+        return _of_law(result, result.how)
     return replace(result, how=result.how | assumed("terms that share random weights are taken as independent"))
 
 
@@ -196,14 +208,15 @@ def _terms(part: Part) -> tuple[tuple[float, Part], ...]:
     return part.expr.terms if isinstance(part.expr, Sum) else ((1.0, part),)
 
 
-def _as_function(part: Part) -> tuple[Pointwise, Part]:
+def as_function(part: Part) -> tuple[Pointwise, Part]:
+    """A part as a function of another one: itself under the identity where it is none."""
     return (part.expr.fn, part.expr.arg) if isinstance(part.expr, Apply) else (IDENTITY, part)
 
 
 def _common_function(left: Part, right: Part, combine: Callable[[Tensor, Tensor], Tensor]) -> Part | None:
     """``combine(left, right)`` as one function, when both are functions of one and the same part."""
-    f, f_base = _as_function(left)
-    g, g_base = _as_function(right)
+    f, f_base = as_function(left)
+    g, g_base = as_function(right)
     if left is right:
         f, f_base, g, g_base = IDENTITY, left, IDENTITY, left
     if f_base is not g_base:

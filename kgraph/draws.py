@@ -77,9 +77,33 @@ def restart() -> None:
 
 def evaluate(part: Part) -> Values:
     """Draws of ``part``; kept, so that long chains cost one step each."""
-    if part not in _values:
-        _values[part] = _draw(part)
+    for one in _before(part):  # not by recursion: a residual network is nested as deeply as it is
+        if one not in _values:
+            _values[one] = _draw(one)
     return _values[part]
+
+
+def _before(part: Part) -> list[Part]:
+    """The parts without draws that ``part`` is made of, each after those it is made of, and itself."""
+    queue, order = [part], list[Part]()
+    while queue:
+        one = queue.pop()
+        if one not in _values:
+            order.append(one)
+            queue += _made_of(one)
+    return order[::-1]
+
+
+def _made_of(part: Part) -> list[Part]:
+    match part.expr:
+        case Apply(_, arg):
+            return [arg]
+        case Sum(terms):
+            return [term for _, term in terms]
+        case Product(left, right):
+            return [left, right]
+        case _:
+            return []
 
 
 def _draw(part: Part) -> Values:
@@ -191,24 +215,16 @@ def _differentiate(part: Part) -> Values:
 
 def leaves_of(part: Part) -> frozenset[Part]:
     """The Gaussian or drawn parts that ``part`` is a function of; kept, for branches are read many times."""
-    inner = _inner(part)
-    if not inner:
-        return frozenset({part})
     if part not in _found:
-        _found[part] = frozenset().union(*map(leaves_of, inner))
+        queue, seen, leaves = [part], {part}, set[Part]()
+        while queue:  # not by recursion: a residual network is nested as deeply as it is
+            one = queue.pop()
+            inner = () if one in _found else _made_of(one)
+            leaves |= _found.get(one, frozenset() if inner else frozenset({one}))
+            queue += [other for other in inner if other not in seen]
+            seen.update(inner)
+        _found[part] = frozenset(leaves)
     return _found[part]
-
-
-def _inner(part: Part) -> tuple[Part, ...]:
-    match part.expr:
-        case Apply(_, arg):
-            return (arg,)
-        case Sum(terms):
-            return tuple(term for _, term in terms)
-        case Product(left, right):
-            return left, right
-        case _:
-            return ()
 
 
 def unknown_law(part: Part) -> str:

@@ -10,7 +10,11 @@ LEVELS = ("exact", "quadrature", "sampled", "assumed")
 
 @dataclass(frozen=True)
 class How:
-    """``exact`` < ``quadrature`` < ``sampled`` (with its standard error) < ``assumed`` (with the reason)."""
+    """How sure a number is, from the surest level to the least.
+
+    ``exact`` < ``quadrature`` (with its truncation, where it has one) < ``sampled`` (with its standard error)
+    < ``assumed`` (with the reason).
+    """
 
     level: int = 0
     note: str = ""
@@ -31,6 +35,11 @@ class How:
 
 EXACT = How(0)
 QUADRATURE = How(1)
+
+
+def integrated(error: float) -> How:
+    """Integrated with a truncation that changes the kernel by ``error``, relative to q."""
+    return How(1, f"+-{error:.0e}", error) if error > 1e-9 else QUADRATURE
 
 
 def sampled(standard_error: float) -> How:

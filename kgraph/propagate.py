@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from kgraph import algebra, draws
+from kgraph import algebra, draws, laws
 from kgraph.canonical import aten, operation_name
 from kgraph.capture import Graph
 from kgraph.errors import InputError
@@ -97,6 +97,7 @@ def propagate(
     _check_choice("parametrization", parametrization, ("standard", "ntk"))
     start = time.perf_counter()
     draws.restart()
+    laws.restart()
     walk = _Walk(graph, pairs or Pairs(), mode, parametrization, adjust)
     with torch.no_grad():
         values = walk.run()

@@ -1,4 +1,4 @@
-"""Maximum over windows of positions: no closed form, so windows are drawn.
+"""Maximum over windows of positions: of Gaussian parts by its law, of others on drawn windows.
 
 Border windows are smaller (padding never wins a maximum), so that a window holds m positions with the share w_m,
 counted exactly. Windows are drawn with the largest m; the first m of their positions give the maximum over m:
@@ -20,12 +20,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kgraph.algebra import empirical, endless, infinite
+from kgraph import laws
+from kgraph.algebra import IDENTITY, apply, as_function, empirical, endless, infinite
 from kgraph.canonical import aten
 from kgraph.draws import COUNT, unknown_law
 from kgraph.fields import FieldDraws, Gradients
 from kgraph.how import assumed
 from kgraph.kernel import DIFF, SAME, Kernel, Part
+from kgraph.maps import Pointwise
 from kgraph.rules.measured import matched
 from kgraph.rules.table import Context, rule
 
@@ -113,6 +115,31 @@ def max_pool(
 
 
 def max_of_window(part: Part, held: Windows) -> Part:
+    """Maximum of a part over windows: by its law where the part is Gaussian, else measured on drawn windows.
+
+    An increasing function of a Gaussian part goes behind the maximum.
+    """
+    fn, base = as_function(part)
+    if fn is not IDENTITY and base.gaussian and part.factor is None and _increases(fn, base):
+        return apply(fn, max_of_window(base, held))
+    drawn = _drawn_maximum(part, held)
+    law = laws.of_maximum(part, held.shares, held.overlap)
+    known = law and laws.read(law)
+    if law is None or known is None:
+        return drawn
+    result = replace(drawn, **known.tensors, mean=known.mean, how=part.how | known.how)
+    result = infinite(result) if endless(part) else result
+    laws.remember(result, law)
+    return result
+
+
+def _increases(fn: Pointwise, base: Part) -> bool:
+    """Whether the function never falls where the part has any weight."""
+    reach = 9 * float(base.q) ** 0.5
+    return not bool((fn(torch.linspace(-reach, reach, 2001, dtype=torch.float64)).diff() < 0).any())
+
+
+def _drawn_maximum(part: Part, held: Windows) -> Part:
     """Draw windows; keep their maxima and the derivatives at the places that attain them."""
     draws = FieldDraws(seed=11, elsewhere=True)
     shape, positions = (_WINDOWS, held.largest), (False, True)
