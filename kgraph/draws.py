@@ -77,21 +77,16 @@ def restart() -> None:
 
 def evaluate(part: Part) -> Values:
     """Draws of ``part``; kept, so that long chains cost one step each."""
-    for one in _before(part):  # not by recursion: a residual network is nested as deeply as it is
-        if one not in _values:
+    queue = [part]
+    while queue:  # not by recursion: a residual network is nested as deeply as it is
+        one = queue[-1]
+        missing = [] if one in _values else [inner for inner in _made_of(one) if inner not in _values]
+        if one not in _values and not missing:
             _values[one] = _draw(one)
+        if not missing:
+            queue.pop()
+        queue += missing
     return _values[part]
-
-
-def _before(part: Part) -> list[Part]:
-    """The parts without draws that ``part`` is made of, each after those it is made of, and itself."""
-    queue, order = [part], list[Part]()
-    while queue:
-        one = queue.pop()
-        if one not in _values:
-            order.append(one)
-            queue += _made_of(one)
-    return order[::-1]
 
 
 def _made_of(part: Part) -> list[Part]:

@@ -18,8 +18,8 @@ import torch
 from scipy.special import owens_t
 from torch import Tensor
 
-from kgraph.maps.quadrature import unit_rule, with_edges
 from kgraph.maps.marginal import Breaks, Nodes, lanczos, panels, polynomials
+from kgraph.maps.quadrature import unit_rule, with_edges
 from kgraph.maps.stream import EQUAL, Law, added, gaussian, scaled, shifted
 
 _SPAN = 9.5
