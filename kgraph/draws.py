@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kgraph.kernel import SAME, Apply, Gaussian, Mask, Pairs, Part, Product, Samples, Sum, Unknown
+from kgraph.kernel import SAME, Apply, Gaussian, Mask, Pairs, Part, Product, Samples, Sum, Unknown, made_of
 
 COUNT = 4096
 """Draws of an expression; a power of two (Sobol points)."""
@@ -80,25 +80,13 @@ def evaluate(part: Part) -> Values:
     queue = [part]
     while queue:  # not by recursion: a residual network is nested as deeply as it is
         one = queue[-1]
-        missing = [] if one in _values else [inner for inner in _made_of(one) if inner not in _values]
+        missing = [] if one in _values else [inner for inner in made_of(one) if inner not in _values]
         if one not in _values and not missing:
             _values[one] = _draw(one)
         if not missing:
             queue.pop()
         queue += missing
     return _values[part]
-
-
-def _made_of(part: Part) -> list[Part]:
-    match part.expr:
-        case Apply(_, arg):
-            return [arg]
-        case Sum(terms):
-            return [term for _, term in terms]
-        case Product(left, right):
-            return [left, right]
-        case _:
-            return []
 
 
 def _draw(part: Part) -> Values:
@@ -214,7 +202,7 @@ def leaves_of(part: Part) -> frozenset[Part]:
         queue, seen, leaves = [part], {part}, set[Part]()
         while queue:  # not by recursion: a residual network is nested as deeply as it is
             one = queue.pop()
-            inner = () if one in _found else _made_of(one)
+            inner = () if one in _found else made_of(one)
             leaves |= _found.get(one, frozenset() if inner else frozenset({one}))
             queue += [other for other in inner if other not in seen]
             seen.update(inner)

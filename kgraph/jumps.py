@@ -12,7 +12,7 @@ import weakref
 
 import torch
 
-from kgraph.kernel import SAME, Apply, Pairs, Part, Product, Sum
+from kgraph.kernel import SAME, Apply, Pairs, Part, made_of
 from kgraph.maps import Pointwise
 
 _REACH = 6.0
@@ -44,22 +44,10 @@ def steep(part: Part) -> bool:
         one = queue.pop()
         if one not in _steep:
             order.append(one)
-            queue += [inner for inner in _made_of(one) if inner not in _steep]
+            queue += [inner for inner in made_of(one) if inner not in _steep]
     for one in reversed(order):
-        _steep[one] = _jumps_itself(one) or any(_steep.get(inner, False) for inner in _made_of(one))
+        _steep[one] = _jumps_itself(one) or any(_steep.get(inner, False) for inner in made_of(one))
     return _steep[part]
-
-
-def _made_of(part: Part) -> tuple[Part, ...]:
-    match part.expr:
-        case Apply(_, arg):
-            return (arg,)
-        case Sum(terms):
-            return tuple(term for _, term in terms)
-        case Product(left, right):
-            return left, right
-        case _:
-            return ()
 
 
 def _jumps_itself(part: Part) -> bool:

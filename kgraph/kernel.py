@@ -235,6 +235,19 @@ class Kernel:
         return replace(self, parts=(self.merged,), split=None)
 
 
+def made_of(part: Part) -> tuple[Part, ...]:
+    """The parts that a part's expression names."""
+    match part.expr:
+        case Apply(_, arg):
+            return (arg,)
+        case Sum(terms):
+            return tuple(term for _, term in terms)
+        case Product(left, right):
+            return left, right
+        case _:
+            return ()
+
+
 def merge(parts: tuple[Part, ...]) -> Part:
     """Channel-weighted average of several groups.
 
