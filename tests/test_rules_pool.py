@@ -68,8 +68,8 @@ def test_windows_that_ignore_the_border_fail_the_check(monkeypatch: pytest.Monke
 
 
 def test_the_error_of_a_maximum_is_what_other_draws_differ_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reported error is the spread of q over draws, to a factor of 2."""
-    model = nn.Sequential(nn.Conv2d(8, 64, 1), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+    """The reported error is the spread of q over draws, to a factor of 2; gelu falls and rises: no law is known."""
+    model = nn.Sequential(nn.Conv2d(8, 64, 1), nn.GELU(), nn.MaxPool2d(3, 2, 1))
     fields, found = pool.FieldDraws, []
     for seed in range(12):
         monkeypatch.setattr(
