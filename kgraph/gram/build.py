@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from kgraph.gram.field import (
     Affine,
@@ -27,8 +24,10 @@ from kgraph.gram.field import (
     Sliced,
     Sum,
 )
+from kgraph.gram.functions import as_function, once_moved
 from kgraph.gram.places import Gather, PlaceMap, apply
 from kgraph.maps import Pointwise
+from kgraph.maps.combine import composed, transformed
 from kgraph.roots import Root
 
 
@@ -41,38 +40,8 @@ def scaled(u: Field, factor: float) -> Field:
     if isinstance(u, Sum):
         return Sum(u.places, u.roots, u.how, tuple((w * factor, t) for w, t in u.terms))
     if isinstance(u, Mapped):
-        return Mapped(u.places, u.roots, u.how, _output_scaled(u.fn, factor), u.arg)
+        return Mapped(u.places, u.roots, u.how, transformed(u.fn, factor, 0.0), u.arg)
     return Sum(u.places, u.roots, u.how, ((factor, u),))
-
-
-_scaled_maps: dict[tuple[Any, ...], Pointwise] = {}
-
-
-def _output_scaled(fn: Pointwise, factor: float) -> Pointwise:
-    if (fn, factor) not in _scaled_maps:
-        _scaled_maps[fn, factor] = fn.affine(output_scale=factor)
-    return _scaled_maps[fn, factor]
-
-
-def as_function(u: Field) -> tuple[Pointwise | None, Field]:
-    """``u`` as a function (None: the identity) of one other field, where it is one."""
-    match u:
-        case Mapped(fn=fn, arg=arg):
-            return fn, arg
-        case Sum(terms=terms):
-            functions = [(w, *as_function(t)) for w, t in terms]
-            base = functions[0][2]
-            if all(b is base for _, _, b in functions) and any(fn is not None for _, fn, _ in functions):
-                return Pointwise(_linear_combination([(w, fn) for w, fn, _ in functions])), base
-    return None, u
-
-
-def _linear_combination(terms: list[tuple[float, Pointwise | None]]) -> Callable[[Tensor], Tensor]:
-    def combined(z: Tensor) -> Tensor:
-        first, *rest = (w * (z if fn is None else fn(z)) for w, fn in terms)
-        return sum(rest, first)
-
-    return combined
 
 
 def mapped(fn: Pointwise, u: Field) -> Field:
@@ -91,17 +60,9 @@ def mapped(fn: Pointwise, u: Field) -> Field:
         case Masked():
             return _mapped_mask(fn, u)
     inner, base = as_function(u)
-    composed = fn if inner is None else _composed(fn, inner)
-    return Mapped(u.places, base.roots, u.how, composed, base)
-
-
-_compositions: dict[tuple[Pointwise, Pointwise], Pointwise] = {}
-
-
-def _composed(outer: Pointwise, inner: Pointwise) -> Pointwise:
-    if (outer, inner) not in _compositions:
-        _compositions[outer, inner] = Pointwise(lambda z: outer(inner(z)))
-    return _compositions[outer, inner]
+    if base is not u and isinstance(base, Moved | Joined | Masked):
+        return mapped(composed(fn, inner), base)
+    return Mapped(u.places, base.roots, u.how, composed(fn, inner), base)
 
 
 def _mapped_mask(fn: Pointwise, u: Masked) -> Field:
@@ -118,15 +79,9 @@ def shifted(u: Field, constant: float) -> Field:
     if isinstance(u, Known):
         return Known(u.places, u.roots, u.how, u.data + constant, u.gain)
     if isinstance(u, Mapped):
-        return Mapped(u.places, u.roots, u.how, _output_shifted(u.fn, constant), u.arg)
+        return Mapped(u.places, u.roots, u.how, transformed(u.fn, 1.0, constant), u.arg)
     one = torch.ones((1,) * (1 + len(u.places)), dtype=torch.float64)
     return Located(u.places, u.roots, u.how, u, one, constant * one)
-
-
-def _output_shifted(fn: Pointwise, constant: float) -> Pointwise:
-    if (fn, -1, constant) not in _scaled_maps:
-        _scaled_maps[fn, -1, constant] = fn.affine(output_shift=constant)
-    return _scaled_maps[fn, -1, constant]
 
 
 def moved(u: Field, op: PlaceMap) -> Field:
@@ -134,7 +89,7 @@ def moved(u: Field, op: PlaceMap) -> Field:
     places = op.places(u.places)
     if isinstance(u, Known) and not u.gain:  # a trained tensor keeps its own positions: its NTK is about them
         return Known(places, u.roots, u.how, apply(op, u.data, 2, u.places))
-    return Moved(places, u.roots, u.how, u, op)
+    return once_moved(u, op)
 
 
 def arguments(u: Field) -> tuple[Field, ...]:

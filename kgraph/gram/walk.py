@@ -16,7 +16,7 @@ from kgraph.errors import RuleError
 from kgraph.gram import field as f
 from kgraph.gram.device import away, here
 from kgraph.gram.engine import Engine
-from kgraph.gram.rules import Context, find_rule, sample, unary
+from kgraph.gram.rules import Context, find_rule, sample, several, unary
 from kgraph.gram.rules.table import untransposed
 from kgraph.gram.value import Axis, CannotFollow, Value
 from kgraph.propagate import channel_dim, known_result
@@ -125,8 +125,10 @@ class Walk:
                 self.tokens.update({node} if self.tokens.intersection(node.all_input_nodes) else ())
             return result
         rule = find_rule(target)
-        if rule is None and is_pointwise(target) and _one_random(args, kwargs):
-            return unary(target, args, kwargs)
+        if rule is None and is_pointwise(target):
+            found = unary(target, args, kwargs) if _one_random(args, kwargs) else several(target, args, kwargs)
+            if found is not None:
+                return found
         return self._apply(node, rule, args, kwargs)
 
     def _note_parameters(self, node: fx.Node) -> None:

@@ -34,11 +34,13 @@ class ClosedForm:
         mean: ``q -> E[phi(z)]``.
         near: ``(q1, q2, gap) -> (E[(phi(z1) - phi(z2))^2] / 2, E[phi' phi'])`` with all digits of a small gap
             ``E[(z1 - z2)^2] / 2``; None where that is not known.
+        slopes: those for u > 0 and u < 0, where the function is 0 at 0 and straight on both sides.
     """
 
     dual: Callable[[Tensor, Tensor, Tensor], Dual]
     mean: Callable[[Tensor], Tensor]
     near: Near | None = None
+    slopes: tuple[float, float] | None = None
 
     def affine(self, input_scale: float, output_shift: float, output_scale: float) -> ClosedForm:
         """Closed form of ``output_scale * (phi(input_scale * u) + output_shift)``."""
@@ -60,7 +62,15 @@ class ClosedForm:
             value, slope = own(squared * q1, squared * q2, squared * gap)
             return output_scale**2 * value, (output_scale * input_scale) ** 2 * slope
 
-        return ClosedForm(dual, mean, None if own is None else near)
+        return ClosedForm(
+            dual, mean, None if own is None else near, self._slopes(input_scale, output_shift, output_scale)
+        )
+
+    def _slopes(self, input_scale: float, output_shift: float, output_scale: float) -> tuple[float, float] | None:
+        if self.slopes is None or output_shift:
+            return None
+        positive, negative = self.slopes if input_scale >= 0 else self.slopes[::-1]
+        return output_scale * input_scale * positive, output_scale * input_scale * negative
 
 
 def correlation(q1: Tensor, q2: Tensor, cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +89,7 @@ def correlation(q1: Tensor, q2: Tensor, cov: Tensor) -> tuple[Tensor, Tensor, Te
     return r, c, ((1 - c).mul_(1 + c)).sqrt_()
 
 
-def _two_slopes(positive: float, negative: float) -> ClosedForm:
+def two_slopes(positive: float, negative: float) -> ClosedForm:
     """``positive * max(u, 0) + negative * min(u, 0)``, written as ``even * |u| + odd * u``."""
     even, odd = (positive - negative) / 2, (positive + negative) / 2
 
@@ -90,11 +100,14 @@ def _two_slopes(positive: float, negative: float) -> ClosedForm:
         s.mul_(share).addcmul_(c, arcsine, value=share)
         return s.add_(c, alpha=odd**2).mul_(r), arcsine.mul_(share).add_(odd**2)
 
-    return ClosedForm(dual, lambda q: even * torch.sqrt(2 * q / math.pi), two_slopes_gap(positive, negative))
+    def mean(q: Tensor) -> Tensor:
+        return even * torch.sqrt(2 * q / math.pi)
+
+    return ClosedForm(dual, mean, two_slopes_gap(positive, negative), (positive, negative))
 
 
 def _identity() -> ClosedForm:
-    return ClosedForm(lambda q1, q2, cov: (cov, torch.ones_like(cov)), torch.zeros_like, linear_gap)
+    return ClosedForm(lambda q1, q2, cov: (cov, torch.ones_like(cov)), torch.zeros_like, linear_gap, (1.0, 1.0))
 
 
 def _jump(high: float, low: float) -> ClosedForm:
@@ -180,9 +193,9 @@ def _monomial(degree: float) -> ClosedForm:
 
 _FORMS: dict[str, Callable[..., ClosedForm]] = {
     "identity": _identity,
-    "relu": lambda: _two_slopes(1.0, 0.0),
-    "leaky_relu": lambda negative_slope=0.01: _two_slopes(1.0, negative_slope),
-    "abs": lambda: _two_slopes(1.0, -1.0),
+    "relu": lambda: two_slopes(1.0, 0.0),
+    "leaky_relu": lambda negative_slope=0.01: two_slopes(1.0, negative_slope),
+    "abs": lambda: two_slopes(1.0, -1.0),
     "erf": _erf,
     "sin": _sin,
     "cos": _cos,

@@ -45,7 +45,7 @@ def find_kinks(fn: Function, reach: float, device: torch.device) -> Tensor:
         order, low, high, start = order[keep], low[keep], high[keep], change[keep]
         at_low, at_high = at_low[keep], at_high[keep]
     points = (low + high) / 2
-    return _distinct(torch.where(points.abs() < 1e-15 * reach, 0.0, points), 1e-12 * reach)
+    return distinct(torch.where(points.abs() < 1e-15 * reach, 0.0, points), 1e-12 * reach)
 
 
 def _finite_jets(fn: Function, z: Tensor) -> Tensor:
@@ -66,7 +66,8 @@ def _bisect(
     return low, high, at_low, at_high
 
 
-def _distinct(points: Tensor, gap: float) -> Tensor:
+def distinct(points: Tensor, gap: float) -> Tensor:
+    """Sorted points, those nearer than ``gap`` to the one before left out."""
     points = points.sort().values
     keep = torch.ones_like(points, dtype=torch.bool)
     keep[1:] = points.diff() > gap

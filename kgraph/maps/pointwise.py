@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -15,7 +16,7 @@ from kgraph.maps import quadrature
 from kgraph.maps.chunks import ENTRIES, in_pieces
 from kgraph.maps.closed import ClosedForm, correlation
 from kgraph.maps.gap import smooth_gap, split_gap
-from kgraph.maps.panels import find_kinks, make_plan
+from kgraph.maps.panels import distinct, find_kinks, make_plan
 from kgraph.maps.quadrature import Function, Plan
 from kgraph.maps.series import make_series
 
@@ -27,13 +28,8 @@ _MANY = 4096
 """Entries from which on a series' coefficients cost less than the entries' own integrals."""
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """The pointwise function this one is an affine transform of: kinks are found once, for the origin."""
-
-    base: Pointwise
-    input_scale: float
-    input_shift: float
+KinksOf = Callable[[float, torch.device], Tensor]
+"""``(reach, device) -> kinks within [-reach, reach]`` and perhaps beyond, in any order, perhaps twice."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,13 +41,14 @@ class Pointwise:
             able to take float64.
         closed: its closed form, if one is known; else the function itself is integrated, to 1e-9
             relative or better.
+        kinks_of: where its kinks are, if that is known of its parts; else they are looked for.
 
     Not safe for concurrent first use: kinks and panels are computed when first needed, and kept.
     """
 
     fn: Function
     closed: ClosedForm | None = None
-    _origin: _Origin | None = field(default=None, repr=False)
+    kinks_of: KinksOf | None = field(default=None, repr=False)
     _kinks: dict[tuple[float, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
     _plans: dict[tuple[int, torch.device], Plan] = field(default_factory=dict, init=False, repr=False)
 
@@ -142,20 +139,21 @@ class Pointwise:
         closed = None
         if self.closed is not None and input_shift == 0:
             closed = self.closed.affine(input_scale, output_shift, output_scale)
-        return Pointwise(shaped, closed, _Origin(self, input_scale, input_shift))
+        return Pointwise(shaped, closed, partial(_moved_kinks, self, input_scale, input_shift))
 
     def kinks(self, reach: float = _SMALLEST_REACH, device: torch.device = _CPU) -> Tensor:
         """Points within at least [-reach, reach] where phi, phi' or phi'' jumps, sorted."""
-        if self._origin is not None:
-            scale, shift = self._origin.input_scale, self._origin.input_shift
-            if scale == 0:
-                return torch.zeros(0, dtype=torch.float64, device=device)
-            found = self._origin.base.kinks(abs(scale) * reach + abs(shift), device)
-            return ((found - shift) / scale).sort().values
         reach = max(_SMALLEST_REACH, 2.0 ** math.ceil(math.log2(reach)))
         if (reach, device) not in self._kinks:
-            self._kinks[reach, device] = find_kinks(self.fn, reach, device)
+            self._kinks[reach, device] = (
+                find_kinks(self.fn, reach, device) if self.kinks_of is None else self._known_kinks(reach, device)
+            )
         return self._kinks[reach, device]
+
+    def _known_kinks(self, reach: float, device: torch.device) -> Tensor:
+        assert self.kinks_of is not None
+        found = self.kinks_of(reach, device)
+        return distinct(found[found.abs() <= reach * 1.01], 1e-12 * reach)
 
     def plan(self, q: float, device: torch.device = _CPU) -> Plan:
         """Panels good for every variance up to q, found once for each power of two."""
@@ -209,6 +207,13 @@ class Pointwise:
             rows = levels == level
             out[0, rows], out[1, rows] = quadrature.dual(self.fn, self._plan(level), roots[:, rows], c[rows], s[rows])
         return out[0].reshape(cov.shape), out[1].reshape(cov.shape)
+
+
+def _moved_kinks(fn: Pointwise, scale: float, shift: float, reach: float, device: torch.device) -> Tensor:
+    """Kinks of ``fn(scale u + shift)``."""
+    if scale == 0:
+        return torch.zeros(0, dtype=torch.float64, device=device)
+    return (fn.kinks(abs(scale) * reach + abs(shift), device) - shift) / scale
 
 
 def _level(q: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
 from kgraph import algebra
@@ -44,13 +44,17 @@ COPIES = (
 )
 """Operations that make another tensor of the same entries, or round them to another type."""
 _TRUNCATED, _NOT_ZERO = Pointwise(torch.trunc), Pointwise(lambda u: (u != 0).to(u.dtype))
+_AS_NUMBER = Pointwise(lambda u: u.to(torch.float64))
 
 
-def rounding_of(args: tuple[object, ...], kwargs: dict[str, object]) -> Pointwise | None:
-    """What a cast does to an entry: rounds towards 0, or to true and false; None where its type holds fractions."""
-    dtype = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype)), torch.float64)
-    if dtype.is_floating_point or dtype.is_complex:
-        return None
+def rounding_of(args: tuple[object, ...], kwargs: dict[str, object], node: fx.Node) -> Pointwise | None:
+    """What a cast does to an entry: rounds towards 0, or to true and false; None where both types hold fractions."""
+    dtype = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype)), None)
+    source = node.args[0]
+    before = source.meta.get("val") if isinstance(source, fx.Node) else None
+    if dtype is None or dtype.is_floating_point or dtype.is_complex:
+        counted = dtype is not None and isinstance(before, Tensor) and not before.is_floating_point()
+        return _AS_NUMBER if counted else None
     return _NOT_ZERO if dtype == torch.bool else _TRUNCATED
 
 

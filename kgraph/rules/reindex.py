@@ -113,7 +113,7 @@ def t(context: Context, x: Kernel) -> Kernel:
 @rule(*COPIES)
 def copied(context: Context, x: Kernel, *args: object, **kwargs: object) -> Kernel:
     """Copies and casts; a type without fractions rounds."""
-    rounding = rounding_of(args, kwargs)
+    rounding = rounding_of(args, kwargs, context.node)
     return x if rounding is None else apply_all(rounding, x)
 
 

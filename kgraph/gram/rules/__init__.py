@@ -15,8 +15,8 @@ from kgraph.gram.rules import (  # noqa: F401  (each registers its rules)
     recurrent,
     reindex,
 )
-from kgraph.gram.rules.pointwise import unary
+from kgraph.gram.rules.pointwise import several, unary
 from kgraph.gram.rules.sampled import sample
 from kgraph.gram.rules.table import Context, find_rule
 
-__all__ = ["Context", "find_rule", "sample", "unary"]
+__all__ = ["Context", "find_rule", "sample", "several", "unary"]

@@ -12,14 +12,16 @@ from torch import Tensor
 from kgraph.canonical import aten
 from kgraph.gram import field as f
 from kgraph.gram.align import aligned, known_value
-from kgraph.gram.build import as_function, mapped, scaled, shifted
+from kgraph.gram.build import mapped, scaled, shifted
 from kgraph.gram.field import Field
-from kgraph.gram.rules.pointwise import unary
+from kgraph.gram.functions import of_one
+from kgraph.gram.rules.pointwise import of_one_field, unary
 from kgraph.gram.rules.table import Context, rule
 from kgraph.gram.shares import Change, entry_speed, parameters_behind, repeated, unchanged
 from kgraph.gram.value import Axes, Axis, CannotFollow, Value, expanded, place_start, roles, single_place, size_of
-from kgraph.how import assumed
+from kgraph.how import How, assumed
 from kgraph.maps import Pointwise
+from kgraph.maps.combine import chosen, line_of, multiplied, summed
 from kgraph.modules import WeightedSum
 
 
@@ -34,7 +36,17 @@ def plus(u: Field, v: Field) -> Field:
     """``u + v``."""
     if isinstance(u, f.Known) and isinstance(v, f.Known) and not (u.gain or v.gain) and _fits(u.data, v.data):
         return f.Known(u.places, u.roots | v.roots, u.how | v.how, u.data + v.data)
+    if (one := of_one(u, v)) is not None:  # put together before they are integrated: differences keep their digits
+        (first, second), base = one
+        return function_on(summed(first, second), base, u.how | v.how)
     return f.Sum(u.places, u.roots | v.roots, u.how | v.how, ((1.0, u), (1.0, v)))
+
+
+def function_on(fn: Pointwise, base: Field, how: How) -> Field:
+    """``fn(base)``: a straight line as what it is, so that it stays Gaussian."""
+    line = line_of(fn)
+    result = mapped(fn, base) if line is None else shifted(scaled(base, line[0]), line[1])
+    return result if result.how == how else replace(result, how=how)
 
 
 def _fits(x: Tensor, y: Tensor) -> bool:
@@ -45,25 +57,12 @@ def times(u: Field, v: Field) -> Field:
     """``u v``: one function where both are functions of one and the same field."""
     if isinstance(u, f.Known) and isinstance(v, f.Known) and not (u.gain or v.gain) and _fits(u.data, v.data):
         return f.Known(u.places, u.roots | v.roots, u.how | v.how, u.data * v.data)
-    one, base = as_function(u)
-    two, other = as_function(v)
-    if base is other:
-        return mapped(_product_of(one, two), base)
+    if (one := of_one(u, v)) is not None:
+        (first, second), base = one
+        return function_on(multiplied(first, second), base, u.how | v.how)
     if isinstance(u, f.Known):  # known factors stand on the right
         u, v = v, u
     return f.Product(u.places, u.roots | v.roots, u.how | v.how, u, v)
-
-
-_products: dict[tuple[Pointwise | None, Pointwise | None], Pointwise] = {}
-
-
-def _product_of(one: Pointwise | None, two: Pointwise | None) -> Pointwise:
-    def both(z: Tensor) -> Tensor:
-        return (z if one is None else one(z)) * (z if two is None else two(z))
-
-    if (one, two) not in _products:
-        _products[one, two] = Pointwise(both)
-    return _products[one, two]
 
 
 def known(context: Context, tensor: Any, like: Value, index: int) -> Value:
@@ -183,6 +182,8 @@ def where(context: Context, condition: Any, x: Any, y: Any) -> Value:
     """``1[c] x + 1[not c] y``; the gradient is that of what is chosen."""
     if not isinstance(condition, Value):
         raise CannotFollow("a choice by a known mask")
+    if (one := of_one_field(chosen, (condition, x, y))) is not None:
+        return one
     other = condition.each(lambda u: shifted(scaled(u, -1.0), 1.0))
     return combine(_chosen(context, condition, x, 1), _chosen(context, other, y, 2), plus)
 

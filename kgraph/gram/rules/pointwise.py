@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from kgraph.canonical import aten
 from kgraph.gram.build import mapped, scaled
-from kgraph.gram.field import Masked
+from kgraph.gram.field import Field, Masked
+from kgraph.gram.functions import of_one
 from kgraph.gram.rules.table import Context, rule
 from kgraph.gram.value import CannotFollow, Value, roles
 from kgraph.maps import Pointwise
+from kgraph.maps.combine import affine_map, together
 from kgraph.modules import Scale, ShapedActivation
 from kgraph.roots import Root
 from kgraph.rules.pointwise import COPIES, function_of, rounding_of, shaped_map
@@ -27,6 +31,44 @@ def unary(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
     """Any pointwise operation with one random argument and numbers otherwise."""
     index = next(i for i, value in enumerate(args) if isinstance(value, Value))
     return apply_all(function_of(target, args, kwargs, index), args[index])
+
+
+def of_one_field(join: Callable[..., Pointwise], args: Sequence[Any]) -> Value | None:
+    """``join`` of functions of one and the same field (numbers are constant functions), None where they are not."""
+    values = [x for x in args if isinstance(x, Value)]
+    like = values[0]
+    alike = all(v.axes == like.axes and [n for n, _ in v.groups] == [n for n, _ in like.groups] for v in values)
+    numbers = [x for x in args if not isinstance(x, Value)]
+    if not alike or any(isinstance(x, Tensor) and x.numel() != 1 for x in numbers):
+        return None
+    groups: list[tuple[int, Field]] = []
+    for i, (size, _) in enumerate(like.groups):
+        one = of_one(*(v.groups[i][1] for v in values))
+        if one is None:
+            return None
+        given = iter(one[0])
+        parts = [next(given) if isinstance(x, Value) else affine_map(0.0, float(x)) for x in args]
+        groups.append((size, mapped(join(*parts), one[1])))
+    return replace(like, groups=tuple(groups))
+
+
+def several(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value | None:
+    """A pointwise operation (a maximum, a masked fill) of functions of one field, None where they are not."""
+    plain = [x for x in args if not isinstance(x, Value)]
+    if any(isinstance(x, Value) for x in kwargs.values()) or any(isinstance(x, Tensor) and x.ndim for x in plain):
+        return None
+    given = [x for x in args if isinstance(x, Value)]
+    at = [i for i, x in enumerate(args) if isinstance(x, Value)]
+    rest = [float(x) if isinstance(x, Tensor) else x for x in args]
+
+    def function(*tensors: Tensor) -> Tensor:
+        filled = list(rest)
+        for i, x in zip(at, tensors, strict=True):
+            filled[i] = x
+        return target(*filled, **kwargs)
+
+    name = (target, tuple(None if i in at else repr(x) for i, x in enumerate(rest)), repr(sorted(kwargs.items())))
+    return of_one_field(lambda *parts: together(name, function, *parts), given)
 
 
 @rule(ShapedActivation)
@@ -47,7 +89,7 @@ def identity(context: Context, module: nn.Identity, x: Value) -> Value:
 @rule(*COPIES)
 def copied(context: Context, x: Value, *args: object, **kwargs: object) -> Value:
     """Copies and casts; a type without fractions rounds."""
-    rounding = rounding_of(args, kwargs)
+    rounding = rounding_of(args, kwargs, context.node)
     return x if rounding is None else apply_all(rounding, x)
 
 
