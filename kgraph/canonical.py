@@ -42,6 +42,18 @@ _SCATTERS = {
 """What puts a changed view back into its base."""
 
 
+_LOGICAL = {
+    aten.bitwise_not.default: aten.logical_not.default,
+    aten.bitwise_and.Tensor: aten.logical_and.default,
+    aten.bitwise_or.Tensor: aten.logical_or.default,
+    aten.bitwise_xor.Tensor: aten.logical_xor.default,
+    aten.__and__.Tensor: aten.logical_and.default,
+    aten.__or__.Tensor: aten.logical_or.default,
+    aten.__xor__.Tensor: aten.logical_xor.default,
+}
+"""Of truth values the same, and defined for numbers too."""
+
+
 def canonicalize(module: fx.GraphModule) -> None:
     """Rewrite ``module.graph`` in place into the canonical vocabulary."""
     _inline_grad_mode(module)
@@ -55,12 +67,20 @@ def canonicalize_graph(graph: fx.Graph) -> None:
             graph.erase_node(node)
     _drop_no_op_copies(graph)
     _functionalize(graph)
+    _use_logic(graph)
     _drop_whole_copies(graph)
     _inline_numbers(graph)
     fuse_drop_paths(graph)
     fuse_norms(graph)
     graph.eliminate_dead_code(is_impure_node=is_effect)
     _contiguous_views(graph)
+
+
+def _use_logic(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.target in _LOGICAL and isinstance(value, Tensor) and value.dtype == torch.bool:
+            node.target = _LOGICAL[node.target]
 
 
 def _inline_grad_mode(module: fx.GraphModule) -> None:

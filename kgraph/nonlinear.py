@@ -109,7 +109,7 @@ class Region:
     def _map(self, at: float) -> Pointwise:
         """The map whose slopes lie ``at`` standard deviations from their mean."""
         node = self.end
-        if len(self.nodes) > 1:
+        if len(self.nodes) > 1 or node.args.count(self.source) > 1:
             return self._shared() or Pointwise(partial(self._run, at))
         own = tuple(self._slope(weight, at) for weight in self.learnable)
         if node.op != "call_module":

@@ -255,6 +255,23 @@ def input_kernel(node: fx.Node, shape: tuple[int, ...], pairs: Pairs) -> Kernel:
     return Kernel((Part(shape[channel], cov, slope, torch.zeros_like(cov), roots=roots),), axes)
 
 
+_OF_THE_LAST = {
+    *("linear", "addmm", "matmul", "bilinear", "layer_norm", "rms_norm"),
+    *("rnn_tanh", "rnn_relu", "lstm", "gru"),
+}
+
+
+def _summed_dim(node: fx.Node, seen: set[fx.Node], dims: int) -> int | None:
+    """The one dimension of an operand among ``seen`` that an einsum sums over."""
+    equation: Any = node.args[0]
+    inputs, _, output = str(equation).replace(" ", "").partition("->")
+    for letters, operand in zip(inputs.split(","), cast(Any, node.args[1]), strict=False):
+        summed = [i for i, letter in enumerate(letters) if letter not in output]
+        if operand in seen and len(letters) == dims and len(summed) == 1:
+            return summed[0]
+    return None
+
+
 def channel_dim(node: fx.Node, dims: int) -> int:
     """Dimension that the first layer sums over: 1 before a convolution, the last before a linear layer."""
     seen, queue = {node}, [node]
@@ -263,8 +280,10 @@ def channel_dim(node: fx.Node, dims: int) -> int:
         name = operation_name(current)
         if name.startswith(("conv", "batch_norm", "group_norm", "instance_norm")) and dims > 2:
             return 1
-        if name in ("linear", "addmm", "matmul", "layer_norm", "rms_norm") or dims == 1:
+        if name in _OF_THE_LAST or dims == 1:
             return dims - 1
+        if name == "einsum" and (summed := _summed_dim(current, seen, dims)) is not None:
+            return summed
         queue += [user for user in current.users if user not in seen]
         seen.update(current.users)
     return 1 if dims > 1 else 0

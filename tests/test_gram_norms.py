@@ -8,6 +8,8 @@ from gram_montecarlo import CHANNELS, WIDTH, Case, Net, check_nngp, conv, dense,
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+import kgraph
+
 GENERATOR_SEED = 7
 
 
@@ -132,3 +134,15 @@ def test_group_norm_of_concatenated_channels() -> None:
         return Net(forward, a=conv(3), b=conv(3), norm=nn.GroupNorm(groups, 2 * CHANNELS))
 
     check_nngp(Case(lambda: net(2), lambda: net(1), images, 1, CHANNELS, 60))
+
+
+def test_every_node_of_a_shuffle_behind_a_norm() -> None:
+    """Draws of a layer's channels and of ranges of them stand side by side: q is 1 behind the norm, and is shuffled."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.PixelShuffle(2))
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    found = kgraph.kernels(model, x, nodes="all", with_ntk=False)
+    shuffled = next(gram for name, gram in found.nodes.items() if "shuffle" in name)
+    assert shuffled.places == (8, 8)
+    own = found.nngp[0, 0].reshape(64, 64).diagonal().mean()
+    assert float(own) == pytest.approx(1.0, abs=0.05)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from gram_montecarlo import Case, Net, check_nngp, dense, sequences
 from torch import Tensor, nn
+
+import kgraph
+from kgraph.errors import RuleError
 
 HIDDEN = 256
 
@@ -62,3 +66,26 @@ def test_tanh_is_not_sampled() -> None:
     import kgraph
 
     assert kgraph.kernels(net(nn.RNN, "mean").double(), sequences()).how == "quadrature"
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")  # torch.export of flat weights
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_a_recurrent_layer_as_the_whole_model(kind: type[nn.RNNBase]) -> None:
+    """Its first output counts, whose channels are the last dimension of what comes in; time first has no batch."""
+    torch.manual_seed(0)
+    layer = kind(3, 16, batch_first=True)
+    x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(1))
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x * 1.0)[0] * 1.0
+
+    found, wrapped = (kgraph.kernels(m, x, with_ntk=False) for m in (layer, First()))
+    torch.testing.assert_close(found.nngp, wrapped.nngp)
+    assert found.places == (4,)
+    with pytest.raises(RuleError, match="no sequence of channels"):
+        kgraph.nngp(kind(3, 16), x)

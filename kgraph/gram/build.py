@@ -9,6 +9,7 @@ import torch
 from kgraph.gram.field import (
     Affine,
     Attended,
+    Crossed,
     Drawn,
     Field,
     Grouped,
@@ -99,7 +100,7 @@ def arguments(u: Field) -> tuple[Field, ...]:
             return tuple(term for _, term in terms)
         case Grouped(args=args):
             return tuple(arg for _, arg in args)
-        case Product(left=left, right=right):
+        case Product(left=left, right=right) | Crossed(left=left, right=right):
             return left, right
         case Joined(args=args) | Drawn(args=args):
             return args

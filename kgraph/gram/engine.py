@@ -14,8 +14,10 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
+from kgraph.errors import RuleError
 from kgraph.gram import field as f
 from kgraph.gram.attention import attended_block, scores_block
 from kgraph.gram.block import Block, nothing
@@ -28,7 +30,9 @@ from kgraph.gram.layout import Layout
 from kgraph.gram.means import mean_of, shaped
 from kgraph.gram.pairs import (
     affine_block,
+    all_channels_block,
     both_joined_block,
+    crossed_block,
     folded_block,
     grouped_block,
     joined_block,
@@ -45,6 +49,9 @@ from kgraph.gram.places import total_places
 from kgraph.gram.rows import Rows
 from kgraph.how import EXACT, QUADRATURE, How, assumed, sampled
 
+_ROUNDING = 1e-9
+_FEW_DIGITS = 1e-9
+"""Of the terms' own q values: a sum of less has lost more than half of its digits."""
 AVERAGING = ("stationary", "exchangeable")
 """Position models that hold averages over positions: what is done to an average is not what is done to each."""
 
@@ -64,6 +71,8 @@ class Engine:
         self.rows, self.layout, self.parametrization, self.with_ntk = rows, layout, parametrization, with_ntk
         self.draws = JointDraws(self, seed)
         self.gaps = Gaps(self) if layout.name == "diagonal" else None
+        self.crossed: weakref.WeakSet[Field] = weakref.WeakSet()  # functions integrated with other ones
+        self.cancelled: weakref.WeakSet[Field] = weakref.WeakSet()  # sums whose digits are mostly lost
         self.ways: dict[str, int] = {}  # the dimension that layers sum a weight over, by its name
         self.made_of: dict[str, str] = {}  # the weight that a parameter is behind, by their names
         self.made: dict[fx.Node, dict[fx.Node, Any]] = {}  # of known tensors computed from parameters: what they read
@@ -84,8 +93,24 @@ class Engine:
     def second(self, u: Field) -> Tensor:
         """q value at every input and position, [N, *places]."""
         if u not in self._second:
-            self._second[u] = self.layout.own(self.rows, self.pair(u, u).cov, u.places)
+            own = self.layout.own(self.rows, self.pair(u, u).cov, u.places)
+            self._second[u] = self._checked(u, own) if isinstance(u, f.Sum) else own
         return self._second[u]
+
+    def _checked(self, u: f.Sum, q: Tensor) -> Tensor:
+        """The q value of a sum, whose terms may cancel.
+
+        Raises:
+            RuleError: it is negative by more than rounding.
+        """
+        sizes = [w * w * self.second(term) for w, term in u.terms]
+        whole = torch.stack(torch.broadcast_tensors(q, *sizes))[1:].sum(0)
+        if bool((q < -_ROUNDING * whole).any()):
+            what = f"a variance came out negative ({float(q.min()):.2g}): the terms of a sum cancel to the last digit"
+            raise RuleError(what, hint="Write the sum as one function of its argument")
+        if bool(((q < _FEW_DIGITS * whole) & (q != 0)).any()):
+            self.cancelled.add(u)
+        return q.clamp_min(0)
 
     def variance(self, u: Field) -> Tensor:
         """q minus the squared mean, [N, *places]."""
@@ -111,7 +136,7 @@ class Engine:
             return known_block(self, u, v)
         if isinstance(u, f.Sliced) and isinstance(v, f.Sliced):
             return sliced_block(self, u, v)
-        if u.independent(v):
+        if u.independent(v) or _part_and_whole(u, v) or _part_and_whole(v, u):
             return self.outer_means(u, v)
         for one, two, swapped in ((u, v, False), (v, u, True)):  # sums first: their terms may move alike
             if isinstance(one, f.Sum):
@@ -170,12 +195,14 @@ class Engine:
                 return masked_block(self, u, v)
             case f.Product(), f.Product():
                 return products_block(self, u, v)
+            case f.Crossed(), f.Crossed():
+                return all_channels_block(self, u, v)
             case f.Product(), f.Known():
                 return known_factor_block(self, u, v, swapped=False)
             case f.Known(), f.Product():
                 return known_factor_block(self, v, u, swapped=True)
-            case f.Mapped(), f.Mapped() if u.fn is v.fn:
-                return mapped_block(self, u, v)
+            case f.Mapped(), f.Mapped() if u.arg.gaussian and v.arg.gaussian:
+                return mapped_block(self, u, v) if u.fn is v.fn else self._crossed(u, v)
             case f.Mapped(), _ if v.gaussian:
                 return stein_block(self, u, v, swapped=False)
             case _, f.Mapped() if u.gaussian:
@@ -186,11 +213,18 @@ class Engine:
                 return attended_block(self, u, v)
         return None
 
+    def _crossed(self, u: f.Mapped, v: f.Mapped) -> Block | None:
+        self.crossed.update((u, v))
+        return crossed_block(self, u, v)
+
     def how(self, u: Field) -> How:
         """How the field's kernel was obtained: its own way, or that of what it is made of."""
         if u not in self._how:
             parts = [self.how(arg) for arg in arguments(u)]
-            own = QUADRATURE if isinstance(u, f.Mapped) and u.fn.how == "quadrature" else EXACT
+            integrated = isinstance(u, f.Mapped) and (u.fn.how == "quadrature" or u in self.crossed)
+            own = QUADRATURE if integrated else EXACT
+            if u in self.cancelled:
+                own = assumed("its terms cancel, and few digits are left")
             if u in self.draws.used:
                 own = sampled(self.draws.standard_error(u))
             if self.with_ntk and isinstance(u, f.Mapped) and unresolved(u.arg) and u not in self.draws.used:
@@ -204,3 +238,8 @@ class Engine:
         """Entries of the field's own block."""
         count = total_places(u.places)
         return len(self.rows.first) * (count * count if self.layout.name == "full" else count)
+
+
+def _part_and_whole(u: Field, v: Field) -> bool:
+    """A channel among some of a layer's and one among all of them: hardly ever the same one."""
+    return isinstance(u, f.Sliced) and isinstance(v, (f.Affine, f.Leaf, f.Scores))

@@ -250,6 +250,14 @@ class Grouped(Field):
 
 
 @dataclass(frozen=True, eq=False)
+class Crossed(Field):
+    """``u_i v_j`` for all channels i, j: what a bilinear layer sums over. Its averages are products of averages."""
+
+    left: Field = field(default_factory=lambda: Field(()))
+    right: Field = field(default_factory=lambda: Field(()))
+
+
+@dataclass(frozen=True, eq=False)
 class Masked(Field):
     """Dropout: ``mask u / keep`` with a fresh mask for every input and channel, and position unless ``whole``."""
 

@@ -128,6 +128,8 @@ class Gaps:
                 return self.gap(u.arg, v.arg)
             case f.Product(), f.Product() if u is v and u.left.independent(u.right):
                 return self._product(u)
+            case f.Crossed(), f.Crossed() if u is v:
+                return self._product(u)
             case f.Mapped(), f.Mapped() if u.fn is v.fn and u.arg is v.arg and u.arg.gaussian:
                 return self._mapped(u)
             case f.Mapped(), _ if u.arg.gaussian and v.gaussian:
@@ -143,7 +145,7 @@ class Gaps:
             return inner * u.layer.weight
         return convolve(self.engine.layout, inner, geometry, u.arg.places)
 
-    def _product(self, u: f.Product) -> Tensor:
+    def _product(self, u: f.Product | f.Crossed) -> Tensor:
         """``E[l_a l_b] E[r_a r_b]`` with each factor as its middle minus its gap."""
         middles, gaps, apart = [], [], torch.full((), 0.25, dtype=torch.float64)
         for side in (u.left, u.right):

@@ -54,6 +54,8 @@ def mean_of(engine: Engine, u: Field) -> Tensor:
             return sum((size / total * engine.mean(a) for size, a in args), torch.zeros((), dtype=torch.float64))
         case f.Product(left=left, right=right) if left.independent(right):
             return engine.mean(left) * engine.mean(right)
+        case f.Crossed(left=left, right=right):
+            return engine.mean(left) * engine.mean(right)
         case f.Mapped(fn=fn, arg=arg) if arg.gaussian:
             shift = float(engine.mean(arg).reshape(-1)[0])
             return centred(fn, shift).mean(engine.variance(arg))

@@ -10,12 +10,13 @@ from torch import Tensor
 from kgraph.errors import RuleError
 from kgraph.gram import field as f
 from kgraph.gram.block import Block, nothing
-from kgraph.gram.factors import trained_factor
+from kgraph.gram.factors import holds_factor, trained_factor
 from kgraph.gram.field import Field
 from kgraph.gram.gaps import Gaps
 from kgraph.gram.layout import NeedsFull
 from kgraph.gram.means import centred, mean_slope, shaped
 from kgraph.gram.taps import convolve, count_taps
+from kgraph.maps.cross import cross
 from kgraph.maps.tangent import correction
 
 if TYPE_CHECKING:
@@ -154,7 +155,15 @@ def products_block(engine: Engine, u: f.Product, v: f.Product) -> Block | None:
         groups = ((u.left, v.right), (u.right, v.left))
         if not all(a.independent(b) for a in groups[0] for b in groups[1]):
             return None
-    one, two = (engine.pair(*group) for group in groups)
+    return _times(*(engine.pair(*group) for group in groups))
+
+
+def all_channels_block(engine: Engine, u: f.Crossed, v: f.Crossed) -> Block:
+    """Every channel of one factor meets every one of the other: averages factorize, whatever they share."""
+    return _times(engine.pair(u.left, v.left), engine.pair(u.right, v.right))
+
+
+def _times(one: Block, two: Block) -> Block:
     ntk = None if one.ntk is None or two.ntk is None else one.ntk * two.cov + one.cov * two.ntk
     return Block(one.cov * two.cov, ntk)
 
@@ -195,6 +204,19 @@ def mapped_block(engine: Engine, u: f.Mapped, v: f.Mapped) -> Block | None:
     if torch.is_grad_enabled() or slope.shape != inner.ntk.shape:
         return Block(cov, slope * inner.ntk)
     return Block(cov, slope.mul_(inner.ntk))  # the slope is ours, and as large as kernels get
+
+
+def crossed_block(engine: Engine, u: f.Mapped, v: f.Mapped) -> Block | None:
+    """Two functions of Gaussian fields; None where a trained factor stands in front of them."""
+    inner = engine.pair(u.arg, v.arg)
+    if inner.ntk is not None and (holds_factor(u.arg) or holds_factor(v.arg)):
+        return None
+    means = [float(engine.mean(w.arg).reshape(-1)[0]) for w in (u, v)]
+    q1, q2 = engine.layout.sides(
+        engine.rows, engine.variance(u.arg), engine.variance(v.arg), u.arg.places, v.arg.places
+    )
+    cov, slope = cross(centred(u.fn, means[0]), centred(v.fn, means[1]), q1, q2, inner.cov - means[0] * means[1])
+    return Block(cov, None if inner.ntk is None else slope * inner.ntk)
 
 
 _CLOSE = 1e-3

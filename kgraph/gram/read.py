@@ -25,6 +25,7 @@ def gram_of(engine: Engine, name: str, value: Value, n1: int, n2: int | None) ->
         forth, back = (layout.read(block, u.places) for block in (wide, layout.turned(wide, u.places)))
         return _matrix(rows, forth, back, n1, n2)
 
+    engine.second(u)  # a negative q value is an error
     both = engine.pair(u, u).each(matrix)
     apart = None
     if not u.places or layout.name == "diagonal":

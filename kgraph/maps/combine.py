@@ -122,7 +122,9 @@ def summed(f: Pointwise, g: Pointwise) -> Pointwise:
     one, two = line_of(f), line_of(g)
     if one and two:
         return affine_map(one[0] + two[0], one[1] + two[1])
-    return _once(("sum", f, g), lambda: Pointwise(lambda z: f(z) + g(z), _summed(f, g), kinks_of=partial(_of_parts, (f, g))))
+    return _once(
+        ("sum", f, g), lambda: Pointwise(lambda z: f(z) + g(z), _summed(f, g), kinks_of=partial(_of_parts, (f, g)))
+    )
 
 
 def _summed(f: Pointwise, g: Pointwise) -> ClosedForm | None:

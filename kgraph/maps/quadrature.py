@@ -18,6 +18,7 @@ from torch import Tensor
 from kgraph.errors import InputError
 
 Function = Callable[[Tensor], Tensor]
+_Two = tuple[Function, Function]
 NODES = 20
 """Gauss-Legendre nodes a panel: exact to rounding for a Gaussian on panels up to 4.5 deviations wide."""
 _CHUNK = 1 << 18
@@ -128,19 +129,23 @@ def moment(fn: Function, plan: Plan, q: Tensor, power: int) -> Tensor:
         return (weight * value(fn, root[..., None] * x) ** power).sum(-1)
 
 
-def dual(fn: Function, plan: Plan, roots: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def dual(
+    fn: Function, plan: Plan, roots: Tensor, c: Tensor, s: Tensor, other: Function | None = None
+) -> tuple[Tensor, Tensor]:
     """``E[phi phi]`` and ``E[phi' phi']``: outer over z1, inner over z2 given z1.
 
     Args:
         roots: ``[2, n]``, sqrt(q1) and sqrt(q2).
         c, s: ``[n]``, correlation and ``sqrt(1 - c^2)``.
+        other: the function of z2, where it is another one; the plan must serve both.
     """
+    fns = fn, fn if other is None else other
     if 1 < len(c) <= _FEW:
         first, place = _distinct_rows(roots, c)
         if len(first) < len(c):
-            value, slope = _dual_rows(fn, plan, roots[:, first], c[first], s[first])
+            value, slope = _dual_rows(fns, plan, roots[:, first], c[first], s[first])
             return value[place], slope[place]
-    return _dual_rows(fn, plan, roots, c, s)
+    return _dual_rows(fns, plan, roots, c, s)
 
 
 def _distinct_rows(roots: Tensor, c: Tensor) -> tuple[list[int], list[int]]:
@@ -154,26 +159,26 @@ def _distinct_rows(roots: Tensor, c: Tensor) -> tuple[list[int], list[int]]:
     return [first[row] for row in range(len(seen))], place
 
 
-def _dual_rows(fn: Function, plan: Plan, roots: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def _dual_rows(fns: _Two, plan: Plan, roots: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     breaks = len(plan.breaks)
     outer = len(plan.base) + 2 * breaks + len(_LAYERS) * len(plan.kinks)
     cost = outer * (len(plan.base) + breaks) * NODES**2
     step = max(1, _CHUNK // cost)
     parts = [
-        _dual_chunk(fn, plan, roots[:, i : i + step], c[i : i + step], s[i : i + step]) for i in range(0, len(c), step)
+        _dual_chunk(fns, plan, roots[:, i : i + step], c[i : i + step], s[i : i + step]) for i in range(0, len(c), step)
     ]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-def _dual_chunk(fn: Function, plan: Plan, roots: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def _dual_chunk(fns: _Two, plan: Plan, roots: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     root1, root2 = roots[0, :, None], roots[1, :, None]
     x, weight = gaussian_rule(_outer_edges(plan, root1, root2, c[:, None], s[:, None]))
-    first, first_slope = value_and_slope(fn, root1 * x)
+    first, first_slope = value_and_slope(fns[0], root1 * x)
     centre = (c[:, None] * root2 * x)[..., None]
     spread = (s[:, None] * root2)[..., None]
     inner = with_edges(plan.base, (plan.breaks - centre) / spread.clamp_min(_TINY))
     w, inner_weight = gaussian_rule(inner)
-    second, second_slope = value_and_slope(fn, centre + spread * w)
+    second, second_slope = value_and_slope(fns[1], centre + spread * w)
     return (
         (weight * first * (inner_weight * second).sum(-1)).sum(-1),
         (weight * first_slope * (inner_weight * second_slope).sum(-1)).sum(-1),

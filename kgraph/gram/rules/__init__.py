@@ -4,6 +4,7 @@ from kgraph.gram.rules import (  # noqa: F401  (each registers its rules)
     affine,
     attention,
     constants,
+    einsum,
     embedding,
     gates,
     merge,

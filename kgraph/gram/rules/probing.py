@@ -45,7 +45,7 @@ def as_draws(y: Tensor, axes: Axes) -> Tensor:
     return split.reshape(size_of(tuple(("c", s) for s in sizes["c"])), -1, *sizes["p"])
 
 
-def result_axes(context: Context, call: Call, values: list[Value]) -> Axes:
+def result_axes(context: Context, call: Call, values: list[Value], reason: str) -> Axes:
     """Axes of the result.
 
     Raises:
@@ -54,11 +54,11 @@ def result_axes(context: Context, call: Call, values: list[Value]) -> Axes:
     try:
         with torch.random.fork_rng(devices=[]):
             probe = call(*(torch.zeros(v.shape, dtype=torch.float64) for v in values))
-    except (RuntimeError, TypeError, ValueError, IndexError) as reason:
-        raise context.error(f"no exact kernel rule, and it does not run on draws: {reason}") from reason
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise context.error(f"no exact kernel rule ({reason}), and it does not run on draws: {error}") from error
     if not isinstance(probe, Tensor):
         raise context.error(
-            "no exact kernel rule, and its result is not one tensor", "Use kgraph.analyze for this model"
+            f"no exact kernel rule ({reason}), and its result is not one tensor", "Use kgraph.analyze for this model"
         )
     moved = {role: _changes(call, values, role) for role in "cb"}
     for axes in _candidates(values, tuple(probe.shape)):
@@ -71,7 +71,9 @@ def result_axes(context: Context, call: Call, values: list[Value]) -> Axes:
             if len(context.engine.rows.batches) > 1:
                 raise context.error("its result mixes inputs, and x1 and x2 are two batches of them", "Pass x1 alone")
             return axes
-    raise context.error("no exact kernel rule, and its result mixes channels or inputs", "Use kgraph.analyze")
+    raise context.error(
+        f"no exact kernel rule ({reason}), and its result mixes channels or inputs", "Use kgraph.analyze"
+    )
 
 
 def _changes(call: Call, values: list[Value], role: str) -> Tensor:

@@ -49,7 +49,7 @@ def sample(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any], reas
     parameters = _parameters(context, args, kwargs)
     context.refuse_ntk(parameters, reason)
     call = _operation(context, args, kwargs)
-    axes = result_axes(context, call, values)
+    axes = result_axes(context, call, values, reason)
     fields = tuple(v.one() for v in values)
     roots = frozenset().union(*(u.roots for u in fields))
     given = assumed(f"{', '.join(parameters)} as they are") if parameters else EXACT

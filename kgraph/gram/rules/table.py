@@ -63,9 +63,11 @@ class Context:
             RuleError: another layer sums over the other one: W and its transpose are not independent, and what
                 they do to each other's outputs is no function of kernels.
         """
-        argument = self.node.args[index] if index < len(self.node.args) else None
-        turned = isinstance(argument, fx.Node) and untransposed(argument)[1]
-        name, way = self.name(index), along ^ turned
+        self.note_way(self.node.args[index] if index < len(self.node.args) else None, self.name(index), along)
+
+    def note_way(self, argument: object, name: str, along: int) -> None:
+        """The same for any node that is the weight, under its name."""
+        way = along ^ (isinstance(argument, fx.Node) and untransposed(argument)[1])
         if self.engine.ways.setdefault(name, way) != way:
             raise self.error(
                 f"{name!r} is used as it is and transposed: the two are not independent, and there is no rule for it",
