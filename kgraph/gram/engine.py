@@ -75,6 +75,8 @@ class Engine:
         self.cancelled: weakref.WeakSet[Field] = weakref.WeakSet()  # sums whose digits are mostly lost
         self.ways: dict[str, int] = {}  # the dimension that layers sum a weight over, by its name
         self.made_of: dict[str, str] = {}  # the weight that a parameter is behind, by their names
+        self.repeats: dict[str, bool] = {}  # whether rows of a weight repeat, by its name
+        self.tables: set[int] = set()  # where the data of tables lies that tokens were looked up in
         self.made: dict[fx.Node, dict[fx.Node, Any]] = {}  # of known tensors computed from parameters: what they read
         self.readers: dict[str, dict[str, Tensor]] = {}  # by parameter: who reads which of its entries, entry by entry
         self._blocks: weakref.WeakKeyDictionary[Field, weakref.WeakKeyDictionary[Field, Block]]

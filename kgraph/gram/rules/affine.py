@@ -108,7 +108,8 @@ def _linear(
     u, axes = contracted(x, [len(x.axes) - 1])
     context.read_one_way(at[0], along)
     layer = make_layer(context, names, weight, bias, weight.numel() // max(out, 1))
-    result = layer_output(context, u, layer, u.places, u.how | _way(context, names[0]))
+    how = u.how | _way(context, names[0]) | (_TIED if weight.data_ptr() in context.engine.tables else EXACT)
+    result = layer_output(context, u, layer, u.places, how)
     return Value(((out, result),), (*axes[:-1], (("c", out),) if out > 1 else ()))
 
 
@@ -211,6 +212,11 @@ def _convolve(
     return _without_ones(Value(results, axes, at if len(results) > 1 else None))
 
 
+_FEW = 4
+"""Channels that one output reads up to which it is far from Gaussian: a mixture, by the squares of its weights."""
+_TIED = assumed("independent of the table that tokens are looked up in, though it is the same one")
+
+
 def _by_groups(
     context: Context, x: Value, dim: int, width: int, layer: Layer, out: int
 ) -> tuple[tuple[int, Field], ...]:
@@ -224,8 +230,8 @@ def _by_groups(
     for low, high in ranges:
         u, _ = contracted(x if high - low == total else channel_range(x, dim, low, high), [dim])
         how = u.how | note | _way(context, layer.root)
-        if width == 1 < total and not isinstance(u, f.Known):
-            how |= assumed("Gaussian after a convolution of one channel each")
+        if width <= min(_FEW, total - 1) and not isinstance(u, f.Known):
+            how |= assumed(f"Gaussian after a convolution of {width} {'channel' if width == 1 else 'channels'} each")
         places = (*u.places[: len(u.places) - len(layer.geometry.sizes)], *layer.geometry.sizes)
         if high - low == total:
             return ((out, layer_output(context, u, layer, places, how)),)

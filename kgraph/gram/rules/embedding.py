@@ -21,6 +21,7 @@ from kgraph.rules.linear import real_mean
 def embedding(context: Context, table: Tensor, ids: Tensor, padding: int = -1, *_: object) -> Value:
     """K = E[w^2] for equal tokens, E[w]^2 for different ones; NTK 1 for equal ones. ``padding`` is not trained."""
     engine, name = context.engine, context.name(0)
+    engine.tables.add(table.data_ptr())
     blank = padding >= 0 and not bool(table[padding].any())  # as nn.Embedding makes it: no draw, but zeros
     drawn = torch.cat([table[:padding], table[padding + 1 :]]) if blank else table
     q, mean = second_moment(context, name, drawn), real_mean(drawn)

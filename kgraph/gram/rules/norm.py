@@ -17,6 +17,7 @@ from kgraph.gram.align import CHANNELS, known_value
 from kgraph.gram.field import Drawn, Field, Located
 from kgraph.gram.rules.grouped import varies
 from kgraph.gram.rules.merge import as_known, combine, plus, times
+from kgraph.gram.rules.repeats import warned
 from kgraph.gram.rules.table import Context, rule
 from kgraph.gram.value import CannotFollow, Value, channel_range, place_start, places_of, roles
 from kgraph.modules import PerLocationNorm
@@ -98,6 +99,7 @@ def group_norm(
     context: Context, x: Value, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: object
 ) -> Value:
     over, width = _over(x, range(2, len(x.axes))), x.shape[1] // groups
+    x = warned(context, x)
     if width <= FEW:
         if any(size % width for size, _ in x.groups):
             raise CannotFollow("a GroupNorm across channel groups")

@@ -13,6 +13,7 @@ from kgraph.canonical import aten
 from kgraph.gram.build import moved, sliced
 from kgraph.gram.field import Joined
 from kgraph.gram.places import Insert
+from kgraph.gram.rules.repeats import warned
 from kgraph.gram.rules.table import Context, rule
 from kgraph.gram.value import (
     CannotFollow,
@@ -136,7 +137,7 @@ def _positions_only(x: Value, dim: int) -> None:
         raise CannotFollow("a copy along channels or inputs")
 
 
-def _narrow(x: Value, dim: int, index: Sequence[int]) -> Value:
+def _narrow(context: Context, x: Value, dim: int, index: Sequence[int]) -> Value:
     """Entries ``index`` along a dimension: positions are gathered, of channels a range is cut."""
     if list(index) == list(range(x.shape[dim])):
         return x
@@ -144,7 +145,7 @@ def _narrow(x: Value, dim: int, index: Sequence[int]) -> Value:
     if "c" in kinds:
         if list(index) != list(range(index[0], index[-1] + 1)):
             raise CannotFollow("a cut of channels that is no range")
-        return channel_range(x, dim, index[0], index[-1] + 1)
+        return channel_range(warned(context, x), dim, index[0], index[-1] + 1)
     if "b" in kinds:
         raise CannotFollow("a cut along the inputs")
     return gathered(x, dim, index)
@@ -153,7 +154,7 @@ def _narrow(x: Value, dim: int, index: Sequence[int]) -> Value:
 @rule(aten.select.int)
 def select(context: Context, x: Value, dim: int, index: int) -> Value:
     dim %= len(x.axes)
-    return squeezed(_narrow(x, dim, [index % max(x.shape[dim], 1)]), dim)
+    return squeezed(_narrow(context, x, dim, [index % max(x.shape[dim], 1)]), dim)
 
 
 @rule(aten.slice.Tensor)
@@ -161,7 +162,7 @@ def slice_(
     context: Context, x: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Value:
     dim %= len(x.axes)
-    return _narrow(x, dim, list(range(*slice(start, end, step).indices(x.shape[dim]))))
+    return _narrow(context, x, dim, list(range(*slice(start, end, step).indices(x.shape[dim]))))
 
 
 @rule(aten.chunk.default)
@@ -181,7 +182,7 @@ def split_with_sizes(context: Context, x: Value, sizes: Sequence[int], dim: int 
     dim %= len(x.axes)
     at, pieces = 0, []
     for size in sizes:
-        pieces.append(_narrow(x, dim, list(range(at, at + size))))
+        pieces.append(_narrow(context, x, dim, list(range(at, at + size))))
         at += size
     return pieces
 
@@ -259,6 +260,7 @@ def upsample_nearest(context: Context, x: Value, sizes: Sequence[int] | None, fa
 def pixel_shuffle(context: Context, x: Value, factor: int) -> Value:
     *lead, channels, height, width = x.shape
     n = len(lead)
+    x = warned(context, x)
     x = reshaped(x, [*lead, channels // factor**2, factor, factor, height, width])
     x = _as_positions(x, (n + 1, n + 2))
     x = permuted(x, [*range(n), n, n + 3, n + 1, n + 4, n + 2])

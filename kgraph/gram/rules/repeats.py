@@ -1,0 +1,49 @@
+"""Weights whose rows are not independent of one another: what reads channels apart is told that some are alike.
+
+Sub-pixel upsampling is often started with equal rows (ICNR, Aitken et al. 2017, arXiv 1707.02937), so that the pixels
+of a cell are one number; a layer that sums over all channels does not see it, for its own weights are independent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kgraph.gram.field import Field
+from kgraph.gram.rules.table import Context
+from kgraph.gram.value import Value
+from kgraph.how import assumed
+
+
+def warned(context: Context, x: Value) -> Value:
+    """The same, called "assumed" where rows of the weight behind it repeat."""
+    return x.each(lambda u: _warned(context, u), x.axes, x.split)
+
+
+def _warned(context: Context, u: Field) -> Field:
+    repeating = [name for name in sorted(u.names) if _repeats(context, name)]
+    if not repeating:
+        return u
+    return replace(u, how=u.how | assumed(f"channels apart as independent, though rows of {repeating[0]} repeat"))
+
+
+def _repeats(context: Context, name: str) -> bool:
+    known = context.engine.repeats
+    if name not in known:
+        parameters = dict(context.module.named_parameters(remove_duplicate=False))
+        known[name] = name in parameters and repeats(parameters[name].detach())
+    return known[name]
+
+
+def repeats(weight: Tensor) -> bool:
+    """Whether some rows of a weight are equal, and not zero."""
+    if weight.ndim < 2 or len(weight) < 2:
+        return False
+    rows = weight.flatten(1)
+    rows = rows[rows.any(1)]
+    first = rows[:, 0].sort().values
+    if not bool((first[1:] == first[:-1]).any()):
+        return False
+    return len(torch.unique(rows, dim=0)) < len(rows)
