@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kgraph.analysis import Ledger
 from kgraph.capture import Graph, capture, check_model, unread
-from kgraph.checks import seeded
+from kgraph.checks import choice, flag, mode_of, seeded, weight_of_shortcut, with_finite_values
 from kgraph.emitted import EmittedModule
 from kgraph.errors import InputError, ModelError
 from kgraph.export import OnnxExport
@@ -52,8 +52,10 @@ def analyze(
         ModelError, InputError, CaptureError: see `kgraph.errors`.
     """
     check_model(model)
+    mode = mode_of(model, mode)
+    choice("positions", positions, ("exchangeable",))
+    choice("parametrization", parametrization, ("standard", "ntk"))
     graph = _captured(model, example_inputs)
-    mode = _mode(model) if mode is None else mode
     result = propagate(graph, mode=mode, positions=positions, parametrization=parametrization)
     return _report(graph, result)
 
@@ -123,6 +125,7 @@ def transform(
     """
     check_model(model)
     chosen, seed = resolve_methods(method), seeded(seed)
+    flag("inplace", inplace)
     plan = _plan(chosen, Plan(TAT(), shortcut_weight, seed, distribution, per_location_norm))
     inputs = resolve_inputs(model, example_inputs)
     mode = _mode(model)
@@ -215,7 +218,7 @@ def shaping_targets(
         raise InputError(f"{chosen!r} has no shaping targets", hint="Pass 'dks' or 'tat'")
     owned = _copied(model)
     fold_parametrizations(owned)
-    weight = 0.8 if shortcut_weight is None else shortcut_weight
+    weight = 0.8 if shortcut_weight is None else weight_of_shortcut(shortcut_weight)
     work = prepare(capture(owned, example_inputs, verify=False), weight)
     return solve_targets(find_subnetworks(work.graph, work.propagation(), free=is_free), chosen)
 
@@ -228,7 +231,7 @@ def export_onnx(
     Raises:
         ExportError, InputError: see `kgraph.export`.
     """
-    check_model(model)
+    with_finite_values(check_model(model))
     inputs = resolve_inputs(model, example_inputs)
     record = model.kgraph if isinstance(model, EmittedModule) else None
     report = None

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from kgraph.canonical import DROPOUTS
+from kgraph.checks import with_finite_values
 from kgraph.emitted import EmittedModule
 from kgraph.errors import CaptureError, ModelError
 from kgraph.first_run import Census, foreign_draws, run_once
@@ -124,7 +125,7 @@ def capture(
     Raises:
         ModelError, InputError, CaptureError: see those classes; a CaptureError names the line.
     """
-    model = check_model(model)
+    with_finite_values(check_model(model))
     inputs = _distinct(resolve_inputs(model, example_inputs))
     notes = _mixed_modes(model)
     with untouched(model), ExitStack() as stack:

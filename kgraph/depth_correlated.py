@@ -37,7 +37,7 @@ Dual = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def check_generator(weights: str, hurst: float | None) -> None:
     """Refuse an unknown generator, and a Hurst index where none belongs or outside (0, 1)."""
-    if weights not in ("iid", "rbf", "fbm"):
+    if not isinstance(weights, str) or weights not in ("iid", "rbf", "fbm"):
         raise InputError(f"weights is {weights!r}", hint="Choose 'iid', 'rbf' or 'fbm'")
     if weights == "fbm" and (hurst is None or not 0 < hurst < 1):
         raise InputError(f"hurst is {hurst}", hint="weights='fbm' needs a Hurst index in (0, 1)")

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from kgraph import checks
 from kgraph.capture import check_model
-from kgraph.checks import with_values
+from kgraph.checks import count, flag, with_finite_values, with_values
 from kgraph.errors import InputError
 from kgraph.first_run import does_not_run
 from kgraph.float64 import InFloat64
 from kgraph.gram.kernels import batched_inputs
-from kgraph.gram.options import check_flag, learning
+from kgraph.gram.options import learning
 from kgraph.inputs import Inputs
 
 Factor = float | Tensor
@@ -78,10 +79,14 @@ def empirical_ntk(
         InputError: fewer than two directions, an unknown parameter, or an output without one row an input.
     """
     with_values(check_model(model))
-    if sketch is not None and sketch < 2:
-        raise InputError(f"sketch is {sketch}", hint="A standard error needs at least 2 directions")
+    with_finite_values(model)
+    seed = checks.seeded(seed)
+    if sketch is not None:
+        count("sketch", sketch, 2, "A standard error needs at least 2 directions")
     parameters, buffers = _double_copy(model)
-    factors = _factors(model, learning(model, multipliers or {}, check_flag("count_frozen", count_frozen)))
+    factors = _factors(
+        model, learning(model, {} if multipliers is None else multipliers, flag("count_frozen", count_frozen))
+    )
     left = _rows(model, parameters, buffers, x1, seed)
     right = left if x2 is None else _rows(model, parameters, buffers, x2, seed)
     if left[0].shape != right[0].shape:
@@ -117,6 +122,12 @@ def _factors(model: nn.Module, multipliers: Mapping[str, Factor]) -> dict[str, F
     missing = [name for name in multipliers if name not in known]
     if missing:
         raise InputError(f"the model has no parameter {missing[0]!r}", hint="See model.named_parameters()")
+    for name, factor in multipliers.items():
+        if isinstance(factor, Tensor):
+            if not bool((factor.isfinite() & (factor >= 0)).all()):
+                raise InputError(f"multipliers[{name!r}] has negative or infinite entries", hint="Pass finite ones")
+        else:
+            checks.not_negative(f"multipliers[{name!r}]", factor)
     return {known[name]: factor for name, factor in multipliers.items()}
 
 

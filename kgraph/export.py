@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from kgraph.checks import whole
 from kgraph.errors import ExportError, InputError
+from kgraph.failures import failed
 from kgraph.files import destination, placed
-from kgraph.onnx_check import Call, ExampleInputs, checked_session, has_batch, parity, reason
+from kgraph.onnx_check import Call, ExampleInputs, checked_session, has_batch, parity, reason, refuse_nan
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -89,6 +91,7 @@ def export_onnx(
     metadata = {} if report is None else {METADATA_KEY: _as_json(report)}
     _require_onnx()
     with placed(target) as file, _evaluating(model), _quiet(), torch.no_grad():
+        _try(model, call)
         # Traced at two or more: torch.export takes an axis of length 1 for a constant.
         traced = call.resized(max(2, call.batch_size()))
         names = _write(model, file, traced, shapes, opset, metadata)
@@ -101,10 +104,22 @@ def export_onnx(
 def _check_arguments(model: nn.Module, opset: int, tolerance: float) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"export_onnx takes an nn.Module, got {type(model).__name__}")
-    if opset not in OPSETS:
+    if whole("opset", opset) not in OPSETS:
         raise InputError(f"opset must be {OPSETS[0]} to {OPSETS[-1]}, got {opset}")
     if not tolerance > 0:
         raise InputError(f"tolerance must be positive, got {tolerance}")
+
+
+def _try(model: nn.Module, call: Call) -> None:
+    """One run: the exporter would try every way it has, and print what goes wrong in each."""
+    try:
+        outputs = model(*call.args, **call.kwargs)
+    except Exception as error:  # whatever the user's forward raises
+        raise InputError(
+            f"{type(model).__name__} does not run on the example inputs: {failed(error)}",
+            hint="Pass example_inputs that the model's forward accepts",
+        ) from error
+    refuse_nan(outputs, "on the example inputs")
 
 
 def _as_json(report: Mapping[str, Any]) -> str:

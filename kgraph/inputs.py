@@ -61,6 +61,8 @@ def batch_size(inputs: Inputs) -> int:
 
 
 def _with_batch(inputs: Inputs) -> Inputs:
+    if batch_size(inputs) == 0:
+        raise InputError("the example inputs have no rows: the first dimension is 0", hint="Pass at least one")
     if batch_size(inputs) != 1:
         return inputs
 

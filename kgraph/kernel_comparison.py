@@ -20,8 +20,10 @@ from torch.utils import _pytree as pytree
 
 from kgraph.canonical import operation_name
 from kgraph.capture import Graph, check_model
+from kgraph.checks import count as count_of
+from kgraph.checks import flag, not_negative, positive, seeded
 from kgraph.errors import InputError
-from kgraph.files import save_figure
+from kgraph.files import destination, save_figure
 from kgraph.gram.kernels import NodeGram, batched_inputs, captured, kernels
 from kgraph.gram.options import learning
 from kgraph.node_moments import NodeMoments, cosine_of, measure, own_moments
@@ -91,6 +93,8 @@ class KernelComparison:
         an event of Student's. Slack is relative (to sqrt(Theta_aa Theta_bb) for an NTK), absolute for c. Returns
         (node, quantity, predicted, measured, allowed).
         """
+        positive("sigmas", sigmas)
+        not_negative("width_factor", width_factor)
         wide = float(stats.t.isf(stats.norm.sf(sigmas), self.draws - 1))
         return [d for d in self._differences(wide, width_factor) if not abs(d[3] - d[2]) <= d[4]]
 
@@ -110,7 +114,8 @@ class KernelComparison:
 
     def text(self, *, width: int = PLAIN_WIDTH, all_nodes: bool = False) -> str:
         """What `print` shows; rows that repeat the numbers of the row above are hidden unless ``all_nodes``."""
-        return to_text(self._parts(width, all_nodes), width)
+        flag("all_nodes", all_nodes)
+        return to_text(self._parts(count_of("width", width), all_nodes), width)
 
     def __str__(self) -> str:
         return self.text()
@@ -145,6 +150,7 @@ class KernelComparison:
         Raises:
             InputError: matplotlib is not installed.
         """
+        destination(path)
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -186,8 +192,8 @@ def compare(
         InputError: fewer than two draws or inputs; and what `kgraph.kernels` raises.
     """
     check_model(model)
-    if draws < 2:
-        raise InputError(f"draws is {draws}", hint="A standard error needs at least 2")
+    count_of("draws", draws, 2, "A standard error needs at least 2")
+    seed = seeded(seed)
     x = pytree.tree_map(_double, x1)  # on the CPU: measuring goes through the captured graph
     inputs, n = batched_inputs(x)
     if n < 2:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from kgraph.checks import number
+from kgraph.checks import flag, number
 from kgraph.errors import InputError
 
 
@@ -24,6 +24,7 @@ class DKS:
     keep_relu: bool = False
 
     def __post_init__(self) -> None:
+        flag("keep_relu", self.keep_relu)
         if not 1 < number("zeta", self.zeta) < math.inf:
             raise InputError(f"zeta is {self.zeta}", hint="DKS needs zeta > 1; 1.5 is the published default")
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kgraph.analysis import Analysis, NodeKernel
 from kgraph.canonical import aten
 from kgraph.capture import Graph, capture, check_model
-from kgraph.checks import cosines_of, seeded, whole, with_values
+from kgraph.checks import callback, cosines_of, count, mode_of, not_negative, positive, seeded, with_values
 from kgraph.errors import InputError
 from kgraph.finite import Runner
 
@@ -118,6 +118,8 @@ class MonteCarlo:
         Returns:
             (node, quantity, predicted, measured, allowed)
         """
+        _check_report(analysis, curvature)
+        positive("sigmas", sigmas)
         found = []
         slack = self.allowances(analysis, curvature)
         sigmas = float(stats.t.isf(stats.norm.sf(sigmas), self.draws - 1))
@@ -136,6 +138,7 @@ class MonteCarlo:
 
     def allowances(self, analysis: Analysis, curvature: float = 1.0) -> dict[str, float]:
         """What finite width may add at every node: see `disagreements`."""
+        _check_report(analysis, curvature)
         rows = {row.name: row for row in analysis.nodes}
         slack: dict[str, float] = {}
         for row in analysis.nodes:
@@ -188,15 +191,16 @@ def montecarlo(
     Raises:
         InputError: fewer than two draws, or an unknown mode; and what `capture` raises.
     """
-    if whole("draws", draws) < 2:
-        raise InputError(f"draws is {draws}", hint="A standard error needs at least 2")
+    count("draws", draws, 2, "A standard error needs at least 2")
+    seed, cosines = seeded(seed), cosines_of(cosines)
+    if background is not None:
+        count("background", background, 0)
+    callback("progress", progress)
     with_values(check_model(model))
-    mode = mode or ("train" if model.training else "eval")
-    if mode not in ("train", "eval"):
-        raise InputError(f"mode is {mode!r}", hint="Choose 'train' or 'eval'")
+    mode = mode_of(model, mode)
     graph = capture(model, example_inputs, verify=False)
-    runner = Runner(graph, cosines_of(cosines), mode, background)
-    generator = torch.Generator().manual_seed(seeded(seed))
+    runner = Runner(graph, cosines, mode, background)
+    generator = torch.Generator().manual_seed(seed)
     samples: dict[str, list[Tensor]] = {}
     with redrawn(graph.root, _as_they_are(graph)) as redraw, torch.no_grad():
         for draw in range(draws):
@@ -207,6 +211,12 @@ def montecarlo(
                 progress(draw + 1, draws)
     nodes = {name: _summary(name, values, runner.widths[name]) for name, values in samples.items()}
     return MonteCarlo(nodes, tuple(cosines), draws, mode, runner.size - runner.probes)
+
+
+def _check_report(analysis: object, curvature: object) -> None:
+    if not isinstance(analysis, Analysis):
+        raise InputError(f"analysis is a {type(analysis).__name__}", hint="Pass the .analysis of a report")
+    not_negative("curvature", curvature)
 
 
 def _summary(name: str, values: list[Tensor], width: int) -> Measured:

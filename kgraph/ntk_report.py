@@ -19,10 +19,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from kgraph.capture import Graph
+from kgraph.checks import flag
 from kgraph.errors import InputError
 from kgraph.gram import Kernels, kernels
 from kgraph.gram.kernels import batched_inputs, captured
-from kgraph.gram.options import check_flag, learning
+from kgraph.gram.options import learning
 from kgraph.gram.tiles import Bar
 
 Run = Callable[[Mapping[str, float | Tensor]], Kernels]
@@ -107,7 +108,7 @@ def ntk_report(
     """
     graph = model if isinstance(model, Graph) else captured(model, batched_inputs(x)[0])
     given = dict.fromkeys((name for name, _ in graph.module.named_parameters(remove_duplicate=False)), 1.0)
-    given |= learning(graph.root, multipliers or {}, check_flag("count_frozen", count_frozen))
+    given |= learning(graph.root, {} if multipliers is None else multipliers, flag("count_frozen", count_frozen))
 
     def run(chosen: Mapping[str, float | Tensor]) -> Kernels:
         return kernels(graph, x, parametrization=parametrization, mode=mode, multipliers=chosen, seed=seed)

@@ -123,6 +123,7 @@ def parity(
         raise ExportError(f"onnxruntime could not run the file {where}. {reason(error)}") from error
     if len(found) != len(wanted) or not found:
         raise ExportError(f"The file has {len(found)} outputs, the model {len(wanted)}")
+    refuse_nan(wanted, where)
     ratios = {
         name: _error(torch.from_numpy(a), b, tolerance) for name, a, b in zip(outputs, found, wanted, strict=True)
     }
@@ -131,6 +132,16 @@ def parity(
     if not error <= allowed:
         raise ExportError(f"Output '{worst}' differs by {error:.3g} {where}, more than the {allowed:.3g} allowed")
     return max(error for error, _ in ratios.values())
+
+
+def refuse_nan(outputs: object, where: str) -> None:
+    """An ExportError for outputs of the model itself that no file can be compared with."""
+    for i, value in enumerate(pytree.tree_leaves(outputs)):
+        if isinstance(value, Tensor) and bool(value.isnan().any()):
+            raise ExportError(
+                f"Output {i} of the model itself holds nan {where}, which no file can be compared with",
+                hint="Pass example_inputs on which the model computes numbers",
+            )
 
 
 def _error(found: Tensor, wanted: Tensor, tolerance: float) -> tuple[float, float]:

@@ -59,7 +59,7 @@ def param_groups(
         raise InputError(
             f"lr is {lr}, stride_exponent is {stride_exponent}", hint="Pass a positive rate and a finite exponent"
         )
-    beta = _beta_of(model) if beta is None else beta
+    beta = _beta_of(model) if beta is None else number("beta", beta)
     if not 0 <= beta < 1:
         raise InputError(f"beta is {beta}", hint="It is the standard deviation of the biases, in [0, 1)")
     rates: dict[int, float] = {}

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from kgraph import algebra, draws, laws
 from kgraph.canonical import aten, operation_name
 from kgraph.capture import Graph
-from kgraph.errors import InputError
+from kgraph.checks import choice
 from kgraph.kernel import SAME, Apply, Kernel, Pairs, Part, Product, Samples, Sum
 from kgraph.roots import Root, Roots
 from kgraph.rules import Context, Sampler, find_rule
@@ -92,9 +92,9 @@ def propagate(
     Raises:
         InputError: unknown mode, position model or parametrization.
     """
-    _check_choice("mode", mode, ("train", "eval"))
-    _check_choice("positions", positions, ("exchangeable",))
-    _check_choice("parametrization", parametrization, ("standard", "ntk"))
+    choice("mode", mode, ("train", "eval"))
+    choice("positions", positions, ("exchangeable",))
+    choice("parametrization", parametrization, ("standard", "ntk"))
     start = time.perf_counter()
     draws.restart()
     laws.restart()
@@ -104,11 +104,6 @@ def propagate(
     values |= walk.unallocated.values
     seconds, notes = time.perf_counter() - start, walk.unallocated.notes()
     return Propagation(values, walk.pairs, mode, seconds, parametrization, notes)
-
-
-def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(f"{name} is {value!r}", hint=f"Choose one of {', '.join(known)}")
 
 
 class _Walk:

@@ -12,6 +12,7 @@ from torch import fx
 from kgraph.analysis import Ledger
 from kgraph.canonical import operation_name
 from kgraph.capture import Graph
+from kgraph.checks import choice, flag, weight_of_shortcut
 from kgraph.errors import TargetError
 from kgraph.kernel import SAME, Kernel, Pairs
 from kgraph.methods import DKS, TAT, Method
@@ -47,6 +48,12 @@ class Plan:
     distribution: str = "suo"
     per_location_norm: bool = False
     progress: Callable[[str], None] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        flag("per_location_norm", self.per_location_norm)
+        choice("distribution", self.distribution, ("suo", "gaussian"))
+        if self.shortcut_weight is not None:
+            weight_of_shortcut(self.shortcut_weight)
 
     def structure(self) -> Pipeline:
         """Passes before the targets are known: norms, residual sums, weights."""

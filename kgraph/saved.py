@@ -20,10 +20,10 @@ from torch.utils import _pytree as pytree
 
 from kgraph.api import transform
 from kgraph.capture import check_model
+from kgraph.emitted import EmittedModule
 from kgraph.errors import InputError, ModelError
 from kgraph.files import named, placed
 from kgraph.inputs import Inputs, resolve_inputs
-from kgraph.lift import EmittedModule
 from kgraph.untouched import untouched
 
 FORMAT = "kgraph-model/1"

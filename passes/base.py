@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from kgraph.analysis import Change, Ledger
 from kgraph.capture import Graph
-from kgraph.errors import PassError
+from kgraph.checks import callback, choice, seeded
+from kgraph.errors import InputError, PassError
 from kgraph.kernel import Kernel
 from kgraph.modules import Scale, ShapedActivation, WeightedSum
 from kgraph.nonlinear import Region, find_regions
@@ -43,6 +44,14 @@ class Workspace:
     _random: dict[fx.Node, bool] = field(default_factory=dict)
     _regions: list[Region] | None = None
     _names: dict[tuple[str, bool], int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.graph, Graph):
+            raise InputError(
+                f"graph is a {type(self.graph).__name__}", hint="Pass what kgraph.capture.capture returned"
+            )
+        choice("mode", self.mode, ("train", "eval"))
+        seeded(self.seed)
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -277,6 +286,11 @@ class Pipeline(Pass):
 
     passes: tuple[Pass, ...] = ()
     progress: Callable[[str], None] | None = None
+
+    def __post_init__(self) -> None:
+        callback("progress", self.progress)
+        if not isinstance(self.passes, tuple | list) or not all(isinstance(step, Pass) for step in self.passes):
+            raise InputError(f"passes is {self.passes!r}", hint="Pass a tuple of passes such as RemoveNorms()")
 
     def rewrite(self, work: Workspace) -> None:
         for step in self.passes:

@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.modules.module import _WrappedHook
 from torch.nn.utils import parametrize
 
+from kgraph.errors import ModelError
+
 _NORMS_OF_TORCH = tuple(f"torch.nn.utils.{name}" for name in ("parametrizations", "weight_norm", "spectral_norm"))
 
 
@@ -17,6 +19,8 @@ def fold_parametrizations(model: nn.Module) -> list[str]:
 
     The rewrite re-draws weights; a parametrization would normalize the new weights again.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}", hint="Pass the model itself")
     folded = []
     for path, module in list(model.named_modules()):
         if parametrize.is_parametrized(module):

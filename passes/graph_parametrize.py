@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from kgraph.canonical import aten, operation_name
 from kgraph.capture import capture, check_model
+from kgraph.checks import flag
 from kgraph.emitted import EmittedModule
 from kgraph.parent_scale import PARENT_SCALE, ParentScale, Taps
 from kgraph.passes.base import Pass, Workspace, owner_path
@@ -39,6 +40,9 @@ class GraphParametrize(Pass):
     """
 
     dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        flag("dynamic", self.dynamic)
 
     def rewrite(self, work: Workspace) -> None:
         for node in work.nodes:
@@ -87,12 +91,13 @@ def graph_parametrize(model: nn.Module, example_inputs: object = None, *, dynami
     Raises:
         ModelError, InputError, CaptureError: see `kgraph.errors`.
     """
+    step = GraphParametrize(dynamic)
     owned = copy.deepcopy(check_model(model))
     work = Workspace(capture(owned, example_inputs), "eval")
-    GraphParametrize(dynamic).run(work)
+    step.run(work)
     result = work.graph.emit()
     result.train(model.training)
-    result.meta["kgraph"] = work.ledger(repr(GraphParametrize(dynamic)))
+    result.meta["kgraph"] = work.ledger(repr(step))
     return result
 
 

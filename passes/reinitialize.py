@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kgraph.canonical import aten, operation_name
+from kgraph.checks import choice, flag
 from kgraph.initializers import reinitialize_weight_
 from kgraph.passes.base import Pass, Workspace
 from kgraph.rules.linear import mean_square
@@ -36,6 +37,10 @@ class Reinitialize(Pass):
 
     distribution: str = "suo"
     delta: bool = True
+
+    def __post_init__(self) -> None:
+        choice("distribution", self.distribution, ("suo", "gaussian"))
+        flag("delta", self.delta)
 
     def rewrite(self, work: Workspace) -> None:
         generator = work.generator

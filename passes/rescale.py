@@ -16,6 +16,7 @@ from torch import fx
 
 from kgraph import algebra
 from kgraph.canonical import operation_name
+from kgraph.checks import flag, positive
 from kgraph.kernel import Kernel
 from kgraph.modules import Scale, ShapedActivation
 from kgraph.nonlinear import Region
@@ -50,6 +51,10 @@ class Rescale(Pass):
 
     tolerance: float = 1e-7
     only_gates: bool = False
+
+    def __post_init__(self) -> None:
+        positive("tolerance", self.tolerance)
+        flag("only_gates", self.only_gates)
 
     def rewrite(self, work: Workspace) -> None:
         reasons = self._candidates(work)

@@ -14,8 +14,7 @@ import networkx as nx
 from torch import fx
 
 from kgraph.canonical import aten, operation_name
-from kgraph.checks import number
-from kgraph.errors import InputError
+from kgraph.checks import weight_of_shortcut
 from kgraph.modules import WeightedSum
 from kgraph.passes.base import Pass, Workspace, owner_path
 
@@ -43,8 +42,7 @@ class ScaleResiduals(Pass):
     shortcut_weight: float = 0.8
 
     def __post_init__(self) -> None:
-        if not 0 <= number("shortcut_weight", self.shortcut_weight) <= 1:
-            raise InputError(f"shortcut_weight is {self.shortcut_weight}", hint="Pass a number in [0, 1]")
+        weight_of_shortcut(self.shortcut_weight)
 
     def rewrite(self, work: Workspace) -> None:
         inside = _inside_regions(work)

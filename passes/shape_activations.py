@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 
 from kgraph.canonical import aten, operation_name
 from kgraph.denominators import is_denominator
-from kgraph.errors import KGraphError
+from kgraph.errors import InputError, KGraphError
 from kgraph.maps import Pointwise
 from kgraph.methods import DKS, TAT, Method
 from kgraph.modules import FunctionModule, ShapedActivation
@@ -51,6 +51,12 @@ class ShapeActivations(Pass):
 
     method: Method = field(default_factory=TAT)
     targets: ShapingTargets | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, DKS | TAT):
+            raise InputError(f"method is {self.method!r}", hint="Pass an instance of DKS or TAT")
+        if self.targets is not None and not isinstance(self.targets, ShapingTargets):
+            raise InputError(f"targets is {self.targets!r}", hint="Pass what kgraph.shaping_targets returned")
 
     def rewrite(self, work: Workspace) -> None:
         assert self.targets is not None

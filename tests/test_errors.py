@@ -162,7 +162,7 @@ def test_shortcut_weight(weight: float) -> None:
 
 
 def test_unknown_distribution() -> None:
-    with pytest.raises(InputError, match=r"distribution.*'suo' or 'gaussian'"):
+    with pytest.raises(InputError, match=r"distribution.*'suo', 'gaussian'"):
         kgraph.transform(small(), "dks", X, distribution="xavier")
 
 
@@ -183,9 +183,9 @@ def test_unmet_targets() -> None:
 
 
 def test_unknown_positions_and_mode() -> None:
-    with pytest.raises(InputError, match=r"positions is 'grid'.*Choose one of exchangeable"):
+    with pytest.raises(InputError, match=r"positions is 'grid'.*Choose one of 'exchangeable'"):
         kgraph.analyze(small(), X, positions="grid")
-    with pytest.raises(InputError, match=r"mode is 'test'.*Choose one of train, eval"):
+    with pytest.raises(InputError, match=r"mode is 'test'.*Choose one of 'train', 'eval'"):
         kgraph.analyze(small(), X, mode="test")
     with pytest.raises(InputError, match=r"mode is 'test'"):
         kgraph.montecarlo(small(), X, mode="test")

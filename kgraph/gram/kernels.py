@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from kgraph.capture import Graph, capture, check_model
-from kgraph.checks import with_values
+from kgraph.checks import choice, finite_inputs, flag, mode_of, seeded, with_values
 from kgraph.errors import InputError, RuleError
 from kgraph.gram.block import Block
 from kgraph.gram.device import away, computing_device, device_of, here, on
@@ -20,7 +20,7 @@ from kgraph.gram.engine import Engine
 from kgraph.gram.exchangeable import Exchangeable
 from kgraph.gram.joint import NeedsAllPairs
 from kgraph.gram.layout import Diagonal, Full, Layout, NeedsFull
-from kgraph.gram.options import check_by_parameter, check_choice, check_flag, check_memory, check_nodes, learning
+from kgraph.gram.options import check_by_parameter, check_memory, check_nodes, learning
 from kgraph.gram.read import gram_of
 from kgraph.gram.result import Kernels, NodeGram
 from kgraph.gram.rows import Rows
@@ -100,19 +100,21 @@ def kernels(
         ModelError, InputError, CaptureError, RuleError: see `kgraph.errors`. InputError too where the matrix is over
             ``memory_gib`` and needs all inputs at once (batch statistics, joint draws).
     """
-    check_choice("parametrization", parametrization, ("standard", "ntk"))
-    check_choice("positions", positions, tuple(LAYOUTS))
+    choice("parametrization", parametrization, ("standard", "ntk"))
+    choice("positions", positions, tuple(LAYOUTS))
+    flag("with_ntk", with_ntk)
+    flag("count_frozen", count_frozen)
+    seed = seeded(seed)
     check_nodes(nodes)
     check_memory(memory_gib)
     device = computing_device(x1)
     first, n1 = batched_inputs(x1)
     second, n2 = batched_inputs(x2) if x2 is not None else (None, n1)
     graph = model if isinstance(model, Graph) else captured(model, first)
-    mode = mode or ("train" if graph.root.training else "eval")
-    check_choice("mode", mode, ("train", "eval"))
-    check_by_parameter("variances", variances or {}, graph)
-    check_by_parameter("multipliers", multipliers or {}, graph)
-    speeds = learning(graph.root, multipliers or {}, check_flag("count_frozen", count_frozen)) if with_ntk else {}
+    mode = mode_of(graph.root, mode)
+    check_by_parameter("variances", {} if variances is None else variances, graph)
+    check_by_parameter("multipliers", {} if multipliers is None else multipliers, graph)
+    speeds = learning(graph.root, {} if multipliers is None else multipliers, count_frozen) if with_ntk else {}
     if with_ntk:
         refuse_stops(graph, speeds)
     options = Options(mode, variances or {}, speeds)
@@ -124,14 +126,20 @@ def kernels(
     return result.to(device_of(x1))
 
 
+def _without_choice(options: dict[str, Any]) -> dict[str, Any]:
+    if "with_ntk" in options:
+        raise InputError("with_ntk is an option of kgraph.kernels", hint="Leave it out")
+    return options
+
+
 def nngp(model: nn.Module | Graph, x1: Any, x2: Any = None, **options: Any) -> Tensor:
     """NNGP Gram matrix of the model's output, [n1, n2]; options as for `kernels`."""
-    return kernels(model, x1, x2, with_ntk=False, **options).nngp
+    return kernels(model, x1, x2, **_without_choice(options), with_ntk=False).nngp
 
 
 def ntk(model: nn.Module | Graph, x1: Any, x2: Any = None, parametrization: str = "standard", **options: Any) -> Tensor:
     """NTK Gram matrix of the model's output, [n1, n2]; options as for `kernels`."""
-    result = kernels(model, x1, x2, parametrization=parametrization, **options).ntk
+    result = kernels(model, x1, x2, parametrization=parametrization, **_without_choice(options)).ntk
     assert result is not None
     return result
 
@@ -154,6 +162,7 @@ def batched_inputs(x: Any) -> tuple[Inputs, int]:
         raise InputError("the inputs have no common first dimension", hint="Pass tensors with one row an input")
     if 0 in sizes:
         raise InputError("there are no inputs: the first dimension is 0", hint="Pass at least one")
+    finite_inputs(tuple(inputs))
     return inputs, sizes.pop()
 
 
@@ -197,7 +206,9 @@ def _joined(first: Inputs, second: Inputs | None, n1: int, n2: int) -> tuple[lis
         return [torch.cat([x, x]) if isinstance(x, Tensor) else x for x in leaves], Rows.square(2)
     others = pytree.tree_leaves(tuple(second))
     shapes = [[tuple(x.shape[1:]) for x in given if isinstance(x, Tensor)] for given in (leaves, others)]
-    if len(leaves) != len(others) or shapes[0] != shapes[1]:
+    if pytree.tree_structure(tuple(first)) != pytree.tree_structure(tuple(second)):
+        raise InputError("x1 and x2 name the model's arguments differently", hint="Pass both in the same way")
+    if shapes[0] != shapes[1]:
         raise InputError(f"x1 and x2 differ: {shapes[0]} against {shapes[1]} an input", hint="Pass inputs of one shape")
     both = [torch.cat([x, y]) if isinstance(x, Tensor) else x for x, y in zip(leaves, others, strict=True)]
     return both, Rows.cross(n1, n2)

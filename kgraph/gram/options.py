@@ -13,17 +13,11 @@ from kgraph.capture import Graph
 from kgraph.errors import InputError
 
 
-def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
-    """One of a few words."""
-    if value not in known:
-        raise InputError(f"{name} is {value!r}", hint=f"Choose one of {', '.join(known)}")
-
-
 def check_nodes(nodes: object) -> None:
     """Names of nodes, or "all"."""
-    if nodes == "all" or (
-        isinstance(nodes, Sequence) and not isinstance(nodes, str) and all(isinstance(name, str) for name in nodes)
-    ):
+    if isinstance(nodes, str) and nodes == "all":
+        return
+    if isinstance(nodes, Sequence) and not isinstance(nodes, str) and all(isinstance(name, str) for name in nodes):
         return
     raise InputError(f"nodes is {nodes!r}", hint='Pass a list of node names, or "all"')
 
@@ -34,19 +28,14 @@ def check_memory(memory_gib: object) -> None:
         raise InputError(f"memory_gib is {memory_gib!r}", hint="Pass a number of GiB above 0")
 
 
-def check_flag(name: str, value: object) -> bool:
-    """True or False."""
-    if not isinstance(value, bool):
-        raise InputError(f"{name} is {value!r}", hint="Pass True or False")
-    return value
-
-
 def learning(model: nn.Module, multipliers: Mapping[str, Any], count_frozen: bool) -> dict[str, Any]:
     """Learning-rate multipliers, 0 for every frozen parameter that is given none (tied ones by all their names).
 
     Raises:
         InputError: nothing is trained at all.
     """
+    if not isinstance(multipliers, Mapping):
+        raise InputError(f"multipliers is {multipliers!r}", hint="Pass a dict of numbers by parameter name")
     if count_frozen:
         return dict(multipliers)
     named = list(model.named_parameters(remove_duplicate=False))

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kgraph.checks import device_named
+
 
 @dataclass(frozen=True)
 class NodeGram:
@@ -32,6 +34,7 @@ class NodeGram:
 
     def to(self, device: torch.device) -> NodeGram:
         """The same with its tensors on another device."""
+        device = device_named(device)
         moved = {n: getattr(self, n) for n in ("nngp", "ntk", "one_minus_c")}
         return replace(self, **{n: None if t is None else t.to(device) for n, t in moved.items()})
 
@@ -54,6 +57,7 @@ class Kernels:
 
     def to(self, device: torch.device) -> Kernels:
         """The same with all tensors on another device."""
+        device = device_named(device)
         nodes = {name: gram.to(device) for name, gram in self.nodes.items()}
         return replace(self, output=self.output.to(device), nodes=nodes)
 

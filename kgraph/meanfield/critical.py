@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 
 from scipy.optimize import brentq
 
+from kgraph.checks import not_negative
 from kgraph.errors import InputError
 from kgraph.meanfield.moments import Activation, Moments, as_pointwise
 from kgraph.meanfield.phases import MeanField
@@ -34,8 +35,8 @@ def critical_point(activation: Activation, *, q: float | None = None, sigma_b2: 
     """
     phi = as_pointwise(activation)
     for name, value in (("q", q), ("sigma_b2", sigma_b2)):
-        if value is not None and not hasattr(value, "__float__"):  # a tensor of one number will do
-            raise InputError(f"{name} is {value!r}", hint="Pass a number")
+        if value is not None:
+            not_negative(name, value)
     if (q is None) == (sigma_b2 is None):
         raise InputError("give either q or sigma_b2", hint="critical_point('tanh', q=1e-3)")
     if q is None:

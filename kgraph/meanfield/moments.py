@@ -37,9 +37,9 @@ def as_pointwise(activation: Activation) -> Pointwise:
     # A module's parameters may change between two calls, a function's do not. Integrals are taken in float64.
     if isinstance(activation, nn.Module):
         activation = deepcopy(activation).double() if any(True for _ in activation.parameters()) else activation
-        _refuse_vectors(activation)
+        refuse_vectors(activation)
         return Pointwise(activation)
-    _refuse_vectors(activation)
+    refuse_vectors(activation)
     try:
         return _wrapped(activation)
     except TypeError:  # an object with __eq__ and no __hash__ of its own
@@ -56,7 +56,7 @@ def fine_rule(plan: Plan, root: Tensor) -> tuple[Tensor, Tensor]:
     return gaussian_rule(torch.cat([edges, middles], -1).sort(-1).values)
 
 
-def _refuse_vectors(activation: Callable[[Tensor], Tensor]) -> None:
+def refuse_vectors(activation: Callable[[Tensor], Tensor]) -> None:
     """Raise InputError if an activation is no function of one entry, such as a softmax or a linear layer."""
     with torch.enable_grad():
         x = torch.tensor([-1.3, 0.2, 0.7, 2.1], dtype=torch.float64, requires_grad=True)

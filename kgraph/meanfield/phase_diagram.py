@@ -14,7 +14,7 @@ from scipy.interpolate import RectBivariateSpline
 from torch import Tensor
 
 from kgraph.errors import InputError, KGraphError
-from kgraph.files import save_figure
+from kgraph.files import destination, save_figure
 from kgraph.maps import Pointwise
 from kgraph.meanfield.critical import critical_point
 from kgraph.meanfield.moments import Activation, as_pointwise
@@ -56,6 +56,7 @@ class PhaseDiagram:
         Raises:
             KGraphError: matplotlib is not installed.
         """
+        destination(path)
         try:
             from matplotlib.colors import LogNorm
             from matplotlib.figure import Figure

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from scipy.optimize import brentq
 
-from kgraph.errors import InputError
+from kgraph.checks import not_negative, positive
 from kgraph.maps import Pointwise
 from kgraph.meanfield.moments import Activation, Moments, as_pointwise, refuse_jumps
 
@@ -101,9 +101,8 @@ def mean_field(activation: Activation, sigma_w2: float, sigma_b2: float = 0.0, *
 
 def q_fixed_point(activation: Activation, sigma_w2: float, sigma_b2: float = 0.0, *, q0: float = 1.0) -> float:
     """The fixed point of ``q' = sb2 + sw2 E[phi^2]`` that q moves to from ``q0``: 0 or inf where none stops it."""
-    if not (0 <= sigma_w2 < math.inf and 0 <= sigma_b2 < math.inf and 0 < q0 < math.inf):
-        what = f"sigma_w2={sigma_w2}, sigma_b2={sigma_b2}, q0={q0}"
-        raise InputError(what, hint="Variances are finite and >= 0, and q0 > 0")
+    sigma_w2, sigma_b2 = not_negative("sigma_w2", sigma_w2), not_negative("sigma_b2", sigma_b2)
+    q0 = positive("q0", q0)
     phi = as_pointwise(activation)
 
     def excess(log_q: float) -> float:

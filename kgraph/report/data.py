@@ -62,7 +62,7 @@ def read_analysis(text: str) -> Analysis:
     """
     try:
         return decode(Analysis, json.loads(text))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"This is not a kgraph report ({error!r})", hint="Pass what to_json() returned") from error
 
 

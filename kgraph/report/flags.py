@@ -31,6 +31,7 @@ from typing import Literal
 from kgraph.analysis import Analysis, NodeKernel
 from kgraph.report.flow import Flow
 
+KINDS = ("not finite", "dead", "explodes", "vanishes", "collapse", "positions", "chaos", "assumed", "sampled")
 Severity = Literal["bad", "warn", "info"]
 
 COLLAPSE, COLLAPSE_OVER = 0.05, 0.2  # begins below, is over above (share of the input's distance)

@@ -13,8 +13,11 @@ import networkx as nx
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from kgraph.analysis import Analysis, Ledger, NodeKernel
+from kgraph.checks import choice, count, flag
+from kgraph.errors import InputError
 from kgraph.files import write_text
 from kgraph.report import data
+from kgraph.report.flags import KINDS
 from kgraph.report.html import Section, render
 from kgraph.report.ledger import ledger_lines
 from kgraph.report.plots import plot
@@ -62,11 +65,14 @@ class Report:
 
     def flagged(self, *kinds: str) -> tuple[Row, ...]:
         """Rows with a flag (of one of these kinds, e.g. "collapse", "chaos", "explodes", "assumed")."""
+        for kind in kinds:
+            choice("kind", kind, KINDS)
         return tuple(row for row in self.rows if any(not kinds or f.kind in kinds for f in row.flags))
 
     def text(self, *, all_nodes: bool = False, width: int | None = None) -> str:
         """What `print(report)` shows; `all_nodes` also lists nodes that merely re-index."""
-        width = width or _width()
+        flag("all_nodes", all_nodes)
+        width = _width() if width is None else count("width", width)
         return to_text(report_lines(self.analysis, self.rows, self.summary, width, all_nodes), width)
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,6 +94,8 @@ class Report:
 
     def to_html(self, path: str | Path | None = None, ledger: Ledger | None = None) -> str:
         """One self-contained HTML page, also written to `path`; with a ledger, the changes are listed."""
+        if ledger is not None and not isinstance(ledger, Ledger):
+            raise InputError(f"ledger is {ledger!r}", hint="Pass the ledger of a transform's record")
         return write_text(render(f"Kernel of {self.analysis.model}", [self.section()], ledger), path)
 
     def plot(self) -> Figure:
@@ -100,6 +108,8 @@ class Report:
 
     def section(self, label: str = "") -> Section:
         """This report as a part of a page."""
+        if not isinstance(label, str):
+            raise InputError(f"label is {label!r}", hint="Pass a text")
         return Section(label, self.analysis, self.rows, self.summary)
 
     def __str__(self) -> str:
@@ -122,8 +132,8 @@ class Comparison:
 
     def text(self, *, width: int | None = None, examples: int = 3) -> str:
         """What `print(comparison)` shows; `examples` changes of each kind."""
-        width = width or _width()
-        return to_text(self._parts(width, examples), width)
+        width = _width() if width is None else count("width", width)
+        return to_text(self._parts(width, count("examples", examples, 0)), width)
 
     def to_dict(self) -> dict[str, Any]:
         """Both reports and the ledger as JSON-ready data."""

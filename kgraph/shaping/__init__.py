@@ -20,9 +20,11 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor, nn
 
+from kgraph.checks import number
 from kgraph.errors import InputError, TargetError
 from kgraph.maps import Pointwise, pointwise
 from kgraph.maps.quadrature import jets, line_rule
+from kgraph.meanfield.moments import refuse_vectors
 from kgraph.shaping.conditions import ShapedConstants, dks_conditions, dks_targets, tat_conditions
 from kgraph.shaping.leaky import leaky_dks, leaky_relu_c_map, relu_dks, trelu, two_slopes
 from kgraph.shaping.newton import best_solution, starts_for
@@ -50,6 +52,9 @@ def shape_activation(
     given = [target for target in (psi, kappa, negative_slope) if target is not None]
     if len(given) != 1:
         raise InputError(f"Exactly one of psi, kappa and negative_slope must be given, not {len(given)}")
+    for name, target in (("psi", psi), ("kappa", kappa), ("negative_slope", negative_slope)):
+        if target is not None:
+            number(name, target)
     function = _as_pointwise(phi)
     slopes = two_slopes(function)
     if negative_slope is not None:
@@ -87,9 +92,14 @@ def _named(name: str) -> Pointwise:
 def _as_pointwise(phi: str | nn.Module | Pointwise | Callable[[Tensor], Tensor]) -> Pointwise:
     if isinstance(phi, str):
         return _named(phi)
+    if not callable(phi):
+        raise InputError(f"{phi!r} is no activation", hint="Pass a name, a function or a module")
     if isinstance(phi, nn.Module):
-        return Pointwise(copy.deepcopy(phi).to(torch.float64))
-    return phi if isinstance(phi, Pointwise) else Pointwise(phi)
+        phi = copy.deepcopy(phi).to(torch.float64)
+    if isinstance(phi, Pointwise):
+        return phi
+    refuse_vectors(phi)
+    return Pointwise(phi)
 
 
 def _jumps(phi: Pointwise, order: int) -> bool:

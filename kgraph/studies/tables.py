@@ -12,6 +12,8 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from kgraph.checks import count as count_of
+from kgraph.checks import flag
 from kgraph.report.numbers import short
 from kgraph.report.table import PLAIN_WIDTH, to_text
 
@@ -38,7 +40,8 @@ class LayerReport(ABC):
 
     def text(self, *, width: int = PLAIN_WIDTH, all_nodes: bool = False) -> str:
         """What `print` shows; ``all_nodes`` lists every layer of a deep network."""
-        return to_text(self._parts(width, all_nodes), width)
+        flag("all_nodes", all_nodes)
+        return to_text(self._parts(count_of("width", width), all_nodes), width)
 
     def __str__(self) -> str:
         return self.text()

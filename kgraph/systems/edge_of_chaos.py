@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
-from kgraph.checks import numbers
+from kgraph.checks import choice, flag, numbers
 from kgraph.errors import InputError
 from kgraph.passes.base import Pass
 from kgraph.passes.edge_of_chaos import CriticalWeights, WeightLaw
@@ -39,14 +39,14 @@ class EdgeOfChaos(System):
 
     def __post_init__(self) -> None:
         numbers(self, "q", "sigma_b")
+        flag("remove_norms", self.remove_norms)
+        choice("distribution", self.distribution, get_args(WeightLaw))
         if self.q is not None and self.sigma_b is not None:
             raise InputError("q and sigma_b are both given", hint="One follows from the other on the critical line")
         if self.q is not None and not 0 < self.q < math.inf:
             raise InputError(f"q is {self.q}", hint="A q value is positive; None means 1 / depth")
         if self.sigma_b is not None and not 0 <= self.sigma_b < math.inf:
             raise InputError(f"sigma_b is {self.sigma_b}", hint="A standard deviation is >= 0")
-        if self.distribution not in get_args(WeightLaw):
-            raise InputError(f"distribution is {self.distribution!r}", hint=f"Known: {', '.join(get_args(WeightLaw))}")
 
     @property
     def sets(self) -> frozenset[Aspect]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kgraph.checks import number, numbers
+from kgraph.checks import choice, flag, number, positive
 from kgraph.errors import InputError
 from kgraph.meanfield.order_chaos import Form
 from kgraph.passes.base import Pass
@@ -42,13 +42,12 @@ class NTKChaos(System):
     graph: bool = True
 
     def __post_init__(self) -> None:
-        numbers(self, "r")
+        flag("graph", self.graph)
+        choice("form", self.form, ("standardized", "normalized"))
         if not 0 <= number("beta", self.beta) < 1:
             raise InputError(f"beta is {self.beta}", hint="It is the standard deviation of the biases, in [0, 1)")
-        if self.r is not None and not self.r > 0:
-            raise InputError(f"r is {self.r}", hint="r < 1 is order, r > 1 chaos, and r is positive")
-        if self.form not in ("standardized", "normalized"):
-            raise InputError(f"form is {self.form!r}", hint="Choose 'standardized' or 'normalized'")
+        if self.r is not None:
+            positive("r", self.r)
 
     @property
     def sets(self) -> frozenset[Aspect]:

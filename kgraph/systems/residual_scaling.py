@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from kgraph.checks import numbers
+from kgraph.checks import finite, numbers
 from kgraph.depth_correlated import DepthWeights, check_generator
 from kgraph.errors import InputError
 from kgraph.passes.base import Pass
@@ -39,7 +38,9 @@ class ResidualScaling(System):
     def __post_init__(self) -> None:
         numbers(self, "hurst")
         check_generator(self.weights, self.hurst)
-        if self.beta != "auto" and not (isinstance(self.beta, (int, float)) and math.isfinite(self.beta)):
+        if not isinstance(self.beta, str):
+            finite("beta", self.beta)
+        elif self.beta != "auto":
             raise InputError(f"beta is {self.beta!r}", hint="Pass 'auto' or a finite number")
 
     @property

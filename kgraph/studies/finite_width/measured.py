@@ -14,7 +14,8 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from kgraph.capture import Graph, capture
-from kgraph.checks import number
+from kgraph.checks import callback, not_negative, positive, seeded
+from kgraph.checks import count as count_of
 from kgraph.errors import InputError
 from kgraph.report.numbers import count, elide, short
 from kgraph.studies.finite_width.chain import ChainLayer, Distribution
@@ -97,8 +98,13 @@ class MeasuredFluctuations(LayerReport):
         An expansion in depth / width says nothing where that is 1. Returns (node, quantity, predicted, measured,
         allowed).
         """
-        if not set(quantities) <= set(SCALES):
-            raise InputError(f"quantities is {tuple(quantities)}", hint=f"Predicted are {', '.join(SCALES)}")
+        if not isinstance(quantities, tuple | list) or not all(name in tuple(SCALES) for name in quantities):
+            raise InputError(f"quantities is {quantities!r}", hint=f"Pass a tuple of {', '.join(SCALES)}")
+        if predicted is not None and not isinstance(predicted, Fluctuations):
+            raise InputError(f"predicted is {predicted!r}", hint="Pass what kgraph.fluctuations returned")
+        positive("sigmas", sigmas)
+        not_negative("slack", slack)
+        not_negative("width_factor", width_factor)
         found: list[Disagreement] = []
         narrowest = math.inf
         for depth, (node, own) in enumerate(zip(self.nodes, (predicted or self.predicted).nodes, strict=True), 1):
@@ -197,8 +203,9 @@ def measure_fluctuations(
 
     Source: Day, Kahn, Roberts 2023, arXiv 2310.07765; R to U: Roberts, Yaida, Hanin 2022, arXiv 2106.10165.
     """
-    if number("draws", draws) < 3 or draws != int(draws):
-        raise InputError(f"draws is {draws}", hint="A jackknife error of a variance needs a whole number of at least 3")
+    count_of("draws", draws, 3, "A jackknife error of a variance needs a whole number of at least 3")
+    seed = seeded(seed)
+    callback("progress", progress)
     graph = model if isinstance(model, Graph) else capture(model, example_inputs)
     declared: dict[str, Any] = {"weight_variance": weight_variance, "bias_variance": bias_variance}
     predicted = fluctuations(
@@ -225,6 +232,8 @@ def _wanted(layers: Sequence[ChainLayer], asked: bool | str | Sequence[str], opt
     if isinstance(asked, bool):
         return list(range(1, len(layers))) if asked else []
     asked = [asked] if isinstance(asked, str) else asked
+    if not isinstance(asked, Sequence) or not all(isinstance(name, str) for name in asked):
+        raise InputError(f"{option} is {asked!r}", hint="Pass True, False or names of nodes")
     for name in asked:
         if not any(name in (layer.name, layer.module) for layer in layers):
             raise InputError(f"{option} names {name!r}, which is no linear layer", hint="Name nodes of the table")

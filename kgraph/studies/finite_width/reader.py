@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -14,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from kgraph.canonical import operation_name
 from kgraph.capture import Graph
-from kgraph.errors import InputError, RuleError
+from kgraph.checks import choice, not_negative
+from kgraph.errors import RuleError
 from kgraph.maps import Pointwise, pointwise
 from kgraph.nonlinear import is_pointwise_node, known_value
 from kgraph.rules.conv import each_axis, paddings_of, tap_counts
@@ -71,11 +71,10 @@ def read_chain(
         RuleError: the model is none; names the first node that breaks it, and its source line.
         InputError: an unknown distribution, or a variance that is negative.
     """
-    if distribution not in ("measured", "orthogonal", "gaussian"):
-        raise InputError(f"distribution is {distribution!r}", hint="Choose 'measured', 'orthogonal' or 'gaussian'")
+    choice("distribution", distribution, ("measured", "orthogonal", "gaussian"))
     for name, value in (("weight_variance", weight_variance), ("bias_variance", bias_variance)):
-        if value is not None and not (value >= 0 and math.isfinite(value)):
-            raise InputError(f"{name} is {value}", hint="A variance is a number of at least 0")
+        if value is not None:
+            not_negative(name, value)
     return _Reader(graph, distribution, weight_variance, bias_variance).read()
 
 

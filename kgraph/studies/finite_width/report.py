@@ -13,6 +13,7 @@ from rich.text import Text
 from torch import nn
 
 from kgraph.capture import Graph, capture
+from kgraph.checks import choice, positive
 from kgraph.errors import InputError
 from kgraph.how import QUADRATURE, How, assumed
 from kgraph.report.numbers import count, elide, short
@@ -116,9 +117,7 @@ class Fluctuations(LayerReport):
 
     def widening(self, relative: float = 0.1) -> float:
         """Factor on all widths at which ``|V|/(n K^2)``, falling like 1/n, is at most ``relative`` at every node."""
-        if not relative > 0:
-            raise InputError(f"relative is {relative}", hint="Pass a number above 0")
-        return abs(self.largest.relative["V"]) / relative
+        return abs(self.largest.relative["V"]) / positive("relative", relative)
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers as JSON-ready data, with `scaled` and `relative` of every node."""
@@ -191,12 +190,9 @@ def fluctuations(
 
     Source: Day, Kahn, Roberts 2023, arXiv 2310.07765.
     """
-    if parametrization not in ("standard", "ntk"):
-        raise InputError(f"parametrization is {parametrization!r}", hint="Choose 'standard' or 'ntk'")
-    if deficit not in ("exact", "leading"):
-        raise InputError(f"deficit is {deficit!r}", hint="Choose 'exact' or 'leading'")
-    if not (input_q > 0 and math.isfinite(input_q)):
-        raise InputError(f"input_q is {input_q}", hint="q is a second moment: pass a number above 0")
+    choice("parametrization", parametrization, ("standard", "ntk"))
+    choice("deficit", deficit, ("exact", "leading"))
+    input_q = positive("input_q", input_q)
     graph = model if isinstance(model, Graph) else capture(model, example_inputs)
     chain = read_chain(graph, distribution, weight_variance, bias_variance)
     nodes = tuple(_nodes(chain, input_q, parametrization, deficit))

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from kgraph.canonical import operation_name
 from kgraph.capture import Graph, capture
-from kgraph.checks import with_values
+from kgraph.checks import choice, flag, seeded, with_values
+from kgraph.checks import count as count_of
 from kgraph.errors import InputError
 from kgraph.maps import Pointwise
 from kgraph.meanfield import JacobianMoments, Moments, depth_scale, fourier_multipliers, mean_field, tap_shares
@@ -176,8 +177,13 @@ def isometry(
 
     Source: Pennington et al. 2017, arXiv 1711.04735; Xiao et al. 2018, arXiv 1806.05393.
     """
-    if probes < 2 or probes != int(probes):
-        raise InputError(f"probes is {probes}", hint="A standard error needs a whole number of at least 2")
+    count_of("probes", probes, 2, "A standard error needs a whole number of at least 2")
+    choice("mode", mode, ("train", "eval"))
+    flag("measure", measure)
+    seed = seeded(seed)
+    for name, value in (("start", start), ("end", end)):
+        if value is not None and not (isinstance(value, str) and value):
+            raise InputError(f"{name} is {value!r}", hint="Pass the name of a node")
     graph = model if isinstance(model, Graph) else capture(model, example_inputs)
     with_values(graph.root)
     result = propagate(graph, mode=mode)

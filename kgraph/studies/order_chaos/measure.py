@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from kgraph.canonical import operation_name
 from kgraph.capture import Graph, capture
+from kgraph.checks import choice, count, seeded
 from kgraph.errors import InputError
 from kgraph.gram import Kernels, kernels
 from kgraph.inputs import Inputs, resolve_inputs
@@ -54,6 +55,11 @@ def order_chaos(
     Raises:
         ModelError, InputError, CaptureError, RuleError: see `kgraph.errors`.
     """
+    choice("parametrization", parametrization, ("standard", "ntk"))
+    if period is not None:
+        count("period", period, 2)
+    count("inputs", inputs, 2)
+    seed = seeded(seed)
     root = model.root if isinstance(model, Graph) else model
     known = model.inputs if isinstance(model, Graph) else resolve_inputs(root, example_inputs)
     graph = model if isinstance(model, Graph) else capture(model, known)

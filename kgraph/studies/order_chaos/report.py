@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from kgraph.checks import count as count_of
 from kgraph.meanfield.order_chaos import Regime, regime_of
 from kgraph.report.numbers import short
 from kgraph.report.table import to_text
@@ -137,7 +138,7 @@ class OrderChaosReport:
         return plot(self)
 
     def text(self, width: int = 100) -> str:
-        return to_text(self._parts(), width)
+        return to_text(self._parts(), count_of("width", width))
 
     def __str__(self) -> str:
         return self.text()

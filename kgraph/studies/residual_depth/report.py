@@ -17,10 +17,11 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from kgraph.capture import capture, check_model
-from kgraph.checks import whole
+from kgraph.checks import count as count_of
+from kgraph.checks import mode_of, seeded
 from kgraph.depth_correlated import DepthWeights
 from kgraph.errors import InputError, ModelError
-from kgraph.files import save_figure
+from kgraph.files import destination, save_figure
 from kgraph.propagate import propagate
 from kgraph.report.numbers import count, short
 from kgraph.report.table import PLAIN_WIDTH, pick, to_text
@@ -113,7 +114,7 @@ class ResidualDepth:
 
     def text(self, *, width: int = PLAIN_WIDTH) -> str:
         """What `print` shows."""
-        return to_text(self._parts(), width)
+        return to_text(self._parts(), count_of("width", width))
 
     def __str__(self) -> str:
         return self.text()
@@ -141,6 +142,7 @@ class ResidualDepth:
         Raises:
             InputError: matplotlib is not installed.
         """
+        destination(path)
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -193,9 +195,11 @@ def residual_depth(
     Source: Marion, Fermanian, Biau, Vert 2022, arXiv 2206.06929.
     """
     check_model(model)
-    if whole("draws", draws) == 1 or draws < 0 or whole("inputs", inputs) < 2:
-        raise InputError(f"draws is {draws}, inputs is {inputs}", hint="Pass at least 2 of each, or draws=0")
-    mode = mode or ("train" if model.training else "eval")
+    if count_of("draws", draws, 0) == 1:
+        raise InputError("draws is 1", hint="Pass at least 2, or draws=0")
+    count_of("inputs", inputs, 2)
+    seed = seeded(seed)
+    mode = mode_of(model, mode)
     graph = capture(copy.deepcopy(model), example_inputs)
     result = propagate(graph, mode=mode)
     found = find_chains(graph.module, result.kernels().__contains__)
