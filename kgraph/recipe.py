@@ -25,6 +25,7 @@ from kgraph.passes.remove_norms import RemoveNorms
 from kgraph.passes.rescale import Rescale
 from kgraph.passes.scale_residuals import ScaleResiduals, reweight
 from kgraph.passes.shape_activations import ShapeActivations, is_kinked, is_leaky, keep_unshaped, kept_reason
+from kgraph.products import bounding_weight, unbounded
 from kgraph.propagate import Propagation
 from kgraph.subnetworks import Subnetworks, find_subnetworks
 from kgraph.targets import ShapingTargets, solve_kind, solve_targets
@@ -32,7 +33,7 @@ from kgraph.targets import ShapingTargets, solve_kind, solve_targets
 DEFAULT_WEIGHT = 0.8
 SHAPED_MODE = "eval"
 """Without norms the modes differ by dropout only, whose noise is no part of the kernel's shape."""
-_RAISED = (0.8, 0.9, 0.95, 0.98)
+_RAISED = (DEFAULT_WEIGHT, 0.9, 0.95, 0.98)
 _Q_TOLERANCE = 1e-6
 _SAMPLED_TOLERANCE = 0.05
 _PLAN_TOLERANCE = 0.01
@@ -126,11 +127,11 @@ def _suited(work: Workspace, method: Method) -> Method:
 def _solve(work: Workspace, plan: Plan, method: Method) -> tuple[float, ShapingTargets | None]:
     """Targets at the given shortcut weight, or at the smallest of a few that meets them."""
     given = plan.shortcut_weight
+    weights = _planned_weights(work) if given is None else (given,)
     found = find_subnetworks(work.graph, work.propagation(), free=is_free)
     if not found.free:
         work.unmet.append("the model has no activation to shape")
-        return (DEFAULT_WEIGHT if given is None else given), None
-    weights = _RAISED if given is None else (given,)
+        return weights[0], None
     failure: TargetError | None = None
     for weight in weights:
         if weight != weights[0]:
@@ -148,6 +149,14 @@ def _solve(work: Workspace, plan: Plan, method: Method) -> tuple[float, ShapingT
     reweight(work, weights[0])
     assert failure is not None
     return weights[0], _without_products(work, method, failure)
+
+
+def _planned_weights(work: Workspace) -> tuple[float, ...]:
+    """Weights to try, from the one that bounds what products do to q."""
+    first, why = bounding_weight(work, DEFAULT_WEIGHT, is_free)
+    if why:
+        work.notes.append(f"shortcut_weight raised to {first}: {why}")
+    return (first, *(weight for weight in _RAISED if weight > first))
 
 
 def _targets(found: Subnetworks, method: Method) -> ShapingTargets:
@@ -193,8 +202,11 @@ def _check(work: Workspace, method: Method) -> None:
             f"q is not 1 at the input of {listed} (q = {first:.4g}): {node.name} ({operation_name(node)}) "
             f"has q = {q:.4g}, {_reason(node)}"
         )
+    own = find_subnetworks(work.graph, work.propagation(), free=is_free)
+    if line := unbounded(own):
+        work.unmet.append(line)
     if isinstance(method, DKS):
-        largest = find_subnetworks(work.graph, work.propagation(), free=is_free).max_slope()
+        largest = own.max_slope()
         if largest.value > method.zeta * (1 + 1e-6):
             work.unmet.append(f"max slope is {largest.value:.6g} > zeta = {method.zeta:g} in the subnetwork {largest}")
 

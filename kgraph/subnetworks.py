@@ -75,6 +75,14 @@ class Subnetworks:
         """Largest C(0) when free layers are leaky relus of this negative slope (scaled to Q(1) = 1)."""
         return self._largest(_LeakyMaps(self, negative_slope))
 
+    def max_q_slope(self, *, planned: bool = False) -> Extreme:
+        """Largest ``d ln q(v) / d ln q(u)`` at q = 1: what a relative error of q grows by on its way.
+
+        A product of two branches has 2, a shaped layer 1 (``planned``: that of the free layers, whatever they are
+        now), a normalized sum the average of its terms: n gated blocks of shortcut weight w have (2 - w^2)^n.
+        """
+        return self._largest(_RelativeQMaps(self, planned))
+
     def c_values(self) -> dict[fx.Node, float]:
         """C(0) from the inputs, all of them at c = 0, to every node, every layer with its own map at q = 1."""
         return self._from_inputs(_LeakyMaps(self, 0.0))
@@ -152,12 +160,40 @@ class _LeakyMaps:
         return (x[0] * y[0],) if self.owner.products_add else (np.maximum(x[0], y[0]),)
 
 
+class _RelativeQMaps:
+    start: tuple[float, ...] = (1.0,)
+    constant: tuple[float, ...] = (0.0,)
+
+    def __init__(self, owner: Subnetworks, planned: bool) -> None:
+        self.owner, self.planned = owner, planned
+
+    def nonlinear(self, region: Region, x: Value) -> Value:
+        planned = self.planned and region in self.owner.free
+        return (x[0] * (1.0 if planned else _own_q_slope(region)),)
+
+    def product(self, x: Value, y: Value) -> Value:
+        return (x[0] + y[0],)
+
+
 _ONE = torch.ones((), dtype=torch.float64)
 
 
 def _own_slope(region: Region) -> float:
     """The local slope; that of the identity where the function is not defined for all numbers."""
     return _slope_of(region.fn) if region.everywhere else 1.0
+
+
+def _own_q_slope(region: Region) -> float:
+    """``d ln Q / d ln q`` at q = 1; that of the identity where the function is not defined for all numbers."""
+    return _q_slope_of(region.fn) if region.everywhere else 1.0
+
+
+@lru_cache(maxsize=4096)
+def _q_slope_of(fn: Pointwise) -> float:
+    """By a symmetric difference; 0 for a map that falls (errors do not grow there)."""
+    step = 1e-4
+    high, low = (float(fn.second(_ONE * math.exp(sign * step))) for sign in (1, -1))
+    return max(math.log(high / low) / (2 * step), 0.0) if low > 0 and high > 0 else 0.0
 
 
 @lru_cache(maxsize=4096)
