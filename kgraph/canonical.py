@@ -170,7 +170,7 @@ def _functionalize(graph: fx.Graph) -> None:
         if not isinstance(target, OpOverload) or not node.args or not isinstance(node.args[0], fx.Node):
             continue
         functional, source = _functional_overload(target), node.args[0]
-        if functional is None or source.op == "get_attr":
+        if functional is None or _memory(source).op == "get_attr":
             continue
         chain = _scattered(source) if _bases_read(source, node, order) else [source]
         if chain is None or any(_views_read(tensor, node, order, chain) for tensor in chain):
@@ -182,6 +182,13 @@ def _functionalize(graph: fx.Graph) -> None:
                 result = _scatter(graph, chain[index - 1], result)
             for user in [u for u in tensor.users if u is not node and order.get(u, 0) > order[node]]:
                 user.replace_input_with(tensor, result)
+
+
+def _memory(node: fx.Node) -> fx.Node:
+    """Whose memory a node's value is: what an operation in place returns is the tensor it wrote to."""
+    while isinstance(node.target, OpOverload) and _functional_overload(node.target) is not None:
+        node = cast(fx.Node, node.args[0])
+    return node
 
 
 def _drop_whole_copies(graph: fx.Graph) -> None:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from kgraph.canonical import aten, operation_name
+from kgraph.canonical import aten, is_effect, operation_name
 from kgraph.kernel import Kernel
 from kgraph.modules import Scale
 from kgraph.nonlinear import known_value
-from kgraph.norm_chain import chain_of
+from kgraph.norm_chain import WRITTEN, chain_of
 from kgraph.passes.base import Pass, Workspace, made_here, owner_path
 from kgraph.site import site_of
 
@@ -79,8 +79,16 @@ def _remove(work: Workspace, node: fx.Node, source: fx.Node, activations: set[fx
         call.meta = made_here(end)
         first = call
     end.replace_all_uses_with(first)
-    for gone in reversed(chain):
+    for gone in [*_updates(work, end), *reversed(chain)]:
         graph.erase_node(gone)
+
+
+def _updates(work: Workspace, end: fx.Node) -> list[fx.Node]:
+    """Writes to running statistics within the call of a norm's own module, the last one first."""
+    site = site_of(end)
+    if not (WRITTEN in end.meta and site.path):
+        return []
+    return [n for n in reversed(work.nodes) if is_effect(n) and n.op == "call_function" and site_of(n).key == site.key]
 
 
 def _factor(work: Workspace, chain: list[fx.Node]) -> float:

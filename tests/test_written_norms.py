@@ -272,3 +272,40 @@ def test_batch_statistics_by_hand_agree_with_plain_torch() -> None:
     error = float(sample.std()) / len(found) ** 0.5
     assert abs(final.c[1] - float(sample.mean())) < 4 * error + 2 / width
     assert final.how != "sampled"
+
+
+class Running(nn.Module):
+    """Batch normalization with running statistics, in place, in a region without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(WIDTH))
+        self.register_buffer("variance", torch.ones(WIDTH))
+        self.average: Tensor
+        self.variance: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return (x - self.average) / torch.sqrt(self.variance + 1e-5)
+        mean, variance = x.mean(0), x.var(0, unbiased=False)
+        with torch.no_grad():
+            self.average.mul_(0.9).add_(0.1 * mean)
+            self.variance.mul_(0.9).add_(0.1 * variance)
+        return (x - mean) / torch.sqrt(variance + 1e-5)
+
+
+def test_running_statistics_by_hand() -> None:
+    """Both modes and the statistics survive an emission; the transform removes the norm and its bookkeeping."""
+    model, x = nn.Sequential(nn.Linear(5, WIDTH), Running(), nn.Tanh(), nn.Linear(WIDTH, 4)), 2 * torch.randn(16, 5)
+    graph = capture(model, x)
+    assert any("statistics of the batch" in note for note in graph.notes)
+    emitted = graph.emit().train()
+    own = nn.Sequential(nn.Linear(5, WIDTH), Running(), nn.Tanh(), nn.Linear(WIDTH, 4)).train()
+    own.load_state_dict(model.state_dict())
+    for training in (True, True, False):
+        assert torch.allclose(emitted.train(training)(x), own.train(training)(x), atol=1e-6)
+    statistics = dict(own.named_buffers())
+    assert all(torch.allclose(buffer, statistics[name]) for name, buffer in emitted.named_buffers())
+    shaped = kgraph.transform(own, "dks", x)
+    assert shaped.kgraph.ledger.counts()["remove BatchNorm"] == 1 and not list(shaped.buffers())
+    shaped.train()(x)
