@@ -149,6 +149,7 @@ def reinitialize_weight_(
     dilation: int | Sequence[int] = 1,
     stride: int | Sequence[int] = 1,
     gain: float = 1.0,
+    corrected: bool = False,
     generator: Generator,
 ) -> Tensor:
     """Redraws the weight of a linear layer or a convolution in place, so that q' = gain^2 q.
@@ -169,6 +170,8 @@ def reinitialize_weight_(
         padding, dilation, stride: the layer's, a number or one for each kernel axis; stride matters only for
             transposed convolutions.
         gain: sigma_w.
+        corrected: give a Gaussian weight the mean square of its law exactly, as "suo" has by itself, so that no
+            constant computed from it depends on the draw.
         generator: source of all randomness, read on its own device.
 
     Returns: weight.
@@ -195,11 +198,15 @@ def reinitialize_weight_(
     # float32 is enough where the weight keeps no more, and halves the work on large matrices
     dtype = torch.float64 if weight.dtype == torch.float64 or weight.numel() < _LARGE else torch.float32
     values = torch.zeros(groups, fan_out, fan_in, *kernel, dtype=dtype, device=generator.device)
+    wanted = 0.0
     for group, shared in itertools.product(range(groups), itertools.product(*axes)):
         taps = list(itertools.product(*shared))
         block = _draw(distribution, fan_out, fan_in * len(taps), generator, dtype) * gain
+        wanted += gain**2 * fan_out
         for tap, part in zip(taps, block.reshape(fan_out, fan_in, len(taps)).unbind(-1), strict=True):
             values[(group, slice(None), slice(None), *tap)] = part
+    if corrected and distribution == "gaussian":
+        values *= math.sqrt(wanted / max(float(values.square().sum()), torch.finfo(dtype).tiny))
     if transposed:
         values = values.transpose(1, 2)
     return weight.copy_(values.reshape(weight.shape))

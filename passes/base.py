@@ -29,6 +29,7 @@ class Workspace:
         mode: "train" or "eval", for the analyses between passes.
         seed: of everything random.
         first: kernels of the graph before any pass (in any mode); computed when not given.
+        settled: parameters to which a pass gave what it wants them to be, whatever they were.
     """
 
     graph: Graph
@@ -39,6 +40,7 @@ class Workspace:
     kept: list[Change] = field(default_factory=list)
     unmet: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    settled: set[str] = field(default_factory=set)
     adopted: bool = field(default=False, init=False)
     _propagation: Propagation | None = None
     _random: dict[fx.Node, bool] = field(default_factory=dict)

@@ -31,7 +31,8 @@ class Reinitialize(Pass):
     """Re-draw all affine layers.
 
     Args:
-        distribution: "suo" or "gaussian".
+        distribution: "suo" or "gaussian" (of the mean square of its law exactly: constants that follow do not depend
+            on the draw, and another model's state dict fits).
         delta: Delta form for convolutions.
     """
 
@@ -87,6 +88,7 @@ class Reinitialize(Pass):
             work.notes.append(f"{target} is used by several layers; it was drawn once")
             return
         done.add(target)
+        work.settled.add(target)
         weight = work.tensor(parameter)
         if not weight.numel():
             work.keep(node, f"{operation_name(node)} of size 0", "it has no weights to draw")
@@ -100,26 +102,24 @@ class Reinitialize(Pass):
     def _draw(self, node: fx.Node, weight: Tensor, generator: torch.Generator) -> None:
         name = operation_name(node)
         if name in ("addmm", "matmul", "mm"):
-            reinitialize_weight_(weight.data.T, distribution=self.distribution, generator=generator)  # type: ignore[arg-type]
+            reinitialize_weight_(weight.data.T, distribution=self.distribution, corrected=True, generator=generator)  # type: ignore[arg-type]
             return
-        geometry: dict[str, Any] = {}
+        geometry: dict[str, Any] = {"corrected": True}
         if name != "linear":
-            geometry = geometry_of(node, transposed=name in TRANSPOSED)
+            geometry |= geometry_of(node, transposed=name in TRANSPOSED)
             overlapping = any(s < k for s, k in zip(_wide(geometry["stride"], weight), weight.shape[2:], strict=True))
             geometry["delta"] = self.delta and (overlapping or name in TRANSPOSED)
         if geometry.get("transposed") and single_position(node):
-            draw_each_tap(weight.data, self.distribution, geometry["groups"], generator)
+            draw_each_tap(weight.data, self.distribution, geometry["groups"], generator, corrected=True)
             return
         reinitialize_weight_(weight.data, distribution=self.distribution, generator=generator, **geometry)  # type: ignore[arg-type]
 
 
 def _keeps_q(weight: Tensor) -> bool:
-    """fan_in E[W^2] = 1, up to the sampling error of Gaussian entries."""
+    """fan_in E[W^2] = 1, up to rounding."""
     if weight.is_meta or not weight.numel():
         return True
-    drawn = max(int((weight != 0).sum()), 1)
-    fan_in = weight[0].numel()
-    return abs(mean_square(weight) * fan_in - 1) < 1e-3 + 8 * (2 / drawn) ** 0.5
+    return abs(mean_square(weight) * weight[0].numel() - 1) < 1e-3 + torch.finfo(weight.dtype).eps
 
 
 def single_position(node: fx.Node) -> bool:
@@ -127,13 +127,15 @@ def single_position(node: fx.Node) -> bool:
     return isinstance(source, fx.Node) and all(size == 1 for size in shape_of(source)[2:])
 
 
-def draw_each_tap(weight: Tensor, distribution: str, groups: int, generator: torch.Generator) -> None:
+def draw_each_tap(
+    weight: Tensor, distribution: str, groups: int, generator: torch.Generator, *, corrected: bool = False
+) -> None:
     """A transposed convolution of one input position (the first of a generator): every output position meets
     one tap, so every tap is drawn as a linear layer of its own.
     """
     for tap in range(weight[0, 0].numel()):
         matrix = weight.flatten(2)[:, :, tap : tap + 1]
-        geometry: dict[str, Any] = {"groups": groups, "transposed": True, "delta": False}
+        geometry: dict[str, Any] = {"groups": groups, "transposed": True, "delta": False, "corrected": corrected}
         own = matrix.clone().contiguous()
         reinitialize_weight_(own, distribution=distribution, generator=generator, **geometry)  # type: ignore[arg-type]
         matrix.copy_(own)
@@ -227,6 +229,7 @@ def _zero_bias(work: Workspace, node: fx.Node, at: int) -> None:
     if isinstance(bias, fx.Node) and bias.op == "get_attr":
         with torch.no_grad():
             work.tensor(bias).zero_()
+        work.settled.add(str(bias.target))
 
 
 def _neutralize_gain(work: Workspace, node: fx.Node) -> None:
@@ -243,6 +246,7 @@ def _neutralize_gain(work: Workspace, node: fx.Node) -> None:
     before = f"rms {mean_square(tensor) ** 0.5:.3g}"
     with torch.no_grad():
         tensor.fill_(1.0)
+    work.settled.add(str(parameter.target))
     work.record(node, "neutralize gain", f"{parameter.target} would break q = 1", before, "1")
 
 

@@ -9,10 +9,11 @@ positions would do harm. The ledger says so.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx, nn
 
 from kgraph import algebra
 from kgraph.canonical import operation_name
@@ -70,6 +71,9 @@ class Rescale(Pass):
         walked = propagate(work.graph, mode=work.mode, adjust=adjust)
         if not found:
             work.adopt(walked)
+        given = {name for node in found for name in _given(work, node, found.keys())}
+        if given:
+            work.notes.append(_follows(work, found, given))
         for node, q in found.items():
             self._correct(work, node, q, reasons[node])
 
@@ -129,6 +133,38 @@ def _adds_table(work: Workspace, node: fx.Node) -> bool:
     """Sums of branches are weighted already; this is x + position embedding."""
     others = [n for n in node.args[:2] if isinstance(n, fx.Node) and not work.is_random(n)]
     return len(others) == 1
+
+
+def _given(work: Workspace, node: fx.Node, found: Collection[fx.Node]) -> set[str]:
+    """Parameters, still at the model's own random values, on which q at a node depends: behind the last correction."""
+    names, seen, queue = set[str](), {node}, [node]
+    while queue:
+        for before in queue.pop().all_input_nodes:
+            if before in seen or before in found:
+                continue
+            seen.add(before)
+            queue.append(before)
+            if before.op == "get_attr" and str(before.target) not in work.settled and _is_drawn(work.tensor(before)):
+                names.add(str(before.target))
+    return names
+
+
+def _is_drawn(tensor: Tensor) -> bool:
+    """Whether a parameter holds numbers of a draw: not one number throughout, as gains and biases do."""
+    random = isinstance(tensor, nn.Parameter) and not tensor.is_meta and tensor.is_floating_point()
+    return random and bool((tensor != tensor.flatten()[:1]).any())
+
+
+def _follows(work: Workspace, found: Collection[fx.Node], given: set[str]) -> str:
+    nodes = [node.name for node in found if _given(work, node, found)]
+    return (
+        f"the constants at {_some(nodes)} follow the values that {_some(sorted(given))} had at the transform: load a "
+        "state dict into a model transformed from the same values (the same seed), or save the whole module"
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _upstream(ends: list[fx.Node]) -> set[fx.Node]:

@@ -258,6 +258,7 @@ def _set_slope(work: Workspace, region: Region, constants: ShapedConstants) -> S
     assert constants.negative_slope is not None
     with torch.no_grad():
         weight.fill_(constants.negative_slope)
+    work.settled.add(str(region.learnable[0].target))
     held = float(torch.tensor(constants.negative_slope, dtype=weight.dtype))
     return _solved("leaky_relu", negative_slope=held) if constants.output_shift == 0 else leaky_centred(held)
 
