@@ -18,6 +18,7 @@ from kgraph.export import OnnxExport
 from kgraph.export import export_onnx as _export_onnx
 from kgraph.inputs import resolve_inputs
 from kgraph.methods import DKS, TAT, Method
+from kgraph.modes import depends_on_mode
 from kgraph.passes.fold_parametrizations import fold_hooks, fold_parametrizations, has_hooks
 from kgraph.passes.remove_norms import NORMS
 from kgraph.propagate import Propagation, propagate
@@ -29,6 +30,11 @@ from kgraph.summarize import summarize
 from kgraph.systems import AnyMethod, System, compose, resolve_methods
 from kgraph.targets import ShapingTargets, solve_targets
 from kgraph.untouched import is_uninitialized
+
+_OTHER_MODE = (
+    "before and after are of train mode, where dropout raises q and lowers c; what was planned holds without that "
+    "noise: kgraph.analyze(shaped, mode='eval')"
+)
 
 
 def analyze(
@@ -135,9 +141,12 @@ def transform(
     left_out = unread(graph)
     first = propagate(graph, mode=mode)
     before = _report(graph, first)
-    outcome = rewrite(graph, plan, first) if plan is not None else _by_systems(graph, chosen, seed, first, mode)
-    ledger = _with_notes(outcome.ledger, folded, left_out)
-    after = _report(outcome.graph, outcome.propagation)
+    outcome = rewrite(graph, plan, first) if plan is not None else _by_systems(graph, chosen, seed, first)
+    ledger = _with_lost(_with_notes(outcome.ledger, folded, left_out), graph.lost)
+    found = _in_mode(outcome.graph, outcome.propagation, mode)
+    if plan is not None and found.values is not outcome.propagation.values:
+        ledger = replace(ledger, notes=(*ledger.notes, _OTHER_MODE))
+    after = _report(outcome.graph, found)
     shaped = outcome.graph.emit()
     _set_modes(shaped, model)
     watch = LoadWatch().over(shaped)
@@ -159,12 +168,17 @@ def _plan(chosen: tuple[AnyMethod, ...], plan: Plan) -> Plan | None:
     return None
 
 
-def _by_systems(graph: Graph, chosen: tuple[AnyMethod, ...], seed: int, first: Propagation, mode: str) -> Outcome:
-    """Systems leave norms and dropout where they are: the kernel after is that of the mode before."""
+def _in_mode(graph: Graph, found: Propagation, mode: str) -> Propagation:
+    """The kernels of a mode: as found, where the graph computes the same in both."""
+    if found.mode == mode:
+        return found
+    return propagate(graph, mode=mode) if depends_on_mode(graph.module.graph) else replace(found, mode=mode)
+
+
+def _by_systems(graph: Graph, chosen: tuple[AnyMethod, ...], seed: int, first: Propagation) -> Outcome:
     work = compose(graph, [one for one in chosen if isinstance(one, System)], seed, first)
     title = " + ".join(repr(one) for one in chosen)
-    propagation = work.propagation() if work.mode == mode else propagate(graph, mode=mode)
-    return Outcome(graph, None, None, work.ledger(title), propagation)
+    return Outcome(graph, None, None, work.ledger(title), work.propagation())
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -196,6 +210,13 @@ def _with_notes(ledger: Ledger, folded: list[str], left_out: list[str]) -> Ledge
         names = ", ".join(left_out[:5]) + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else "")
         notes.append(f"not read by the captured forward, and left out: {names}")
     return replace(ledger, notes=(*notes, *ledger.notes)) if notes else ledger
+
+
+def _with_lost(ledger: Ledger, lost: str) -> Ledger:
+    if not lost:
+        return ledger
+    line = f"train mode: what the model does there and not in eval mode is not kept: {lost}"
+    return replace(ledger, unmet=(line, *ledger.unmet))
 
 
 def shaping_targets(
@@ -236,7 +257,8 @@ def export_onnx(
     record = model.kgraph if isinstance(model, EmittedModule) else None
     report = None
     if isinstance(record, TransformRecord):
-        current = analyze(model, inputs, mode="eval") if record.stale else record.emitted
+        known = not record.stale and record.emitted.analysis.mode == "eval"  # the mode of the file
+        current = record.emitted if known else analyze(model, inputs, mode="eval")
         report = current.to_dict()
     return _export_onnx(model, path, inputs.args or inputs.kwargs, opset=opset, report=report)
 

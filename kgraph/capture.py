@@ -30,7 +30,8 @@ from kgraph.lowering import Untraceable
 from kgraph.outputs import Form, close_outputs, opening, without_cache
 from kgraph.torch_export import export_flat
 from kgraph.tracing import trace
-from kgraph.untouched import untouched
+from kgraph.train_path import adopt_modes, lost_in_eval
+from kgraph.untouched import host_state, untouched
 from kgraph.verify import reproduces, reproduces_everywhere
 
 FrontEnd = Literal["auto", "trace", "export"]
@@ -48,6 +49,7 @@ class Graph:
         inputs: example ``(args, kwargs)`` that gave the shapes.
         notes: what a reader of a report should know about the capture.
         form: how the model's output is put together, where the graph returns it opened.
+        lost: what the model does in train mode only and this graph does not; "" where it does all.
     """
 
     module: fx.GraphModule
@@ -55,6 +57,7 @@ class Graph:
     inputs: Inputs
     notes: list[str] = field(default_factory=list)
     form: Form | None = None
+    lost: str = ""
 
     @property
     def name(self) -> str:
@@ -206,12 +209,40 @@ def _traced(model: nn.Module, inputs: Inputs, notes: list[str], census: Census) 
 
 
 def _exported(model: nn.Module, inputs: Inputs, notes: list[str], census: Census, verify: bool) -> Graph:
-    graph = _captured(model, inputs, notes, census, training=True)
-    if verify and not _matches(graph):
-        notes.append("captured in eval mode: in train mode the forward takes another path")
+    """Capture by torch.export: in train mode, or in eval mode where nothing else fits, and say what is lost."""
+    drawn = host_state()
+    try:
+        graph = _captured(model, inputs, notes, census, training=True)
+    except CaptureError as error:
+        return _fallen_back(model, inputs, notes, census, error)
+    if host_state() != drawn:
+        graph.lost = "a decision by random numbers of Python or NumPy, which the capture made once"
+    if not verify or _matches(graph):
+        return graph
+    evaluated = _evaluated(model, inputs, notes, census, graph)
+    if not _matches(evaluated):
+        raise _not_reproduced(model, inputs)
+    return evaluated
+
+
+def _evaluated(model: nn.Module, inputs: Inputs, notes: list[str], census: Census, trained: Graph) -> Graph:
+    graph = _captured(model, inputs, notes, census, training=False)
+    adopt_modes(graph.module.graph, trained.module.graph)
+    graph.lost = lost_in_eval(trained.module.graph, graph.module.graph)
+    notes.append(f"captured in eval mode: in train mode the forward takes another path ({graph.lost})")
+    return graph
+
+
+def _fallen_back(model: nn.Module, inputs: Inputs, notes: list[str], census: Census, error: CaptureError) -> Graph:
+    """The eval capture of a model whose train forward cannot be captured; the error, where that fails too."""
+    try:
         graph = _captured(model, inputs, notes, census, training=False)
-        if not _matches(graph):
-            raise _not_reproduced(model, inputs)
+    except CaptureError:
+        raise error from None
+    if not _matches(graph):
+        raise error
+    graph.lost = f"all that train mode does: its forward cannot be captured, {error.what}"
+    notes.append(f"captured in eval mode: in train mode the forward cannot be captured ({error.what})")
     return graph
 
 

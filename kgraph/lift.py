@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kgraph.canonical import DROPOUTS, aten, is_effect
+from kgraph.canonical import aten, is_effect
 from kgraph.emitted import EmittedModule, EmittedTracer, Layout
+from kgraph.modes import mode_argument
 from kgraph.norm_chain import restore
 from kgraph.site import site_of
 from kgraph.switches import DeviceAnchor, TrainingSwitch
@@ -146,25 +147,16 @@ def _required_arguments(forward: Callable[..., Any]) -> int:
 
 
 def _drive_training_flags(graph: fx.Graph, helpers: dict[str, nn.Module]) -> None:
-    """Functional dropout, random relus, batch norm and attention dropout follow ``module.training``."""
+    """Functional dropout, random relus, norms, recurrent and attention dropout follow ``module.training``."""
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.meta.get("weight_only") or node.meta.get("always"):
-            continue
-        if node.target in DROPOUTS:
-            _switch(graph, node, 2, node.args[2], False, helpers)
-        elif node.target is aten.rrelu.default and len(node.args) > 3:
-            _switch(graph, node, 3, node.args[3], False, helpers)
-        elif node.target is aten.batch_norm.default and node.args[5] and node.args[3] is not None:
-            _switch(graph, node, 5, True, False, helpers)
-        elif node.target is aten.scaled_dot_product_attention.default and len(node.args) > 4 and node.args[4]:
-            _switch(graph, node, 4, node.args[4], 0.0, helpers)
+        argument = mode_argument(node)
+        if argument is not None:
+            _switch(graph, node, *argument, helpers)
 
 
 def _switch(
     graph: fx.Graph, node: fx.Node, index: int, train: Any, evaluate: Any, helpers: dict[str, nn.Module]
 ) -> None:
-    if train == evaluate:
-        return
     name = _add_helper(helpers, SWITCH, TrainingSwitch(train, evaluate))
     with graph.inserting_before(node):
         flag = graph.call_module(name)

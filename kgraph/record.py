@@ -44,8 +44,8 @@ class TransformRecord:
         shortcut_weight: weight of shortcuts, as given or chosen; None where the method leaves them.
         targets: local targets of DKS or TAT, None where none could be solved.
         ledger: every change, what was kept and why, what is unmet.
-        before, emitted: reports of the model as given (in its own mode) and as emitted (in eval mode: without norms
-            the modes differ by dropout only, whose noise is no part of the kernel's shape).
+        before, emitted: reports of the model as given and as emitted, both in the mode it was given in: that of a
+            later ``kgraph.analyze(shaped)``. The ledger's promises are about eval mode.
         watch: whether a state dict was loaded since.
     """
 

@@ -42,6 +42,12 @@ def _generators() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
+def host_state() -> tuple[object, ...]:
+    """State of Python's and NumPy's generators, to be compared: a forward that reads them leaves another one."""
+    name, keys, *rest = np.random.get_state()
+    return random.getstate(), name, bytes(np.asarray(keys)), *rest
+
+
 @contextmanager
 def _modes(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
@@ -91,4 +97,4 @@ def _spaces(module: nn.Module) -> list[dict[str, Any]]:
     return [own, *registered, *(one for one in plain if all(one is not other for other in registered))]
 
 
-__all__ = ["is_uninitialized", "untouched"]
+__all__ = ["host_state", "is_uninitialized", "untouched"]

@@ -19,16 +19,16 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from kgraph import algebra
-from kgraph.canonical import DROPOUTS, aten, operation_name
+from kgraph.canonical import aten, operation_name
 from kgraph.draws import COUNT, unknown_law
 from kgraph.fields import FieldDraws
 from kgraph.how import assumed
 from kgraph.kernel import SAME, Kernel, Pairs, Part
+from kgraph.modes import mode_argument
 from kgraph.roots import Root, Roots
 from kgraph.rules.measured import Measured, matched, result_axes
 from kgraph.rules.region import Region, find_region, kernels_of, weights_of
 from kgraph.rules.runs import Outcome, Point, Runs
-from kgraph.rules.table import drops
 from kgraph.site import site_of
 
 Values = dict[fx.Node, Any]
@@ -212,10 +212,5 @@ def _part_field(draws: FieldDraws, kernel: Kernel, part: Part, direction: Direct
 
 def for_mode(node: fx.Node, args: tuple[Any, ...], mode: str) -> tuple[Any, ...]:
     """Captured in train mode; in eval mode dropout does nothing."""
-    if drops(node, mode):
-        return args
-    if node.target in DROPOUTS:
-        return (*args[:2], False)
-    if node.target is aten.scaled_dot_product_attention.default and len(args) > 4:
-        return (*args[:4], 0.0, *args[5:])
-    return args
+    found = mode_argument(node) if mode == "eval" else None
+    return args if found is None else (*args[: found.place], found.evaluate, *args[found.place + 1 :])

@@ -1,0 +1,84 @@
+"""A forward that takes another path in train mode: what of it an eval-mode capture keeps, and what it loses."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from kgraph.canonical import operation_name
+from kgraph.modes import mode_argument
+from kgraph.site import Site, site_of
+
+_MOST = 4
+
+
+def adopt_modes(evaluated: fx.Graph, trained: fx.Graph) -> None:
+    """Let what both captures have follow the mode: dropout and norms of the eval capture."""
+    waiting: dict[tuple[object, Site], list[fx.Node]] = defaultdict(list)
+    for node in trained.nodes:
+        if mode_argument(node) is not None:
+            waiting[node.target, _place(node)].append(node)
+    for node in evaluated.nodes:
+        same = waiting.get((node.target, _place(node)))
+        argument = mode_argument(same.pop(0)) if same else None
+        if argument is not None:
+            node.update_arg(argument.place, argument.train)
+
+
+def lost_in_eval(trained: fx.Graph, evaluated: fx.Graph) -> str:
+    """What only the train capture has: random numbers, modules, outputs; in words."""
+    kept = {(node.target, _place(node)) for node in evaluated.nodes}
+    extra = [n for n in trained.nodes if n.op == "call_function" and (n.target, _place(n)) not in kept]
+    found = []
+    draws = [f"{operation_name(n)}{_at(n)}" for n in extra if _draws(n)]
+    if draws:
+        found.append(f"random numbers of {_some(draws)}")
+    own, theirs = _modules(trained), _modules(evaluated)
+    if own - theirs:
+        found.append(f"calls of {_some(sorted(own - theirs))}")
+    many, few = _outputs(trained), _outputs(evaluated)
+    if many != few:
+        found.append(f"{many} output tensors for {few}")
+    if not found:
+        found.append(f"other operations: {_some([f'{operation_name(n)}{_at(n)}' for n in extra]) or 'another order'}")
+    return "; ".join(found)
+
+
+def _place(node: fx.Node) -> Site:
+    """The module call and line; the shape may differ."""
+    site = site_of(node)
+    return Site(site.path, site.call, (), site.source)
+
+
+def _draws(node: fx.Node) -> bool:
+    tagged = isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    argument = mode_argument(node)
+    return tagged or (argument is not None and "norm" not in operation_name(node))
+
+
+def _modules(graph: fx.Graph) -> set[str]:
+    return {site_of(node).path for node in graph.nodes if node.op == "call_function"} - {""}
+
+
+def _outputs(graph: fx.Graph) -> int:
+    output = next(node for node in graph.nodes if node.op == "output")
+    leaves: list[fx.Node] = []
+    fx.map_arg(output.args, leaves.append)
+    return sum(isinstance(leaf.meta.get("val"), Tensor) for leaf in leaves)
+
+
+def _at(node: fx.Node) -> str:
+    source = site_of(node).source
+    return f" ({source})" if source else ""
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(dict.fromkeys(names))
+    return ", ".join(listed[:_MOST]) + (f" and {len(listed) - _MOST} more" if len(listed) > _MOST else "")
+
+
+__all__ = ["adopt_modes", "lost_in_eval"]
