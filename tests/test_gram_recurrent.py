@@ -73,8 +73,8 @@ def test_tanh_is_not_sampled() -> None:
 def test_a_recurrent_layer_as_the_whole_model(kind: type[nn.RNNBase]) -> None:
     """Its first output counts, whose channels are the last dimension of what comes in; time first has no batch."""
     torch.manual_seed(0)
-    layer = kind(3, 16, batch_first=True)
-    x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(1))
+    layer = kind(3, 16, batch_first=True).double()
+    x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     class First(nn.Module):
         def __init__(self) -> None:

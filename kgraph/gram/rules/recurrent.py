@@ -122,7 +122,7 @@ def _recurrent(context: Context, x: Value, step: Any, states: list[Any], options
     if len(weights) != layers * directions * per:
         raise CannotFollow("a recurrent layer with projections")
     x = single_place(x if batch_first else permuted(x, (1, 0, 2)), 1)
-    if roles(x.axes[2]) != {"c"} or not x.axes[1]:
+    if roles(x.axes[2]) != {"c"} or roles(x.axes[1]) != {"p"}:  # time first, it is the inputs that are in its place
         raise CannotFollow("a recurrent layer over something that is no sequence of channels")
     length, u = x.shape[1], x.one()
     steps = [moved(u, Gather(0, torch.tensor([t]), True)) for t in range(length)]
