@@ -17,7 +17,11 @@ from .program import Program, Shape, Statement
 COSINES = (0.0, 0.5, 0.9)
 ANGLE = 2e-3
 """Between an input and its neighbour, of which the slope is a difference quotient."""
-QUANTITIES = ("q", "c 0", "c 0.5", "c 0.9", "slope", "c positions")
+FARTHER = 10.0
+"""Times that angle, a second neighbour: with functions that jump, its quotient is smaller."""
+JUMP = 1.15
+"""Quotient of the two quotients from which on the slope is infinite."""
+QUANTITIES = ("q", "c 0", "c 0.5", "c 0.9", "c positions", "slope", "farther slope")
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def _known(program: Program, measured: Measured) -> Measured:
 
 
 def probes(program: Program, width: int, count: int) -> Tensor:
-    """``count`` inputs of q = 1, then for every cosine as many that have it with them, then near neighbours."""
+    """``count`` inputs of q = 1, then for every cosine as many that have it with them, then two neighbours each."""
     if program.tokens:
         return _token_probes(program.given, width, count)
     sizes, dim = program.given.sizes(width), program.given.channel_dim
@@ -72,7 +76,7 @@ def probes(program: Program, width: int, count: int) -> Tensor:
 
     first = unit(torch.randn(count, *sizes, dtype=torch.float64))
     rows = [first]
-    for cosine in (*COSINES, math.cos(ANGLE)):
+    for cosine in (*COSINES, math.cos(ANGLE), math.cos(FARTHER * ANGLE)):
         other = torch.randn(count, *sizes, dtype=torch.float64)
         other = unit(other - (other * first).mean(dim, keepdim=True) * first)
         rows.append(cosine * first + math.sqrt(1 - cosine**2) * other)
@@ -83,20 +87,21 @@ def _token_probes(given: Shape, width: int, count: int) -> Tensor:
     """Ids that differ within an input and from every input that it is compared with."""
     half = 4 * width
     even = torch.stack([torch.randperm(half)[: given.places[0]] for _ in range(count)])
-    odd = torch.stack([torch.randperm(half)[: given.places[0]] for _ in range(count * (1 + len(COSINES)))])
+    odd = torch.stack([torch.randperm(half)[: given.places[0]] for _ in range(count * (2 + len(COSINES)))])
     return torch.cat([2 * even, 2 * odd + 1])
 
 
 def _moments(value: Tensor, statement: Statement) -> Tensor:
-    """q, the covariances of the cosines, half the squared distance of neighbours, covariance of two positions."""
+    """q, the covariances of the cosines, covariance of two positions, half the squared distances of neighbours."""
     flat = value.double().movedim(statement.shape.channel_dim, -1)
-    flat = flat.reshape(2 + len(COSINES), -1, math.prod(statement.shape.places), flat.shape[-1])
-    first, near = flat[0], flat[-1]
-    q = flat[:-1].square().mean()
-    covariances = [(first * other).mean() for other in flat[1:-1]]
+    flat = flat.reshape(3 + len(COSINES), -1, math.prod(statement.shape.places), flat.shape[-1])
+    first, near, far = flat[0], flat[-2], flat[-1]
+    q = flat[:-2].square().mean()
+    covariances = [(first * other).mean() for other in flat[1:-2]]
     places = flat.shape[2]
-    both = (flat[:-1].sum(2).square().mean() - places * q) / (places * (places - 1)) if places > 1 else q
-    return torch.stack([q, *covariances, (first - near).square().mean() / 2, both])
+    both = (flat[:-2].sum(2).square().mean() - places * q) / (places * (places - 1)) if places > 1 else q
+    distances = [(first - other).square().mean() / 2 for other in (near, far)]
+    return torch.stack([q, *covariances, both, *distances])
 
 
 def _ntk(network: nn.Module, result: Tensor, shape: Shape) -> float:
@@ -157,9 +162,12 @@ def _estimates(rows: Tensor) -> dict[str, Estimate]:
     if not q > 0:
         return {"q": Estimate(q, 0.0)}
     found = {"q": _mean(rows[:, 0])}
-    scales = [*(1.0 for _ in COSINES), 1 / (1 - math.cos(ANGLE)), 1.0]
+    scales = [1.0] * (1 + len(COSINES)) + [1 / (1 - math.cos(angle)) for angle in (ANGLE, FARTHER * ANGLE)]
     for name, moment, scale in zip(QUANTITIES[1:], range(1, rows.shape[1]), scales, strict=True):
         ratio = mean[moment] / q
         parts = (rows[:, moment] - ratio * rows[:, 0]) / q
         found[name] = Estimate(scale * float(ratio), scale * float(parts.std()) / math.sqrt(len(rows)))
+    near, far = found["slope"], found.pop("farther slope")
+    if near.value > JUMP * far.value + 4 * near.error:
+        found["slope"] = Estimate(math.inf, 0.0)
     return found

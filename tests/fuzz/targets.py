@@ -12,6 +12,9 @@ from .program import Program
 from .shrink import shrink
 from .subjects import analyzed, example, kerneled
 
+SHRINKING = 0.5
+"""Effort while shrinking: programs that fail do so by far."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -31,7 +34,7 @@ class Target:
         return shrink(program, lambda smaller: self._alike(smaller, verdict))
 
     def _alike(self, program: Program, verdict: Verdict) -> bool:
-        found = judge(program, self.subject)
+        found = judge(program, self.subject, effort=SHRINKING, twice=False)
         kinds = {c.quantity for c in verdict.wrong}
         alike = found.status == verdict.status and found.detail == verdict.detail
         return alike and (not kinds or any(c.quantity in kinds and c.value == program.result.name for c in found.wrong))
