@@ -79,7 +79,8 @@ class Reinitialize(Pass):
         done: set[str],
         generator: torch.Generator,
     ) -> None:
-        parameter = direct_weight(work, node, at)
+        scaled = runtime_scale(work, node.args[at])
+        parameter, factor = scaled or (direct_weight(work, node, at), 1.0)
         if parameter is None:
             keep_weight(work, node)
             return
@@ -95,6 +96,9 @@ class Reinitialize(Pass):
             return
         before = f"std {mean_square(weight) ** 0.5:.3g}"
         self._draw(node, weight, generator)
+        if factor != 1:
+            weight.data /= factor
+            work.notes.append(f"{target} is used times {factor:.4g}: the scale is kept, and the parameter drawn for it")
         if bias_at is not None:
             _zero_bias(work, node, bias_at)
         work.record(node, f"re-draw {operation_name(node)}", f"{self.distribution}, bias 0", before, _spread(weight))
@@ -183,6 +187,32 @@ def _with_explicit_padding(node: fx.Node, padding: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+def runtime_scale(work: Workspace, weight: object) -> tuple[fx.Node, float] | None:
+    """(parameter, factor) of a weight that is a parameter times numbers, as under an equalized learning rate."""
+    factor, node = 1.0, weight
+    while isinstance(node, fx.Node) and node.target in (aten.mul.Tensor, aten.div.Tensor):
+        first, second = node.args[:2]
+        number = _number(work, second)
+        if number is None and node.target is aten.mul.Tensor:
+            first, number = second, _number(work, first)
+        if number is None or number == 0:
+            return None
+        factor, node = (factor * number if node.target is aten.mul.Tensor else factor / number), first
+    plain = isinstance(node, fx.Node) and node.op == "get_attr" and isinstance(work.tensor(node), nn.Parameter)
+    return (node, factor) if plain and node is not weight else None  # pyright: ignore[reportReturnType]
+
+
+def _number(work: Workspace, value: object) -> float | None:
+    """A number, or a buffer that holds one."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    if not isinstance(value, fx.Node) or value.op != "get_attr":
+        return None
+    tensor = work.tensor(value)
+    fixed = tensor.numel() == 1 and not isinstance(tensor, nn.Parameter) and not tensor.is_meta
+    return float(tensor) if fixed else None
 
 
 def direct_weight(work: Workspace, node: fx.Node, at: int) -> fx.Node | None:
