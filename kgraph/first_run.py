@@ -67,7 +67,10 @@ def _is_bare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         bound = signature.bind(*args, **kwargs).arguments
     except (TypeError, ValueError):
         return False
-    first, *others = signature.parameters.values()
+    names = list(signature.parameters.values())
+    if not names:  # a constant that follows the mode or the device, as an emitted module has them
+        return False
+    first, *others = names
     return first.name in bound and all(bound.get(p.name, p.default) is p.default for p in others)
 
 

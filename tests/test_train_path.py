@@ -187,3 +187,20 @@ def test_reports_are_of_the_mode_of_the_model(training: bool) -> None:
     assert record.after.final.q == pytest.approx(2.0 if training else 1.0, rel=1e-3)
     noted = [note for note in record.ledger.notes if "mode='eval'" in note]
     assert len(noted) == training
+
+
+def test_an_emission_whose_dropout_follows_the_mode_is_captured_again() -> None:
+    """It calls a module without arguments: the switch."""
+
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.dropout(torch.tanh(self.body(x)), 0.5, self.training)
+
+    once = capture(Dropped(), X).emit()
+    twice = capture(copy.deepcopy(once), X).emit()
+    assert torch.equal(twice.eval()(X), once.eval()(X))
+    assert not torch.equal(twice.train()(X), twice(X))
