@@ -8,7 +8,7 @@ of several Gaussians are integrated by joint draws. Independence is never assume
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -213,6 +213,14 @@ def as_function(part: Part) -> tuple[Pointwise, Part]:
     return (part.expr.fn, part.expr.arg) if isinstance(part.expr, Apply) else (IDENTITY, part)
 
 
+def _as_scaled_function(part: Part) -> tuple[Pointwise, Part]:
+    if isinstance(part.expr, Sum) and len(part.expr.terms) == 1:
+        ((factor, term),) = part.expr.terms
+        fn, base = _as_function(term)
+        return fn.affine(output_scale=factor), base
+    return _as_function(part)
+
+
 def _common_function(left: Part, right: Part, combine: Callable[[Tensor, Tensor], Tensor]) -> Part | None:
     """``combine(left, right)`` as one function, when both are functions of one and the same part."""
     f, f_base = as_function(left)
@@ -222,6 +230,14 @@ def _common_function(left: Part, right: Part, combine: Callable[[Tensor, Tensor]
     if f_base is not g_base:
         return None
     return apply(Pointwise(lambda u: combine(f(u), g(u))), f_base)
+
+
+def joint_function(parts: Sequence[Part], combine: Callable[..., Tensor]) -> Part | None:
+    """``combine`` of several parts as one function, when all are functions of one and the same part."""
+    functions = [_as_scaled_function(part) for part in parts]
+    if any(base is not functions[0][1] for _, base in functions):
+        return None
+    return apply(Pointwise(lambda u: combine(*(fn(u) for fn, _ in functions))), functions[0][1])
 
 
 def _compose(outer: Pointwise, inner: Pointwise) -> Pointwise:

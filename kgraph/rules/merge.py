@@ -94,6 +94,25 @@ def div(context: Context, x: Operand, y: Operand) -> Kernel:
     return context.sample()
 
 
+@rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+def where(context: Context, condition: Operand, x: Operand, y: Operand) -> Kernel:
+    """One function where all three are functions of one tensor (or numbers); else drawn."""
+    operands = (condition, x, y)
+    kernels = [operand for operand in operands if isinstance(operand, Kernel)]
+    numbers = all(isinstance(o, Kernel) or not isinstance(o, Tensor) or o.numel() == 1 for o in operands)
+    if not numbers or any(k.axes != kernels[0].axes or len(k.parts) != len(kernels[0].parts) for k in kernels):
+        return context.sample()
+
+    def chosen(*fields: Tensor) -> Tensor:
+        found = iter(fields)
+        c, one, other = (next(found) if isinstance(o, Kernel) else torch.as_tensor(o) for o in operands)
+        return torch.where(c.bool(), one, other.to(one))
+
+    parts = [algebra.joint_function(group, chosen) for group in zip(*(k.parts for k in kernels), strict=True)]
+    known = [part for part in parts if part is not None]
+    return kernels[0].with_parts(*known) if len(known) == len(parts) else context.sample()
+
+
 @rule(aten.cat.default, aten.concat.default)
 def cat(context: Context, tensors: list[Kernel | Tensor], dim: int = 0) -> Kernel:
     dim %= len(context.shape)
