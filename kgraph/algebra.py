@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from kgraph import laws
+from kgraph.biases import bias_of
 from kgraph.draws import evaluate, leaves_of, unknown_law
 from kgraph.errors import InputError
 from kgraph.how import EXACT, QUADRATURE, How, assumed
 from kgraph.jumps import steep
-from kgraph.kernel import DIFF, SAME, Apply, Mask, Pairs, Part, Product, Samples, Sum, Unknown
+from kgraph.kernel import DIFF, SAME, Apply, Bias, Mask, Pairs, Part, Product, Samples, Sum, Unknown
 from kgraph.maps import Pointwise, closed_form
 from kgraph.maps.tangent import correction
 from kgraph.roots import Root, Roots
@@ -80,6 +81,9 @@ def _taken_as_gaussian(part: Part) -> str:
 
 
 def _apply_gaussian(fn: Pointwise, base: Part, part: Part) -> Part:
+    bias = bias_of(base)
+    if bias is not None:
+        return _apply_biased(fn, base, part, bias)
     centred = fn if base.mean == 0 else fn.affine(input_shift=base.mean)
     variance = (base.q - base.mean**2).clamp_min(0)
     value, slope = centred.dual(variance, variance, base.cov - base.mean**2)
@@ -93,6 +97,28 @@ def _apply_gaussian(fn: Pointwise, base: Part, part: Part) -> Part:
         roots=part.roots,
         expr=Apply(fn, base),
         how=part.how | own,
+    )
+    return infinite(result) if steep(result) else result
+
+
+def _apply_biased(fn: Pointwise, base: Part, part: Part, bias: Bias) -> Part:
+    """A Gaussian about every value of the bias, which is one and the same for all inputs and positions."""
+    rest = base.cov - base.mean**2 - bias.variance
+    variance = rest[Pairs.SELF, SAME].clamp_min(0)
+    value, slope, mean = torch.zeros_like(rest), torch.zeros_like(rest), 0.0
+    for node, weight in zip(bias.nodes.tolist(), bias.weights.tolist(), strict=True):
+        moved = fn.affine(input_shift=base.mean + node)
+        own, own_slope = moved.dual(variance, variance, rest)
+        value, slope = value + weight * own, slope + weight * own_slope
+        mean += weight * float(moved.mean(variance))
+    result = replace(
+        part,
+        cov=value,
+        slope=slope * base.slope,
+        ntk=slope * base.ntk,
+        mean=mean,
+        expr=Apply(fn, base),
+        how=part.how | QUADRATURE,
     )
     return infinite(result) if steep(result) else result
 

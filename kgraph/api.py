@@ -16,6 +16,7 @@ from kgraph.emitted import EmittedModule
 from kgraph.errors import InputError, ModelError
 from kgraph.export import OnnxExport
 from kgraph.export import export_onnx as _export_onnx
+from kgraph.gram.options import check_flag
 from kgraph.inputs import resolve_inputs
 from kgraph.methods import DKS, TAT, Method
 from kgraph.modes import depends_on_mode
@@ -44,6 +45,7 @@ def analyze(
     positions: str = "exchangeable",
     mode: str | None = None,
     parametrization: str = "standard",
+    count_frozen: bool = False,
 ) -> Report:
     """Kernel report of a model as it is: q, c, slope and NTK at every node.
 
@@ -53,16 +55,21 @@ def analyze(
         positions: position model.
         mode: "train" (batch statistics, dropout) or "eval"; the model's own when None.
         parametrization: of the NTK: "standard" (the parameters as PyTorch trains them) or "ntk".
+        count_frozen: whether parameters with ``requires_grad=False`` have their part in the NTK too; else they have
+            none.
 
     Raises:
         ModelError, InputError, CaptureError: see `kgraph.errors`.
     """
     check_model(model)
+    check_flag("count_frozen", count_frozen)
     mode = mode_of(model, mode)
     choice("positions", positions, ("exchangeable",))
     choice("parametrization", parametrization, ("standard", "ntk"))
     graph = _captured(model, example_inputs)
-    result = propagate(graph, mode=mode, positions=positions, parametrization=parametrization)
+    result = propagate(
+        graph, mode=mode, positions=positions, parametrization=parametrization, count_frozen=count_frozen
+    )
     return _report(graph, result)
 
 

@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kgraph.biases import bias_of
 from kgraph.kernel import SAME, Apply, Gaussian, Mask, Pairs, Part, Product, Samples, Sum, Unknown, made_of
 
 COUNT = 4096
@@ -212,7 +213,11 @@ def leaves_of(part: Part) -> frozenset[Part]:
 
 def unknown_law(part: Part) -> str:
     """Why draws of the part are of another law than its own, or ""."""
-    return next((leaf.expr.reason for leaf in leaves_of(part) if isinstance(leaf.expr, Unknown)), "")
+    leaves = leaves_of(part)
+    reason = next((leaf.expr.reason for leaf in leaves if isinstance(leaf.expr, Unknown)), "")
+    if not reason and any(isinstance(leaf.expr, Gaussian) and bias_of(leaf) is not None for leaf in leaves):
+        return "Gaussian biases (they are not, and a large share of what few inputs give)"
+    return reason
 
 
 def _substitute(part: Part, known: dict[Part, Tensor]) -> Tensor:

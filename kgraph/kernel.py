@@ -85,9 +85,33 @@ class Mask:
     shared: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Bias:
+    """A bias whose law is no Gaussian's, about its mean: a rule of nodes and weights with its moments.
+
+    Attributes:
+        nodes, weights: [J].
+        variance: sum of w b^2.
+        excess: sum of w b^4 - 3 variance^2, the fourth cumulant.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    variance: float
+    excess: float
+
+    def times(self, factor: float) -> Bias:
+        return Bias(self.nodes * factor, self.weights, self.variance * factor**2, self.excess * factor**4)
+
+
 @dataclass(frozen=True)
 class Gaussian:
-    """The part is Gaussian with its own mean and covariance (the output of an affine layer)."""
+    """The part is Gaussian with its own mean and covariance (the output of an affine layer).
+
+    ``bias`` is what it holds that is not: of few inputs a uniform bias is a large share.
+    """
+
+    bias: Bias | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import time
 from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -77,6 +77,7 @@ def propagate(
     pairs: Pairs | None = None,
     positions: str = "exchangeable",
     parametrization: str = "standard",
+    count_frozen: bool = False,
     adjust: Adjust | None = None,
 ) -> Propagation:
     """Propagate probe pairs through ``graph``.
@@ -87,6 +88,7 @@ def propagate(
         pairs: input cosines and the batch's background cosine.
         positions: position model; "exchangeable".
         parametrization: of the NTK, "standard" or "ntk".
+        count_frozen: whether parameters with ``requires_grad=False`` have their part in the NTK too.
         adjust: called with every node's kernel and all values before it; what it returns flows on instead.
 
     Raises:
@@ -98,19 +100,33 @@ def propagate(
     start = time.perf_counter()
     draws.restart()
     laws.restart()
-    walk = _Walk(graph, pairs or Pairs(), mode, parametrization, adjust)
+    walk = _Walk(graph, pairs or Pairs(), mode, parametrization, adjust, count_frozen)
     with torch.no_grad():
         values = walk.run()
     values |= walk.unallocated.values
-    seconds, notes = time.perf_counter() - start, walk.unallocated.notes()
+    seconds, notes = time.perf_counter() - start, (*walk.unallocated.notes(), *_frozen(graph, count_frozen))
     return Propagation(values, walk.pairs, mode, seconds, parametrization, notes)
+
+
+def _frozen(graph: Graph, count_frozen: bool) -> tuple[str, ...]:
+    frozen = [name for name, p in graph.root.named_parameters() if not p.requires_grad]
+    if count_frozen or not frozen:
+        return ()
+    more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
+    return (f"frozen, and so without a part in the NTK (count_frozen=True counts it): {', '.join(frozen[:3])}{more}",)
 
 
 class _Walk:
     def __init__(
-        self, graph: Graph, pairs: Pairs, mode: str, parametrization: str, adjust: Adjust | None = None
+        self,
+        graph: Graph,
+        pairs: Pairs,
+        mode: str,
+        parametrization: str,
+        adjust: Adjust | None = None,
+        count_frozen: bool = False,
     ) -> None:
-        self.adjust = adjust
+        self.adjust, self.count_frozen = adjust, count_frozen
         self.graph, self.pairs, self.mode, self.parametrization = graph, pairs, mode, parametrization
         self.values: dict[fx.Node, Any] = {}
         self.tokens: set[fx.Node] = set()
@@ -193,7 +209,8 @@ class _Walk:
         return fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n])  # type: ignore[return-value]
 
     def _context(self, node: fx.Node) -> Context:
-        return Context(node, self.mode, self.pairs, self.parametrization, lambda: self.sampler.sample(node))
+        sample = partial(self.sampler.sample, node)
+        return Context(node, self.mode, self.pairs, self.parametrization, sample, self.count_frozen)
 
 
 def known_result(node: fx.Node, args: Any, kwargs: Any, tokens: set[fx.Node]) -> Any:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from kgraph.canonical import aten
 from kgraph.kernel import Axes, Kernel
 from kgraph.rules.linear import Affine, contract, last_dim, mean_square, to_positions
 from kgraph.rules.spatial import over_positions
-from kgraph.rules.table import TURNED, Context, is_parameter, parameter_of, rule
+from kgraph.rules.speeds import is_parameter
+from kgraph.rules.table import TURNED, Context, parameter_of, rule
 
 
 @rule(aten.mm.default, aten.matmul.default)
@@ -80,12 +81,13 @@ def _contracted(context: Context, letters: Letters, x: Kernel, known: Tensor, in
     """The product over the shared letters; ``index`` is the known factor's place among the operands."""
     source = context.operand(index)
     if is_parameter(source):
-        return _by_parameter(context, letters, x, known, *parameter_of(source))
+        return _by_parameter(context, letters, x, known, source)
     return _by_constant(context, letters, x, known)
 
 
-def _by_parameter(context: Context, letters: Letters, x: Kernel, weight: Tensor, name: str, turned: bool) -> Kernel:
+def _by_parameter(context: Context, letters: Letters, x: Kernel, weight: Tensor, source: fx.Node) -> Kernel:
     """A linear layer that sums over the shared letters."""
+    name, turned = parameter_of(source)
     summed = tuple(i for i, letter in enumerate(letters.random) if letter in letters.known)
     if any(role == "b" for i in summed for role, _ in x.axes[i]):
         return context.sample()
@@ -94,7 +96,7 @@ def _by_parameter(context: Context, letters: Letters, x: Kernel, weight: Tensor,
     if any(part.roots.named(other) for part in x.parts):
         return context.sample()
     fan_in = math.prod(x.shape[i] for i in summed)
-    layer = Affine(fan_in * mean_square(weight), 0.0, 0.0, fan_in, False, root)
+    layer = Affine(fan_in * mean_square(weight), 0.0, 0.0, fan_in, False, root, (context.speed(source), 0.0))
     sizes = dict(zip(letters.known, weight.shape, strict=True))
     axes: Axes = tuple(
         to_positions(x.axes[letters.random.index(letter)]) if letter in letters.random else (("c", sizes[letter]),)

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kgraph.biases import bias_law
 from kgraph.canonical import aten
 from kgraph.entries import once
 from kgraph.how import assumed
@@ -91,7 +92,9 @@ def _convolve(
     sb2, mean = bias_moments(bias)
     channels = weight.shape[0] // groups if transposed else weight.shape[1]
     fan_in = max(1, round(channels * float(met.sum())))
-    layer = Affine(1.0, sb2, mean, fan_in, bias is not None, context.argument_name(1))
+    speeds = context.speed("weight"), context.speed("bias")
+    name = context.argument_name(1)
+    layer = Affine(1.0, sb2, mean, fan_in, bias is not None, name, speeds, bias_law(bias, mean))
     mixes = any(role == "c" for axis in x.axes[-dims:] for role, _ in axis)
 
     def summed(part: Part) -> Part:
@@ -123,7 +126,8 @@ def _summed_taps(context: Context, part: Part, layer: Affine, same: float, diffe
     if context.parametrization == "ntk":
         return result
     # the gradient by a weight sums inputs, not inputs times weights: fan_in K instead of fan_in (sw2 K)
-    own = layer.fan_in * part.cov + float(layer.has_bias)
+    own_weight, own_bias = layer.ntk_gains(context.parametrization)
+    own = own_weight * part.cov + own_bias
     return replace(result, ntk=own + arriving.ntk)
 
 

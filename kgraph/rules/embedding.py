@@ -30,7 +30,7 @@ def embedding(context: Context, weight: Tensor, ids: Tensor, padding_idx: int = 
     slope = torch.zeros_like(cov)
     slope[:, SAME] = q - mean**2
     ntk = torch.zeros_like(cov)
-    ntk[:, SAME] = c * (q if context.parametrization == "ntk" else 1.0)
+    ntk[:, SAME] = c * (q if context.parametrization == "ntk" else 1.0) * context.speed("weight")
     size = weight.shape[1]
     part = Part(size, cov, slope, ntk, mean, Roots({Root(context.argument_name(0))}))
     positions = tuple((("b" if i == 0 else "p", n),) if n > 1 else () for i, n in enumerate(ids.shape))

@@ -10,9 +10,10 @@ import torch
 from scipy.special import ndtr, stdtrit
 from torch import Tensor, fx
 
+from kgraph.biases import bias_law
 from kgraph.canonical import aten
 from kgraph.entries import once
-from kgraph.kernel import DIFF, Axes, Kernel, Part
+from kgraph.kernel import DIFF, Axes, Bias, Gaussian, Kernel, Part
 from kgraph.roots import Root, Roots
 from kgraph.rules.table import TURNED, Context, parameter_of, rule
 
@@ -27,6 +28,8 @@ class Affine:
         bias_mean: E[b].
         fan_in: inputs of one output unit.
         root: name of the weight.
+        speeds: how fast weight and bias move, as a factor on their own parts of the NTK: 0 for what is not trained.
+        law: of the biases, where it is no Gaussian's.
     """
 
     weight: float
@@ -35,12 +38,15 @@ class Affine:
     fan_in: int
     has_bias: bool
     root: str
+    speeds: tuple[float, float] = (1.0, 1.0)
+    law: Bias | None = None
 
     def ntk_gains(self, parametrization: str) -> tuple[float, float]:
         """Factors of K and 1 in the NTK's own term: (fan_in, 1) as PyTorch trains, (sw2, sb2) in NTK form."""
+        own_weight, own_bias = self.speeds
         if parametrization == "ntk":
-            return self.weight, self.bias
-        return float(self.fan_in), float(self.has_bias)
+            return own_weight * self.weight, own_bias * self.bias
+        return own_weight * self.fan_in, own_bias * self.has_bias
 
 
 def mean_square(tensor: Tensor) -> float:
@@ -90,6 +96,7 @@ def affine_part(context: Context, part: Part, layer: Affine, size: int) -> Part:
         ntk=own_weight * part.cov + own_bias + layer.weight * part.ntk,
         mean=layer.bias_mean,
         roots=Roots({Root(layer.root)}),
+        expr=Gaussian(layer.law),
         how=part.how,
     )
 
@@ -134,7 +141,10 @@ def last_dim(
             return context.sample()
     fan_in = weight.numel() // max(out, 1)
     sb2, mean = bias_moments(bias)
-    layer = Affine(fan_in * mean_square(weight), sb2, mean, fan_in, bias is not None, name)
+    speeds = context.speed(index), context.speed("self" if turned else "bias") if bias is not None else 0.0
+    layer = Affine(
+        fan_in * mean_square(weight), sb2, mean, fan_in, bias is not None, name, speeds, bias_law(bias, mean)
+    )
     axes = (*(to_positions(axis) for axis in x.axes[:-1]), (("c", out),))
     return contract(context, x, (len(x.axes) - 1,), layer, axes)
 

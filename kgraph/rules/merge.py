@@ -54,9 +54,33 @@ def _sum(context: Context, x: Operand, y: Operand, wx: float, wy: float) -> Kern
     if isinstance(x, Kernel) and isinstance(y, Kernel):
         return _pairwise(context, x, y, lambda u, v: algebra.add(u, v, wx, wy))
     if isinstance(x, Kernel):
-        return add_constant(_scaled(x, wx), y, wy, _name(context, 1))
+        return _trained(context, 1, y, wy, add_constant(_scaled(x, wx), y, wy, _name(context, 1)))
     assert isinstance(y, Kernel)
-    return add_constant(_scaled(y, wy), x, wx, _name(context, 0))
+    return _trained(context, 0, x, wx, add_constant(_scaled(y, wy), x, wx, _name(context, 0)))
+
+
+def _trained(
+    context: Context, index: int, known: object, weight: float, result: Kernel, read: Kernel | None = None
+) -> Kernel:
+    """A parameter used entry by entry has its own part in the NTK: 1 where it is added, K where it is a factor.
+
+    Where it has positions, those have parameters of their own.
+    """
+    if not isinstance(known, Tensor) or not known.is_floating_point() or known.is_meta:
+        return result
+    own = context.speed(index) * weight**2
+    if own == 0 or len(result.parts) != len(read.parts if read is not None else result.parts):
+        return result
+    own *= 1.0 if context.parametrization == "standard" else float(known.detach().double().square().mean())
+    wide = [1] * (len(result.axes) - known.ndim) + list(known.shape)
+    places = any(size > 1 and role == "p" for size, axis in zip(wide, result.axes, strict=True) for role, _ in axis)
+    parts = []
+    for i, part in enumerate(result.parts):
+        gained = own * (read.parts[i].cov if read is not None else torch.ones_like(part.cov))
+        if places:
+            gained = torch.stack([gained[:, SAME], torch.zeros_like(gained[:, DIFF])], 1)
+        parts.append(replace(part, ntk=part.ntk + gained))
+    return result.with_parts(*parts)
 
 
 def _scaled(x: Kernel, factor: float) -> Kernel:
@@ -80,9 +104,9 @@ def mul(context: Context, x: Operand, y: Operand) -> Kernel:
     if isinstance(x, Kernel) and isinstance(y, Kernel):
         return _pairwise(context, x, y, algebra.multiply)
     if isinstance(x, Kernel):
-        return multiply_constant(x, y)
+        return _trained(context, 1, y, 1.0, multiply_constant(x, y), x)
     assert isinstance(y, Kernel)
-    return multiply_constant(y, x)
+    return _trained(context, 0, x, 1.0, multiply_constant(y, x), y)
 
 
 @rule(aten.div.Tensor, aten.div.Scalar)

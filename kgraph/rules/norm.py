@@ -79,16 +79,16 @@ def _slices(tensor: Tensor | None, x: Kernel) -> list[Tensor] | None:
 
 def _affine(context: Context, part: Part, weight: Tensor | None, bias: Tensor | None) -> Part:
     result = by_channel(part, weight, bias, f"{context.node.name}.gain")
-    own = _speed(context, weight) * part.cov + _speed(context, bias)
+    own = _speed(context, "weight", weight) * part.cov + _speed(context, "bias", bias)
     result = replace(result, ntk=result.ntk + own)
     return _remembered(context, result, weight, bias) if part.gaussian else result
 
 
-def _speed(context: Context, tensor: Tensor | None) -> float:
+def _speed(context: Context, name: str, tensor: Tensor | None) -> float:
     """Factor on the own part of a parameter: 1 as PyTorch trains it, E[p^2] of a unit parameter times its size."""
     if tensor is None:
         return 0.0
-    return 1.0 if context.parametrization == "standard" else mean_square(tensor)
+    return context.speed(name) * (1.0 if context.parametrization == "standard" else mean_square(tensor))
 
 
 def _remembered(context: Context, result: Part, weight: Tensor | None, bias: Tensor | None) -> Part:
@@ -97,7 +97,7 @@ def _remembered(context: Context, result: Part, weight: Tensor | None, bias: Ten
     gain = 1.0 if weight is None else _one_number(weight)
     if not gain or shift is None:
         return result
-    return result.times(TrainedFactor(_speed(context, weight) / gain**2, shift))
+    return result.times(TrainedFactor(_speed(context, "weight", weight) / gain**2, shift))
 
 
 def _one_number(tensor: Tensor) -> float | None:
@@ -192,9 +192,9 @@ def by_running_statistics(
     parts = []
     for part, g, s, gains, shifts in zip(x.parts, *pieces, strict=True):
         result = by_channel(part, gains, shifts, "running statistics")
-        own = torch.zeros_like(part.cov) + _speed(context, bias)
+        own = torch.zeros_like(part.cov) + _speed(context, "bias", bias)
         if weight is not None:
-            own = own + _speed(context, weight) * by_channel(part, g, s, "running statistics").cov
+            own = own + _speed(context, "weight", weight) * by_channel(part, g, s, "running statistics").cov
         result = replace(result, ntk=result.ntk + own)
         parts.append(_remembered(context, result, weight, bias) if part.gaussian else result)
     return x.with_parts(*parts)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 from kgraph import algebra
 from kgraph.canonical import aten
@@ -32,7 +32,7 @@ def prelu(context: Context, x: Kernel, weight: Tensor) -> Kernel:
     if not isinstance(x, Kernel) or not isinstance(weight, Tensor):
         return context.sample()
     speed = 1.0 if context.parametrization == "standard" else mean_square(weight)
-    trained = speed * is_trained(context.node.args[1])
+    trained = speed * context.speed("weight")
     root = context.argument_name(1)
     parts = []
     for part, own in zip(x.parts, _per_part(x, weight), strict=True):
@@ -61,16 +61,6 @@ def _noisy(part: Part, shaped: Part, variance: float) -> Part:
     cov[Pairs.SELF, SAME] += variance * negative.cov[Pairs.SELF, SAME]
     ntk[Pairs.SELF, SAME] += variance * negative.ntk[Pairs.SELF, SAME]
     return replace(shaped, cov=cov, ntk=ntk, expr=Gaussian(), how=shaped.how | assumed("Gaussian after random slopes"))
-
-
-def is_trained(source: object) -> bool:
-    """Whether a slope is (computed from) a parameter; a buffer or constant adds nothing to the NTK."""
-    if not isinstance(source, fx.Node) or source.op != "get_attr":
-        return True
-    value: object = source.graph.owning_module
-    for name in str(source.target).split("."):
-        value = getattr(value, name)
-    return isinstance(value, nn.Parameter)
 
 
 def _per_part(x: Kernel, weight: Tensor) -> list[Tensor]:

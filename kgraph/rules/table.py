@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from torch import fx, nn
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from kgraph.canonical import operation_name
 from kgraph.errors import RuleError
 from kgraph.kernel import Kernel, Pairs
+from kgraph.rules.speeds import speed
 from kgraph.site import Site, shape_of, site_of
 
 Rule = Callable[..., Any]
@@ -32,6 +33,7 @@ class Context:
         pairs: the input pairs the kernels are about.
         parametrization: "standard" (what PyTorch trains) or "ntk".
         sample: computes the node by the sampled rule instead.
+        count_frozen: whether parameters that require no gradient have their part in the NTK too.
     """
 
     node: fx.Node
@@ -39,6 +41,23 @@ class Context:
     pairs: Pairs
     parametrization: str
     sample: Callable[[], Any]
+    count_frozen: bool = False
+
+    def speed(self, argument: str | int | fx.Node) -> float:
+        """How fast a known argument moves when what is trained behind it does: see `kgraph.rules.speeds`.
+
+        By its name in the operation's schema, its place among the arguments, or the node itself; 0 where it is absent.
+        """
+        if isinstance(argument, str):
+            schema = getattr(self.node.target, "_schema", None)
+            if schema is None:  # a module's own parameters
+                return 1.0
+            argument = [a.name for a in schema.arguments].index(argument)
+        if isinstance(argument, int):
+            if argument >= len(self.node.args) or not isinstance(self.node.args[argument], fx.Node):
+                return 0.0
+            argument = cast(fx.Node, self.node.args[argument])
+        return speed(argument, self.parametrization, self.count_frozen)
 
     @property
     def site(self) -> Site:
@@ -88,28 +107,6 @@ def parameter_of(node: fx.Node) -> tuple[str, bool]:
         turned ^= name in _TURNS
         node = source
     return str(node.target), turned
-
-
-def held(node: object) -> object:
-    """What the model holds at a `get_attr` node; None for others."""
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    value: object = node.graph.owning_module
-    for name in str(node.target).split("."):
-        value = getattr(value, name)
-    return value
-
-
-def is_parameter(node: fx.Node) -> bool:
-    """Whether a known tensor is a parameter, or anything computed from one; else it is a constant."""
-    queue, seen = [node], {node}
-    while queue:
-        one = queue.pop()
-        if isinstance(held(one), nn.Parameter):
-            return True
-        queue += [n for n in one.all_input_nodes if n not in seen]
-        seen.update(one.all_input_nodes)
-    return False
 
 
 def rule(*targets: object) -> Callable[[Rule], Rule]:

@@ -1,0 +1,74 @@
+"""Biases whose law matters: PyTorch draws uniform ones, and of few inputs they are a large share of what a unit holds.
+
+A unit's value is a Gaussian about its bias. Where the bias's fourth cumulant is a share of the variance squared that
+shows, functions are averaged over the biases themselves, by a Gauss rule of their values.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kgraph.kernel import Bias, Gaussian, Part, Sum
+
+_NODES = 6
+_SHOWS = 2e-3
+"""Fourth cumulant over the variance squared: the relative change of a second moment is about a tenth of it."""
+_SIGMAS = 5.0
+_MOST_TERMS = 8
+
+
+def bias_law(bias: Tensor | None, mean: float) -> Bias | None:
+    """The law of a layer's biases about ``mean``; None where they are few, all alike or as good as Gaussian."""
+    if bias is None or bias.is_meta or bias.numel() < 2 or not any(bias.stride()):
+        return None
+    values = bias.detach().double().flatten()
+    square = float(values.square().mean()) - mean**2
+    centred = values - values.mean()
+    spread = float(centred.square().mean())
+    if square <= 0 or spread <= 1e-12 * square:
+        return None
+    centred = centred * math.sqrt(square / spread)
+    fourth = float(centred.pow(4).mean()) / square**2 - 3
+    if abs(fourth) <= _SIGMAS * math.sqrt(24 / len(values)):
+        return None
+    if abs(float(centred.pow(3).mean())) <= _SIGMAS * math.sqrt(6 / len(values)) * square**1.5:
+        centred = torch.cat([centred, -centred])  # its skewness is noise
+    nodes, weights = gauss_rule(centred)
+    return Bias(nodes, weights, square, fourth * square**2)
+
+
+def gauss_rule(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes and weights with the first moments of the values (Lanczos; Golub and Welsch 1969)."""
+    basis, diagonal, beside = [torch.full_like(values, len(values) ** -0.5)], [], []
+    for _ in range(_NODES):
+        image = values * basis[-1]
+        diagonal.append(image @ basis[-1])
+        for _ in range(2):  # once more, for rounding
+            image = image - sum((image @ b) * b for b in basis)
+        norm = image.norm()
+        if len(diagonal) == _NODES or float(norm) <= 1e-9 * float(values.abs().max()):
+            break
+        beside.append(norm)
+        basis.append(image / norm)
+    matrix = torch.diag(torch.stack(diagonal))
+    for i, b in enumerate(beside):
+        matrix[i, i + 1] = matrix[i + 1, i] = b
+    nodes, vectors = torch.linalg.eigh(matrix)
+    return nodes, vectors[0].square()
+
+
+def bias_of(part: Part) -> Bias | None:
+    """The bias in a Gaussian part (or in a sum of some) that shows; the largest where several do."""
+    found = [bias for bias in _biases(part) if abs(bias.excess) > _SHOWS * float(part.q - part.mean**2) ** 2]
+    return max(found, key=lambda bias: abs(bias.excess), default=None)
+
+
+def _biases(part: Part) -> list[Bias]:
+    if isinstance(part.expr, Gaussian):
+        return [part.expr.bias] if part.expr.bias is not None else []
+    if not isinstance(part.expr, Sum) or len(part.expr.terms) > _MOST_TERMS:
+        return []
+    return [bias.times(weight) for weight, term in part.expr.terms for bias in _biases(term)]

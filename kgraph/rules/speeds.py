@@ -1,0 +1,92 @@
+"""How fast a known tensor moves when the parameters behind it are trained: its own part of the NTK.
+
+A parameter moves as it is (1); a frozen one, a buffer or a number does not (0). A tensor computed from parameters (a
+weight times a constant, a normalized weight) moves by the chain rule: with J its derivative by theirs, the mean of the
+diagonal of J J^T, found on random signs v as E|J^T v|^2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+_PROBES = 4
+
+
+def held(node: object) -> object:
+    """What the model holds at a `get_attr` node; None for others."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    value: object = node.graph.owning_module
+    for name in str(node.target).split("."):
+        value = getattr(value, name)
+    return value
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Whether a known tensor is a parameter, or anything computed from one; else it is a constant."""
+    queue, seen = [node], {node}
+    while queue:
+        one = queue.pop()
+        if isinstance(held(one), nn.Parameter):
+            return True
+        queue += [n for n in one.all_input_nodes if n not in seen]
+        seen.update(one.all_input_nodes)
+    return False
+
+
+def speed(node: fx.Node, parametrization: str, count_frozen: bool) -> float:
+    """Mean square speed of the tensor's entries; under "ntk" that of unit parameters, relative to its own E[x^2]."""
+    own = held(node)
+    if node.op == "get_attr":
+        return float(_is_trained(own, count_frozen))
+    trained = [n for n in _behind(node) if _is_trained(held(n), count_frozen)]
+    if not trained:
+        return 0.0
+    leaves = {n: held(n).detach().clone().requires_grad_() for n in trained}  # type: ignore[union-attr]
+    if any(leaf.is_meta for leaf in leaves.values()):
+        return 1.0
+    with torch.enable_grad():
+        value = _value(node, dict(leaves))
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return 0.0
+    total = 0.0
+    for probe in range(_PROBES):
+        generator = torch.Generator().manual_seed(probe)
+        signs = torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1
+        found = torch.autograd.grad(value, list(leaves.values()), signs, retain_graph=True, materialize_grads=True)
+        for leaf, gradient in zip(leaves.values(), found, strict=True):
+            size = 1.0 if parametrization == "standard" else float(leaf.detach().double().square().mean())
+            total += size * float(gradient.double().square().sum()) / _PROBES
+    mean = total / max(value.numel(), 1)
+    moment = float(value.detach().double().square().mean())
+    return mean if parametrization == "standard" else mean / moment if moment else 0.0
+
+
+def _is_trained(value: object, count_frozen: bool) -> bool:
+    return isinstance(value, nn.Parameter) and (count_frozen or value.requires_grad)
+
+
+def _behind(node: fx.Node) -> list[fx.Node]:
+    """The node and everything that it is computed from."""
+    found = [node]
+    for one in found:
+        found += [n for n in one.all_input_nodes if n not in found]
+    return found
+
+
+def _value(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """The node's value, computed anew from ``values`` and what the model holds."""
+    behind = set(_behind(node))
+    for one in (n for n in node.graph.nodes if n in behind):
+        if one in values:
+            continue
+        if one.op == "get_attr":
+            values[one] = held(one)
+            continue
+        args, kwargs = fx.node.map_arg((one.args, one.kwargs), lambda n: values[n])  # type: ignore[misc]
+        run: Any = one.graph.owning_module.get_submodule(str(one.target)) if one.op == "call_module" else one.target  # type: ignore[union-attr]
+        values[one] = run(*args, **kwargs)
+    return values[node]
