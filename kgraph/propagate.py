@@ -20,6 +20,7 @@ from kgraph.checks import choice
 from kgraph.kernel import SAME, Apply, Kernel, Pairs, Part, Product, Samples, Sum
 from kgraph.roots import Root, Roots
 from kgraph.rules import Context, Sampler, find_rule
+from kgraph.rules.borders import Borders
 from kgraph.rules.noise import draws_noise, noise_kernel
 from kgraph.rules.pointwise import is_pointwise, unary
 from kgraph.rules.unallocated import Unallocated
@@ -130,6 +131,7 @@ class _Walk:
         self.graph, self.pairs, self.mode, self.parametrization = graph, pairs, mode, parametrization
         self.values: dict[fx.Node, Any] = {}
         self.tokens: set[fx.Node] = set()
+        self.borders = Borders()
         self.unallocated = Unallocated()
         seen = cast(dict[fx.Node, Any], ChainMap(self.unallocated.values, self.values))
         self.sampler = Sampler(seen, graph.module, pairs, mode)
@@ -142,6 +144,7 @@ class _Walk:
                 continue
             with located(node):
                 value = getattr(self, f"_{node.op}")(node)
+            value = self.borders.judged(node, value, self.values)
             if isinstance(value, Kernel):
                 value = still_infinite(value, [self.values[n] for n in node.all_input_nodes])
             if self.adjust is not None and isinstance(value, Kernel):

@@ -12,9 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -35,7 +37,8 @@ Values = dict[fx.Node, Any]
 Direction = tuple[str, int]
 """The kernel ("slope" or "ntk") and the row whose direction is meant."""
 _FEWEST_ENTRIES = 50_000
-_MOST_REPEATS = 16
+_FEWEST_REPEATS, _MOST_REPEATS = 4, 16
+_TWO_SIGMAS = 0.97725
 
 
 class Sampler:
@@ -52,7 +55,7 @@ class Sampler:
         """Kernel (or nested list of kernels) of ``node``'s result."""
         region = find_region(node, self.values)
         entries = max((_entries(self.values[n]) for n in region.frontier), default=1)
-        repeats = max(2, min(_MOST_REPEATS, _FEWEST_ENTRIES // max(entries, 1)))
+        repeats = max(_FEWEST_REPEATS, min(_MOST_REPEATS, _FEWEST_ENTRIES // max(entries, 1)))
         measured = self._measure(region, repeats)
         flat, tree = pytree.tree_flatten(measured[0])
         others = [pytree.tree_leaves(m) for m in measured[1:]]
@@ -136,8 +139,7 @@ class Sampler:
         roots |= Roots({Root(name) for n in region.nodes if _is_layer(n) for name in weights_of(n, self.values)})
         channels = next((size for axis in axes for role, size in axis if role == "c"), 1)
         mean = {name: torch.stack([f[name] for f in fields]).mean(0) for name in fields[0]}
-        q = torch.stack([f["cov"][Pairs.SELF, SAME] for f in fields])
-        error = float(q.std() / (len(q) ** 0.5 * q.mean().abs().clamp_min(1e-300)))
+        error = _relative_error(torch.stack([f["cov"][Pairs.SELF, SAME] for f in fields]))
         how = max((k.how for k in inputs), key=lambda h: (h.level, h.error)).drawn(error)
         if region.entangled:
             how = how | assumed(f"{operation_name(node)}: its operands share random weights")
@@ -151,6 +153,17 @@ class Sampler:
         part = replace(drawn, cov=mean["cov"], mean=float(mean["mean"]), how=how)
         jumps = any(algebra.endless(own) for kernel in inputs for own in kernel.parts)
         return Kernel((algebra.infinite(part) if jumps else part,), axes)
+
+
+def _relative_error(estimates: Tensor) -> float:
+    """Of the mean of independent estimates: two errors cover what two of a known deviation would (Student's law)."""
+    factor = _two_sigmas(len(estimates) - 1) / 2
+    return factor * float(estimates.std() / (len(estimates) ** 0.5 * estimates.mean().abs().clamp_min(1e-300)))
+
+
+@lru_cache
+def _two_sigmas(freedom: int) -> float:
+    return float(stdtrit(freedom, _TWO_SIGMAS))
 
 
 def _is_layer(node: fx.Node) -> bool:

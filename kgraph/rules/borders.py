@@ -1,0 +1,179 @@
+"""Positions that are not alike: which operations make them so, and which ones then need more than their average.
+
+Kernels here are averages over positions. A zero-padded border makes them differ (inner pixels are larger), and so do
+class tokens, uneven adjacencies and causal attention. Sums and averages of positions stay right; a nonlinear function
+of an average is not the average of the function, and a second border reads inner pixels more often than others. What
+such an operation makes is "assumed".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from kgraph.canonical import operation_name
+from kgraph.entries import once
+from kgraph.how import How, assumed
+from kgraph.kernel import Kernel, Part
+from kgraph.modules import Scale, WeightedSum
+from kgraph.rules.pointwise import COPIES, is_pointwise
+from kgraph.rules.speeds import is_parameter
+
+BORDER = "positions at a zero-padded border counted like inner ones"
+TAPS = "positions counted alike where a transposed convolution sums more taps at some"
+COPIED = "pairs of positions that padding has copied counted like others"
+BETWEEN = "interpolated positions counted like given ones"
+JOINED = "tokens of several laws counted like one"
+MIXED = "positions mixed in different ways counted like one"
+CAUSAL = "positions that attend to few others counted like those that attend to many"
+
+_LINEAR = {"add", "sub", "rsub", "neg", "mul", "div", "dropout", "feature_dropout", "where", "pad"}
+_PER_POSITION = {"layer_norm", "rms_norm", "softmax", "log_softmax", "scaled_dot_product_attention"}
+_VIEWS = {
+    "view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "transpose",
+    "permute",
+    "contiguous",
+    "clone",
+}
+_CUTS = {"select", "slice", "chunk", "split", "split_with_sizes", "unbind"}
+
+
+class Borders:
+    """Follows a walk node by node: ``reasons`` are those of the tensors whose positions are not alike."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[fx.Node, str] = {}
+
+    def judged(self, node: fx.Node, value: Any, values: Mapping[fx.Node, Any]) -> Any:
+        """The node's value, "assumed" where the operation needs positions that the average does not hold."""
+        before = [self.reasons[n] for n in node.all_input_nodes if n in self.reasons]
+        if not isinstance(value, Kernel):
+            if before and isinstance(value, (list, tuple)):
+                self.reasons[node] = before[0]
+            return value
+        kernels = [values[n] for n in node.all_input_nodes if isinstance(values[n], Kernel)]
+        if before and _needs_positions(node, len(before), kernels):
+            value = _said(value, assumed(before[0]))
+        reason = _made_by(node, value, kernels, values) or next(iter(before), "")
+        if reason and (value.positions > 1 or operation_name(node) in _VIEWS or _is_function(node)):
+            self.reasons[node] = reason
+        return value
+
+
+def _said(value: Kernel, how: How) -> Kernel:
+    """The kernel with what is assumed; all that it remembers stays."""
+
+    def said(part: Part) -> Part:
+        result = replace(part, how=part.how | how)
+        return result if part.factor is None else result.times(part.factor)
+
+    result = replace(value, parts=tuple(once(part, how, said) for part in value.parts))
+    if value.joined is not None:
+        result.of_joined(*value.joined)
+    return result if value.unpadded is None else value.unpadded[0].padded(result, value.unpadded[1])
+
+
+def _is_function(node: fx.Node) -> bool:
+    """Whether the node acts entry by entry, and not as a multiple."""
+    if node.op == "call_module":
+        root: Any = node.graph.owning_module
+        return not isinstance(root.get_submodule(str(node.target)), (Scale, WeightedSum, nn.Identity))
+    return is_pointwise(node.target) and operation_name(node).strip("_") not in _LINEAR and node.target not in COPIES
+
+
+def _needs_positions(node: fx.Node, uneven: int, kernels: list[Kernel]) -> bool:
+    name = operation_name(node)
+    if name.startswith("conv"):
+        partly = name.startswith("conv_transpose") or _strided(node)
+        return partly or _zeros(node) > 0 or kernels[0].unpadded is not None
+    if name in ("mul", "div"):
+        return uneven > 1 or (name == "div" and len(kernels) > 1)
+    if name in _CUTS:
+        return _cuts_positions(node, kernels)
+    return _is_function(node) or name in _PER_POSITION or name.startswith("max_pool")
+
+
+def _cuts_positions(node: fx.Node, kernels: list[Kernel]) -> bool:
+    """Whether a cut goes through positions, and not between tensors whose kernels are remembered."""
+    index = 2 if operation_name(node) in ("chunk", "split", "split_with_sizes") else 1
+    dim = node.args[index] if len(node.args) > index else 0
+    if not kernels or not isinstance(dim, int):
+        return False
+    x = kernels[0]
+    dim %= len(x.axes)
+    beside = x.joined is not None and x.joined[0] == dim
+    return not beside and x.shape[dim] > 1 and all(role == "p" for role, _ in x.axes[dim])
+
+
+def _argument(node: fx.Node, name: str, default: Any) -> Any:
+    schema = getattr(node.target, "_schema", None)
+    names = [a.name for a in schema.arguments] if schema is not None else []
+    if name in node.kwargs:
+        return node.kwargs[name]
+    index = names.index(name) if name in names else len(node.args)
+    return node.args[index] if index < len(node.args) else default
+
+
+def _most(value: Any) -> int:
+    if value == "same":
+        return 1
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return max((int(v) for v in values if isinstance(v, int)), default=0)
+
+
+def _zeros(node: fx.Node) -> int:
+    return _most(_argument(node, "padding", 0))
+
+
+def _strided(node: fx.Node) -> bool:
+    return _most(_argument(node, "stride", 1)) > 1
+
+
+def _made_by(node: fx.Node, value: Kernel, kernels: list[Kernel], values: Mapping[fx.Node, Any]) -> str:
+    """Why the positions of the node's own result are not alike, or ""."""
+    name = operation_name(node)
+    if value.positions == 1:
+        return ""
+    if name.startswith("conv_transpose"):
+        weight = values.get(node.args[1])  # type: ignore[arg-type]
+        sizes = list(weight.shape[2:]) if isinstance(weight, Tensor) else []
+        stride = _argument(node, "stride", 1)
+        strides = list(stride) if isinstance(stride, (list, tuple)) else [stride]
+        even = sizes == strides * (len(sizes) // max(len(strides), 1)) and _zeros(node) == 0
+        return "" if even else TAPS
+    if name.startswith("conv"):
+        weight = values.get(node.args[1])  # type: ignore[arg-type]
+        taps = max(weight.shape[2:]) if isinstance(weight, Tensor) and weight.ndim > 2 else 2
+        return BORDER if taps > 1 and (_zeros(node) > 0 or kernels[0].unpadded is not None) else ""
+    if name in ("pad", "constant_pad_nd"):
+        copies = name == "pad" and _argument(node, "mode", "constant") != "constant"
+        return COPIED if copies else BORDER if any(_argument(node, "pad", ())) else ""
+    if name.startswith("max_pool"):
+        return BORDER if _zeros(node) > 0 else ""
+    if name.startswith("avg_pool"):
+        return BORDER if _zeros(node) > 0 and _argument(node, "count_include_pad", True) else ""
+    if name.startswith(("upsample_linear", "upsample_bilinear", "upsample_trilinear", "upsample_bicubic")):
+        return BETWEEN
+    if name in ("cat", "concat", "stack"):
+        return JOINED if value.joined is not None and not _alike(value.joined[1]) else ""
+    if name in ("matmul", "mm", "einsum"):
+        constant = [n for n in node.all_input_nodes if isinstance(values[n], Tensor) and not is_parameter(n)]
+        return MIXED if constant else ""
+    if name == "scaled_dot_product_attention":
+        return CAUSAL if _argument(node, "is_causal", False) or _argument(node, "attn_mask", None) is not None else ""
+    return ""
+
+
+def _alike(pieces: tuple[Kernel, ...]) -> bool:
+    first = pieces[0].merged.cov
+    return all(torch.allclose(piece.merged.cov, first, rtol=1e-9, atol=0) for piece in pieces[1:])

@@ -1,0 +1,80 @@
+"""Positions that are not alike: exact where averages do, "assumed" where they do not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kgraph
+
+
+def conv(**options: object) -> nn.Conv2d:
+    layer = nn.Conv2d(64, 64, 3, bias=False, **options)  # type: ignore[arg-type]
+    nn.init.normal_(layer.weight, std=(2 / 576) ** 0.5)
+    return layer
+
+
+EXACT = {
+    "one border, averaged": lambda: nn.Sequential(conv(padding=1), nn.AdaptiveAvgPool2d(1)),
+    "one border, flattened": lambda: nn.Sequential(conv(padding=1), nn.Flatten(), nn.Linear(64 * 36, 8)),
+    "no padding": lambda: nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU()),
+    "patches": lambda: nn.Sequential(nn.ConvTranspose2d(64, 64, 2, 2), nn.ReLU()),
+}
+ASSUMED = {
+    "a function behind a border": lambda: nn.Sequential(conv(padding=1), nn.ReLU()),
+    "two borders": lambda: nn.Sequential(conv(padding=1), conv(padding=1)),
+    "pixels of a border": lambda: nn.Sequential(conv(padding=1), Corner()),
+    "strides of a transposed convolution": lambda: nn.Sequential(nn.ConvTranspose2d(64, 64, 3, 2), nn.Tanh()),
+    "reflected": lambda: nn.Sequential(conv(padding=1, padding_mode="reflect"), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
+    "a product": lambda: Product(),
+    "interpolated": lambda: nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Tanh()),
+}
+
+
+class Corner(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, 0, 0]
+
+
+class Product(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(padding=1), conv(padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * self.b(x)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_averages_that_do_stay_exact(name: str) -> None:
+    assert kgraph.analyze(EXACT[name](), torch.randn(2, 64, 6, 6)).final.how == "exact"
+
+
+@pytest.mark.parametrize("name", ASSUMED)
+def test_what_needs_single_positions_is_assumed(name: str) -> None:
+    row = kgraph.analyze(ASSUMED[name](), torch.randn(2, 64, 6, 6)).final
+    assert row.how == "assumed"
+    assert "positions" in row.note
+
+
+def measured(build, draws: int = 40) -> float:
+    found = []
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            found.append(build()(torch.randn(2, 64, 6, 6)).square().mean())
+    return float(torch.stack(found).mean())
+
+
+def test_the_label_is_right_about_both() -> None:
+    """One border: q of plain networks within 3 %. Two: 1 - (q counted) / q is 8 % and more."""
+    for name, build, right in (
+        ("one", lambda: conv(padding=1), True),
+        ("two", lambda: nn.Sequential(conv(padding=1), conv(padding=1), conv(padding=1)), False),
+    ):
+        torch.manual_seed(0)
+        row = kgraph.analyze(build(), torch.randn(2, 64, 6, 6)).final
+        off = abs(row.q / measured(build) - 1)
+        assert (off < 0.03) == right, (name, off)
+        assert (row.how == "exact") == right
