@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
@@ -17,6 +18,7 @@ from kgraph.errors import InputError, ModelError
 from kgraph.export import OnnxExport
 from kgraph.export import export_onnx as _export_onnx
 from kgraph.gram.options import check_flag
+from kgraph.gram.stops import by_hand
 from kgraph.inputs import resolve_inputs
 from kgraph.methods import DKS, TAT, Method
 from kgraph.modes import depends_on_mode
@@ -70,7 +72,7 @@ def analyze(
     result = propagate(
         graph, mode=mode, positions=positions, parametrization=parametrization, count_frozen=count_frozen
     )
-    return _report(graph, result)
+    return _report(graph, result, by_hand(graph))
 
 
 def _captured(model: nn.Module, example_inputs: object) -> Graph:
@@ -89,8 +91,12 @@ def _mode(model: nn.Module) -> str:
     return "train" if model.training else "eval"
 
 
-def _report(graph: Graph, result: Propagation) -> Report:
+def _report(graph: Graph, result: Propagation, by_hand: tuple[str, ...] = ()) -> Report:
     analysis = summarize(graph, result)
+    if by_hand:
+        note = f"no NTK: a backward written by hand stands before {', '.join(by_hand[:3])} (kgraph.empirical_ntk)"
+        rows = tuple(replace(row, ntk=math.nan) for row in analysis.nodes)
+        analysis = replace(analysis, nodes=rows, notes=(*analysis.notes, note))
     subnetworks = find_subnetworks(graph, result)
     if subnetworks.regions and _maps_hold(graph):
         extreme = subnetworks.max_slope()

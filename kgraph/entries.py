@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kgraph.kernel import SAME, Apply, Expr, Mask, Part, Product, Samples, Sum
+from kgraph.how import How
+from kgraph.kernel import SAME, Apply, Expr, Kernel, Mask, Part, Product, Samples, Sum
 from kgraph.roots import Root, Roots
 
 _rebuilt: weakref.WeakKeyDictionary[Part, dict[Hashable, Part]] = weakref.WeakKeyDictionary()
@@ -94,3 +95,16 @@ def moved(part: Part, label: str) -> Part:
 def origin(part: Part) -> Part:
     """The part whose entries these are, wherever they stand."""
     return _origins.get(part, part)
+
+
+def said(value: Kernel, how: How) -> Kernel:
+    """The kernel with what is assumed; all that it remembers stays."""
+
+    def with_how(part: Part) -> Part:
+        result = replace(part, how=part.how | how)
+        return result if part.factor is None else result.times(part.factor)
+
+    result = replace(value, parts=tuple(once(part, how, with_how) for part in value.parts))
+    if value.joined is not None:
+        result.of_joined(*value.joined)
+    return result if value.unpadded is None else value.unpadded[0].padded(result, value.unpadded[1])

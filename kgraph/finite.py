@@ -18,7 +18,14 @@ from kgraph.capture import Graph
 from kgraph.propagate import TOKEN_VIEWS, channel_dim
 from kgraph.rules.embedding import token_rows
 from kgraph.rules.sampled import for_mode
+from kgraph.rules.speeds import same_tensor
 from kgraph.site import shape_of
+
+
+def tied(table: fx.Node) -> bool:
+    """Whether anything but embeddings reads the tensor of a `get_attr` node: a head that is the embedding's table."""
+    users = [user for node in same_tensor(table) for user in node.users]
+    return any(user.target is not aten.embedding.default for user in users)
 
 
 class Runner(fx.Interpreter):
@@ -103,9 +110,21 @@ class Runner(fx.Interpreter):
         args, _ = self.fetch_args_kwargs_from_env(n)
         table, ids = args[0], args[1]
         known = token_rows(table, args[2] if len(args) > 2 else -1).double()
+        if isinstance(n.args[0], fx.Node) and tied(n.args[0]):
+            return self._own_rows(known, tuple(ids.shape[1:])).to(table)
         mean, scale = known.mean(), known.std()
         rows = self._probes((*ids.shape[1:], table.shape[1]), ids.ndim - 1)
         return (mean + scale * rows).to(table)
+
+    def _own_rows(self, table: Tensor, places: tuple[int, ...]) -> Tensor:
+        """Rows of the table itself, as others read them too; the second input of a pair is a mixture of two."""
+        pick = [torch.randint(0, len(table), (self.size, *places), generator=self.generator) for _ in range(2)]
+        a, other, mean = table[pick[0][:1]], table[pick[1]], table.mean()
+        c = torch.ones(self.size, *(1 for _ in places), 1, dtype=torch.float64)
+        c[1 : self.probes, ...] = torch.tensor(self.cosines, dtype=torch.float64).reshape(-1, *(1 for _ in places), 1)
+        rows = mean + c * (a - mean) + (1 - c * c).sqrt() * (other - mean)
+        rows[self.probes :] = table[pick[0][self.probes :]]
+        return rows
 
     def _batch_norm(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)

@@ -22,7 +22,7 @@ from kgraph.canonical import aten
 from kgraph.capture import Graph, capture, check_model
 from kgraph.checks import callback, cosines_of, count, mode_of, not_negative, positive, seeded, with_values
 from kgraph.errors import InputError
-from kgraph.finite import Runner
+from kgraph.finite import Runner, tied
 
 Progress = Callable[[int, int], None]
 
@@ -250,7 +250,7 @@ def _as_they_are(graph: Graph) -> frozenset[str]:
     nodes = [n for n in graph.module.graph.nodes if n.op == "get_attr"]
     cuts = (aten.slice.Tensor, aten.select.int)
     cut = {n.target for n in nodes if any(user.target in cuts for user in n.users)}
-    tables = {n.target for n in nodes if n.users and all(user.target is aten.embedding.default for user in n.users)}
+    tables = {n.target for n in nodes if n.users and not tied(n)}
     return frozenset(str(target) for target in cut | tables)
 
 

@@ -166,3 +166,29 @@ def test_draws_say_that_they_take_biases_for_gaussian() -> None:
     row = kgraph.analyze(Biased(lambda z: torch.softmax(z, -1), 0.2, 1.0), torch.randn(2, 64)).final
     assert row.how == "assumed"
     assert "biases" in row.note
+
+
+class _Passed(torch.autograd.Function):
+    """Rounds forwards, and passes gradients through as if it had not."""
+
+    @staticmethod
+    def forward(ctx: object, u: Tensor) -> Tensor:
+        return torch.round(u)
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+class Passed(nn.Module):
+    def forward(self, u: Tensor) -> Tensor:
+        return _Passed.apply(u)
+
+
+def test_a_backward_written_by_hand_leaves_no_ntk() -> None:
+    model = nn.Sequential(nn.Linear(16, 32), Passed(), nn.Linear(32, 8))
+    report = kgraph.analyze(model, torch.randn(2, 16))
+    assert math.isnan(report.final.ntk)
+    assert any("written by hand" in note for note in report.analysis.notes)
+    plain = kgraph.analyze(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)), torch.randn(2, 16))
+    assert math.isfinite(plain.final.ntk)

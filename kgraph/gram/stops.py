@@ -90,6 +90,15 @@ def _written_by_hand(output: Tensor) -> bool:
     return False
 
 
+def by_hand(graph: Graph) -> tuple[str, ...]:
+    """Names of the parameters whose gradient goes through a backward that somebody wrote, and differs by it."""
+    if any(p.is_meta for p in graph.root.parameters()):
+        return ()
+    with _evaluated(graph.root), torch.enable_grad():
+        output = _output(graph.root, _state(graph.root), graph.inputs)
+    return tuple(_differing(graph)) if output is not None and _written_by_hand(output) else ()
+
+
 @contextmanager
 def _evaluated(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, where both forwards draw no random numbers; put back afterwards."""

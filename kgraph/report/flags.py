@@ -10,8 +10,9 @@ Thresholds, and what they mean. With d = 1 - c half the squared distance of two 
 - **chaos**: d > 2 d_input for the closest pair of inputs, with a slope above 1. At c_input = .9 that is c
   < .8: the squared distance of similar inputs has doubled, and grows for still closer ones since the
   slope exceeds 1.
-- **q explodes / vanishes**: q has left [1e-3, 1e3] times the input's. A factor 1e3 in q is a factor 30 in
-  the activations, and in the gradients of the weights that read them.
+- **q explodes / vanishes**: q has left [1e-3, 1e3] times the input's (behind an embedding, whose q is that of its
+  table, the first norm's where that is larger: raising q to 1 is what a norm is for). A factor 1e3 in q is a
+  factor 30 in the activations, and in the gradients of the weights that read them.
 - **no signal**: q = 0, e.g. a zero-initialized branch; **not finite**: q is nan or inf.
 
 An event lasts along the graph's edges until the value has clearly recovered (the thresholds are wider on
@@ -79,7 +80,7 @@ def find_flags(analysis: Analysis, flow: Flow) -> dict[str, tuple[Flag, ...]]:
 
 def events(analysis: Analysis, flow: Flow) -> tuple[Event, ...]:
     """The events that this analysis can show: chaos, for one, needs a pair of similar inputs."""
-    return (*_q_events(flow.q_input), *_collapse(analysis), *_positions(flow), *_chaos(analysis))
+    return (*_q_events(flow.q_input, flow.q_most), *_collapse(analysis), *_positions(flow), *_chaos(analysis))
 
 
 def _beginnings(event: Event, flow: Flow) -> list[str]:
@@ -99,9 +100,9 @@ def _beginnings(event: Event, flow: Flow) -> list[str]:
     return begun
 
 
-def _q_events(q_input: float) -> tuple[Event, ...]:
-    high, low = Q_RANGE * q_input, q_input / Q_RANGE
-    high_over, low_over = Q_OVER * q_input, q_input / Q_OVER
+def _q_events(q_input: float, q_most: float) -> tuple[Event, ...]:
+    high, low = Q_RANGE * q_most, q_input / Q_RANGE
+    high_over, low_over = Q_OVER * q_most, q_input / Q_OVER
     return (
         Event(
             "not finite",

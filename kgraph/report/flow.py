@@ -9,6 +9,7 @@ import networkx as nx
 
 from kgraph.analysis import Analysis, NodeKernel
 
+_NORMS = frozenset({"batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"})
 _START = "\0start"  # no fx node can have this name
 
 
@@ -73,6 +74,22 @@ class Flow:
         """Largest q value among the inputs, which all q are compared with (1 if there is none)."""
         values = [node.q for node in self.sources if math.isfinite(node.q) and node.q > 0]
         return max(values, default=1.0)
+
+    @cached_property
+    def first_norm(self) -> NodeKernel | None:
+        """The first norm that depends on the inputs: where it reads an embedding, it sets the scale, not they."""
+        return next((n for n in self.analysis.nodes if n.op in _NORMS and n.name in self.dependent), None)
+
+    @cached_property
+    def embedded(self) -> bool:
+        """Whether the inputs are token ids that a table is read by: their q is the table's, whatever that is."""
+        return bool(self.sources) and all(node.op in ("embedding", "embedding_bag") for node in self.sources)
+
+    @cached_property
+    def q_most(self) -> float:
+        """The q that growth is measured against: the inputs', or behind an embedding that of the first norm."""
+        norm = self.first_norm
+        return max(self.q_input, norm.q) if self.embedded and norm is not None and norm.q > 0 else self.q_input
 
 
 def _is_constant(node: NodeKernel) -> bool:

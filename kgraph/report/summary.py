@@ -45,13 +45,37 @@ def q_line(flow: Flow) -> str:
     if not line:
         return "q: no node depends on an input"
     top, bottom = max(line, key=lambda n: n.q), min(line, key=lambda n: n.q)
-    if top.q > Q_RANGE * flow.q_input:
-        return _moves("explodes", _last(flow, top, lambda q: q <= flow.q_input), top)
+    if top.q > Q_RANGE * flow.q_most:
+        return _moves("explodes", _last(flow, top, lambda q: q <= flow.q_most), top)
     if bottom.q < flow.q_input / Q_RANGE:
         return _moves("vanishes", _last(flow, bottom, lambda q: q >= flow.q_input), bottom)
+    if top.q > Q_RANGE * flow.q_input and flow.first_norm is not None:
+        begin, norm = short(flow.q_input), flow.first_norm
+        path = f"q is {begin} in the embedding, {short(norm.q)} behind {_name(norm)} (norms set it)"
+        return f"{path} and arrives at {short(line[-1].q)}{_logits(flow)}"
     if top.q - bottom.q < 5e-3 * top.q:
-        return f"q stays at {short(line[-1].q)}"
-    return f"q stays in [{short(bottom.q)}, {short(top.q)}] and arrives at {short(line[-1].q)}"
+        return f"q stays at {short(line[-1].q)}{_logits(flow)}"
+    return f"q stays in [{short(bottom.q)}, {short(top.q)}] and arrives at {short(line[-1].q)}{_logits(flow)}"
+
+
+def _logits(flow: Flow) -> str:
+    """What the size of logits over a vocabulary means: of V Gaussian ones the cross entropy is about log V + q / 2.
+
+    E[log sum exp] of V of variance q is log V + q / 2 while q is far below 2 log V; a target's own logit is 0 on
+    average.
+    """
+    final = flow.analysis.final
+    parents = flow.parents(final)
+    if not (flow.embedded and final.op in ("linear", "addmm", "matmul", "mm") and parents and parents[0].shape):
+        return ""
+    words, width = final.shape[-1], parents[0].shape[-1]
+    if words <= width:
+        return ""
+    loss, least = math.log(words) + final.q / 2, math.log(words)
+    verdict = "" if final.q < least / 2 else ", so that the softmax is far from even"
+    if final.q >= 2 * least:
+        return f"; logits over {words:,} tokens of that size leave the first loss far above log V = {least:.2f}"
+    return f"; a first loss of about {loss:.2f} (log V = {least:.2f}) over {words:,} tokens{verdict}"
 
 
 def c_line(analysis: Analysis, rows: tuple[Row, ...]) -> str:

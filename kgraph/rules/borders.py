@@ -9,16 +9,15 @@ such an operation makes is "assumed".
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from kgraph.canonical import operation_name
-from kgraph.entries import once
-from kgraph.how import How, assumed
-from kgraph.kernel import Kernel, Part
+from kgraph.entries import said
+from kgraph.how import assumed
+from kgraph.kernel import Kernel
 from kgraph.modules import Scale, WeightedSum
 from kgraph.rules.pointwise import COPIES, is_pointwise
 from kgraph.rules.speeds import is_parameter
@@ -63,24 +62,11 @@ class Borders:
             return value
         kernels = [values[n] for n in node.all_input_nodes if isinstance(values[n], Kernel)]
         if before and _needs_positions(node, len(before), kernels):
-            value = _said(value, assumed(before[0]))
+            value = said(value, assumed(before[0]))
         reason = _made_by(node, value, kernels, values) or next(iter(before), "")
         if reason and (value.positions > 1 or operation_name(node) in _VIEWS or _is_function(node)):
             self.reasons[node] = reason
         return value
-
-
-def _said(value: Kernel, how: How) -> Kernel:
-    """The kernel with what is assumed; all that it remembers stays."""
-
-    def said(part: Part) -> Part:
-        result = replace(part, how=part.how | how)
-        return result if part.factor is None else result.times(part.factor)
-
-    result = replace(value, parts=tuple(once(part, how, said) for part in value.parts))
-    if value.joined is not None:
-        result.of_joined(*value.joined)
-    return result if value.unpadded is None else value.unpadded[0].padded(result, value.unpadded[1])
 
 
 def _is_function(node: fx.Node) -> bool:

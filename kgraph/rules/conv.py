@@ -15,10 +15,10 @@ from torch import Tensor
 
 from kgraph.biases import bias_law
 from kgraph.canonical import aten
-from kgraph.entries import once
-from kgraph.how import assumed
+from kgraph.entries import once, said
+from kgraph.how import EXACT, assumed
 from kgraph.kernel import DIFF, SAME, Kernel, Part, Unknown
-from kgraph.rules.linear import Affine, affine_part, bias_moments, without_shared_channels
+from kgraph.rules.linear import Affine, affine_part, bias_moments, of_rows, without_shared_channels
 from kgraph.rules.table import Context, rule
 
 FEW = 32
@@ -105,7 +105,9 @@ def _convolve(
     part = once(x.merged, context.signature, summed)
     batch = x.axes[: -dims - 1]
     spatial = tuple((("p", size),) if size > 1 else () for size in sizes_out)
-    return Kernel((part,), (*batch, (("c", out_channels),), *spatial))
+    result = Kernel((part,), (*batch, (("c", out_channels),), *spatial))
+    rows = of_rows(context, 1, weight.transpose(0, 1) if transposed else weight)
+    return result if rows is EXACT else said(result, rows)
 
 
 def _of_few(part: Part, result: Part, channels: int, root: str) -> Part:

@@ -11,10 +11,12 @@ from scipy.special import ndtr, stdtrit
 from torch import Tensor, fx
 
 from kgraph.biases import bias_law
-from kgraph.canonical import aten
-from kgraph.entries import once
+from kgraph.canonical import aten, operation_name
+from kgraph.entries import once, said
+from kgraph.how import EXACT, How, assumed
 from kgraph.kernel import DIFF, Axes, Bias, Gaussian, Kernel, Part
 from kgraph.roots import Root, Roots
+from kgraph.rules.speeds import same_tensor
 from kgraph.rules.table import TURNED, Context, parameter_of, rule
 
 
@@ -78,6 +80,34 @@ def real_mean(x: Tensor) -> float:
     mean = values.mean()
     noise = _five_sigma(values.numel() - 1) * values.std() / math.sqrt(values.numel())
     return float(mean) if bool(mean.abs() > noise) else 0.0
+
+
+def of_rows(context: Context, index: int, weight: Tensor) -> How:
+    """What is assumed of a weight's rows: that they are draws of their own, and of no other use.
+
+    A head that is the embedding's table adds, to the logit of the token itself, the square of its row.
+    """
+    source = context.node.args[index]
+    readers = [user for n in (same_tensor(source) if isinstance(source, fx.Node) else ()) for user in n.users]
+    if any(operation_name(user).startswith("embedding") for user in readers):
+        return assumed("a head tied to the embedding, whose logit of the token itself is not counted")
+    return assumed("independent channels, though rows of the weight repeat") if repeats(weight) else EXACT
+
+
+def repeats(weight: Tensor) -> bool:
+    """Whether two rows are one and the same, other than zero (a pixel shuffle's ICNR initialization)."""
+    if weight.is_meta or weight.is_complex() or weight.ndim < 2 or not any(weight.stride()):
+        return False
+    rows = weight.detach().flatten(1)
+    rows = rows[(rows != 0).any(1)]
+    if rows.shape[1] < 2 or not _same_marks(rows.float()):  # cheap; rounding may make two rows look alike
+        return False
+    return _same_marks(rows.double())
+
+
+def _same_marks(rows: Tensor) -> bool:
+    marks = rows @ torch.arange(1, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device).sqrt()
+    return bool((marks.sort()[0].diff() == 0).any())
 
 
 @lru_cache
@@ -146,7 +176,9 @@ def last_dim(
         fan_in * mean_square(weight), sb2, mean, fan_in, bias is not None, name, speeds, bias_law(bias, mean)
     )
     axes = (*(to_positions(axis) for axis in x.axes[:-1]), (("c", out),))
-    return contract(context, x, (len(x.axes) - 1,), layer, axes)
+    rows = of_rows(context, index, weight.T if turned and weight.ndim == 2 else weight)
+    result = contract(context, x, (len(x.axes) - 1,), layer, axes)
+    return result if rows is EXACT else said(result, rows)
 
 
 @rule(aten.linear.default)

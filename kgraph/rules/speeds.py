@@ -90,3 +90,11 @@ def _value(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         run: Any = one.graph.owning_module.get_submodule(str(one.target)) if one.op == "call_module" else one.target  # type: ignore[union-attr]
         values[one] = run(*args, **kwargs)
     return values[node]
+
+
+def same_tensor(node: fx.Node) -> list[fx.Node]:
+    """All `get_attr` nodes of the graph that hold the tensor which the node is, or is a view of."""
+    while node.op != "get_attr" and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    own = held(node)
+    return [n for n in node.graph.nodes if n.op == "get_attr" and held(n) is own] if own is not None else []
