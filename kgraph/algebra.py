@@ -135,6 +135,8 @@ def _of_law(part: Part, how: How) -> Part:
     """Fill in the kernel of ``part`` by the law of its expression, or by draws of it."""
     law = laws.law_of(part)
     known = law and laws.read(law)
+    reason = unknown_law(part)
+    how = how | assumed(reason) if reason else how
     result = (
         _from_draws(part, how)
         if known is None
@@ -242,9 +244,9 @@ def as_function(part: Part) -> tuple[Pointwise, Part]:
 def _as_scaled_function(part: Part) -> tuple[Pointwise, Part]:
     if isinstance(part.expr, Sum) and len(part.expr.terms) == 1:
         ((factor, term),) = part.expr.terms
-        fn, base = _as_function(term)
+        fn, base = as_function(term)
         return fn.affine(output_scale=factor), base
-    return _as_function(part)
+    return as_function(part)
 
 
 def _common_function(left: Part, right: Part, combine: Callable[[Tensor, Tensor], Tensor]) -> Part | None:
