@@ -17,7 +17,6 @@ from kgraph.emitted import EmittedModule
 from kgraph.errors import InputError, ModelError
 from kgraph.export import OnnxExport
 from kgraph.export import export_onnx as _export_onnx
-from kgraph.gram.options import check_flag
 from kgraph.gram.stops import by_hand
 from kgraph.inputs import resolve_inputs
 from kgraph.methods import DKS, TAT, Method
@@ -64,7 +63,7 @@ def analyze(
         ModelError, InputError, CaptureError: see `kgraph.errors`.
     """
     check_model(model)
-    check_flag("count_frozen", count_frozen)
+    flag("count_frozen", count_frozen)
     mode = mode_of(model, mode)
     choice("positions", positions, ("exchangeable",))
     choice("parametrization", parametrization, ("standard", "ntk"))
