@@ -19,7 +19,7 @@ from fuzz.targets import TARGETS, Target
 
 from kgraph.errors import RuleError
 
-EFFORT = 0.25
+EFFORT = 0.4
 KNOWN: dict[tuple[str, int], str] = {
     ("analyze", 6): "borders: a mean over positions stands for what a convolution reads within them",
     ("analyze", 10): "borders: the correlation of two positions behind a stride",

@@ -21,7 +21,7 @@ def main(
     jobs: Annotated[int, typer.Option(help="Processes.")] = 1,
     width: Annotated[int, typer.Option(help="Smaller of the two widths.")] = WIDTH,
     effort: Annotated[float, typer.Option(help="Factor on the number of networks drawn.")] = 1.0,
-    limit: Annotated[int, typer.Option(help="Seconds a program.")] = 240,
+    limit: Annotated[int, typer.Option(help="CPU seconds a program.")] = 120,
     shrink: Annotated[bool, typer.Option(help="Shrink what fails.")] = True,
     out: Annotated[
         Path | None, typer.Option(help="Lines of JSON, one a program; seeds in it are not run again.")

@@ -37,7 +37,7 @@ class Builder:
         self.layers: dict[str, str] = {}
         self.statements: list[Statement] = []
         self.values: list[Value] = [Value("x", given)]
-        self.made, self.tokens = 0, False
+        self.made, self.tokens, self.steady = 0, False, False
 
     def choose(self, options: Sequence[Choice]) -> Choice:
         return self.random.choice(options)
@@ -85,7 +85,9 @@ class Builder:
 
     def program(self, last: Value | None = None) -> Program:
         """The program that returns ``last``, or else the value that most statements lead to."""
-        made = Program(self.seed, dict(self.layers), tuple(self.statements), self.given, self.tokens, self.mode)
+        made = Program(
+            self.seed, dict(self.layers), tuple(self.statements), self.given, self.tokens, self.mode, self.steady
+        )
         ends = [last.name] if last is not None else [s.name for s in self.statements]
         return max((made.ending_with(name) for name in ends), key=lambda p: len(p.statements))
 

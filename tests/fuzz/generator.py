@@ -34,6 +34,7 @@ def generate_reduced(seed: int) -> Program:
 def _grown(seed: int) -> Builder:
     given = GIVEN[seed % len(GIVEN)]
     b = Builder(seed, given, "train" if seed // len(GIVEN) % 2 else "eval")
+    b.steady = seed // (2 * len(GIVEN)) % 2 == 1
     b.tokens = not given.first and len(given.places) == 1 and b.chance(0.15)
     if b.tokens:
         table = b.layer("nn.Embedding(8 * w, w)", "settled({}.weight, 1.0)")

@@ -24,9 +24,10 @@ SIGMAS = 4.0
 WIDTH = 48
 RATIO = 3
 """Of the two widths: the larger, the less the extrapolation magnifies errors."""
-NETWORKS = (96, 64, 32)
+NETWORKS = (96, 40, 16)
 """Drawn at a width, by the dimensions of positions: where there are more, one network says more and takes longer."""
 TRUSTED = ("exact", "quadrature")
+MEASURED = (*TRUSTED, "sampled")
 AGAIN = ((1, 1, 2), (2, 2, 1))
 """Seeds of the further measurements, with their factors on the widths and on the number of networks."""
 ROUNDING = 2e-3
@@ -91,7 +92,7 @@ class Verdict:
         seconds: kgraph's.
         counts: values by how kgraph got them.
         wrong: numbers called exact or quadrature that are neither.
-        sampled: numbers with a printed error, to be held against the truth.
+        sampled: numbers with a printed error, to be held against the truth, of programs that are the same at all widths.
         compared: numbers called exact or quadrature that were compared.
     """
 
@@ -118,6 +119,8 @@ def compare(rows: list[dict[str, Row]], measured: list[Measured], networks: int)
             if small is None or quantity not in measured[0][name] or math.isnan(large.numbers[quantity]):
                 continue
             truths = [measured[0][name][quantity], truth]
+            if large.how == "sampled":
+                small = large  # draws at another width have errors of their own
             found.append(_compared(name, quantity, [small, large], truths, quantile))
     return found
 
@@ -166,9 +169,11 @@ def judge(
         verdict.seconds = time.perf_counter() - start
     for row in rows[1].values():
         verdict.counts[row.how] = verdict.counts.get(row.how, 0) + 1
+    if not any(row.how in MEASURED for row in rows[1].values()):
+        return verdict
     found = _found(program, subject, rows, width, networks, seed=0)
     verdict.compared = sum(c.how in TRUSTED for c in found)
-    verdict.sampled = [c for c in found if c.how == "sampled" and c.quantity in CALIBRATED]
+    verdict.sampled = [c for c in found if program.steady and c.how == "sampled" and c.quantity in CALIBRATED]
     suspects = [c for c in found if c.wrong and c.how in TRUSTED]
     for seed, factor, more in AGAIN if twice else ():
         if suspects:

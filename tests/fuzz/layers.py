@@ -8,13 +8,15 @@ from .builder import Builder, Value, with_channels, with_places
 
 MOST_HALVES = 4
 WEIGHTS = ("default", "default", "normal", "normal", "xavier", "orthogonal")
-BIASES = ("default", "default", "zero", "normal", "uniform", "constant")
+STEADY_BIASES = ("zero", "normal", "uniform", "constant")
+"""Whose variance does not depend on the width."""
+BIASES = ("default", "default", *STEADY_BIASES)
 
 
 def _law(b: Builder) -> tuple[str, str]:
     """Arguments of the layer, and of `drawn`."""
     weight, gain = b.choose(WEIGHTS), b.choose((1.0, 1.4))
-    bias = None if b.chance(0.3) else b.choose(BIASES)
+    bias = None if b.chance(0.3) else b.choose(STEADY_BIASES if b.steady else BIASES)
     return f", bias={bias is not None}", f'"{weight}", {gain}, "{bias or "zero"}"'
 
 
@@ -178,7 +180,7 @@ def recurrence(b: Builder) -> Value | None:
 def gated_cell(b: Builder) -> Value | None:
     """One or two steps of a GRU cell with PyTorch's own parameters."""
     v = b.recent(lambda v: not v.shape.first and len(v.shape.places) == 1 and v.shape.halves >= 2)
-    if v is None:
+    if v is None or b.steady:
         return None
     made = b.layer(
         f"nn.GRUCell({v.shape.channels}, w)",

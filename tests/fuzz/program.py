@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,7 @@ class Program:
         given: shape of the input ``x``; of token ids, the shape of their embedding.
         tokens: whether the input is token ids.
         mode: "train" or "eval".
+        steady: whether its kernel is the same at every width, as it is without PyTorch's own biases.
     """
 
     seed: int
@@ -106,7 +107,7 @@ class Program:
     given: Shape
     tokens: bool = False
     mode: str = "eval"
-    notes: tuple[str, ...] = field(default=(), compare=False)
+    steady: bool = False
 
     @property
     def result(self) -> Statement:
