@@ -21,12 +21,9 @@ from kgraph.errors import RuleError
 
 EFFORT = 0.4
 KNOWN: dict[tuple[str, int], str] = {
+    ("analyze", 4): "NTK of a gain in front of batch statistics, which undo it",
     ("analyze", 6): "borders: a mean over positions stands for what a convolution reads within them",
-    ("analyze", 10): "borders: the correlation of two positions behind a stride",
-    ("analyze", 12): "a gate made of (v > 0), where v read a parameter entry by entry",
-    ("analyze", 32): "a gate made of (v > 0), where v read a parameter entry by entry",
     ("analyze", 35): "borders: positions that a padded convolution fills with its bias alone",
-    ("analyze", 38): "a depthwise convolution of few taps is not Gaussian",
 }
 """Programs that kgraph is wrong about, and why."""
 

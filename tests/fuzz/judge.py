@@ -92,7 +92,7 @@ class Verdict:
         seconds: kgraph's.
         counts: values by how kgraph got them.
         wrong: numbers called exact or quadrature that are neither.
-        sampled: numbers with a printed error, to be held against the truth, of programs that are the same at all widths.
+        sampled: numbers with a printed error, of steady programs, to be held against the truth.
         compared: numbers called exact or quadrature that were compared.
     """
 
