@@ -213,7 +213,7 @@ class _Walk:
 
     def _context(self, node: fx.Node) -> Context:
         sample = partial(self.sampler.sample, node)
-        return Context(node, self.mode, self.pairs, self.parametrization, sample, self.count_frozen)
+        return Context(node, self.mode, self.pairs, self.parametrization, sample, self.count_frozen, self.values)
 
 
 def known_result(node: fx.Node, args: Any, kwargs: Any, tokens: set[fx.Node]) -> Any:

@@ -168,6 +168,27 @@ def test_draws_say_that_they_take_biases_for_gaussian() -> None:
     assert "biases" in row.note
 
 
+class Positions(nn.Module):
+    """Tokens that know their places: a table read at ids that an input gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places, self.out = nn.Embedding(50, 64), nn.Embedding(8, 64), nn.Linear(64, 64, bias=False)
+
+    def forward(self, ids: Tensor, places: Tensor) -> Tensor:
+        return self.out(self.tokens(ids) + 3.0 * self.places(places + 1))
+
+
+def test_a_table_read_at_given_places_has_its_part() -> None:
+    """Of 1 (its row) 9 at the table of places, 1 at that of tokens; then the layer's own K."""
+    model = Positions()
+    report = kgraph.analyze(model, {"ids": torch.arange(8).reshape(2, 4), "places": torch.arange(4).expand(2, 4)})
+    total = report["add_1"] if "add_1" in [n.name for n in report.nodes] else report["add"]
+    gain = 64 * float(model.out.weight.detach().square().mean())
+    assert total.ntk == pytest.approx(10, rel=1e-9)
+    assert report.final.ntk == pytest.approx(64 * total.q + gain * 10, rel=1e-5)
+
+
 class _Passed(torch.autograd.Function):
     """Rounds forwards, and passes gradients through as if it had not."""
 

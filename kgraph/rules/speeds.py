@@ -7,6 +7,7 @@ diagonal of J J^T, found on random signs v as E|J^T v|^2.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def is_parameter(node: fx.Node) -> bool:
     return False
 
 
-def speed(node: fx.Node, parametrization: str, count_frozen: bool) -> float:
+def speed(node: fx.Node, parametrization: str, count_frozen: bool, known: Mapping[fx.Node, Any]) -> float:
     """Mean square speed of the tensor's entries; under "ntk" that of unit parameters, relative to its own E[x^2]."""
     own = held(node)
     if node.op == "get_attr":
@@ -49,9 +50,11 @@ def speed(node: fx.Node, parametrization: str, count_frozen: bool) -> float:
     if any(leaf.is_meta for leaf in leaves.values()):
         return 1.0
     with torch.enable_grad():
-        value = _value(node, dict(leaves))
+        value = _value(node, dict(leaves), known)
     if not isinstance(value, Tensor) or not value.requires_grad:
         return 0.0
+    if value.ndim > 1 and bool((value == value[:1]).all()):  # one and the same for the whole batch
+        value = value[:1]
     total = 0.0
     for probe in range(_PROBES):
         generator = torch.Generator().manual_seed(probe)
@@ -77,19 +80,16 @@ def _behind(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _value(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """The node's value, computed anew from ``values`` and what the model holds."""
+def _value(node: fx.Node, moved: dict[fx.Node, Any], known: Mapping[fx.Node, Any]) -> Any:
+    """The node's value, computed anew from the parameters in ``moved``; what none of them reaches is known."""
     behind = set(_behind(node))
-    for one in (n for n in node.graph.nodes if n in behind):
-        if one in values:
+    for one in (n for n in node.graph.nodes if n in behind and n not in moved):
+        if not any(n in moved for n in one.all_input_nodes):
             continue
-        if one.op == "get_attr":
-            values[one] = held(one)
-            continue
-        args, kwargs = fx.node.map_arg((one.args, one.kwargs), lambda n: values[n])  # type: ignore[misc]
+        args, kwargs = fx.node.map_arg((one.args, one.kwargs), lambda n: moved[n] if n in moved else known[n])  # type: ignore[misc]
         run: Any = one.graph.owning_module.get_submodule(str(one.target)) if one.op == "call_module" else one.target  # type: ignore[union-attr]
-        values[one] = run(*args, **kwargs)
-    return values[node]
+        moved[one] = run(*args, **kwargs)
+    return moved[node]
 
 
 def same_tensor(node: fx.Node) -> list[fx.Node]:

@@ -6,8 +6,8 @@ it is not - after a `Context`, and returns the kernel of the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import fx
@@ -34,6 +34,7 @@ class Context:
         parametrization: "standard" (what PyTorch trains) or "ntk".
         sample: computes the node by the sampled rule instead.
         count_frozen: whether parameters that require no gradient have their part in the NTK too.
+        known: values of the nodes so far.
     """
 
     node: fx.Node
@@ -42,6 +43,7 @@ class Context:
     parametrization: str
     sample: Callable[[], Any]
     count_frozen: bool = False
+    known: Mapping[fx.Node, Any] = field(default_factory=dict)
 
     def speed(self, argument: str | int | fx.Node) -> float:
         """How fast a known argument moves when what is trained behind it does: see `kgraph.rules.speeds`.
@@ -57,7 +59,7 @@ class Context:
             if argument >= len(self.node.args) or not isinstance(self.node.args[argument], fx.Node):
                 return 0.0
             argument = cast(fx.Node, self.node.args[argument])
-        return speed(argument, self.parametrization, self.count_frozen)
+        return speed(argument, self.parametrization, self.count_frozen, self.known)
 
     @property
     def site(self) -> Site:
