@@ -154,7 +154,7 @@ def transform(
     first = propagate(graph, mode=mode)
     before = _report(graph, first)
     outcome = rewrite(graph, plan, first) if plan is not None else _by_systems(graph, chosen, seed, first)
-    ledger = _with_lost(_with_notes(outcome.ledger, folded, left_out), graph.lost)
+    ledger = _with_lost(_with_notes(outcome.ledger, folded, left_out, graph.left_out), graph.lost)
     found = _in_mode(outcome.graph, outcome.propagation, mode)
     if plan is not None and found.values is not outcome.propagation.values:
         ledger = replace(ledger, notes=(*ledger.notes, _OTHER_MODE))
@@ -194,8 +194,9 @@ def _by_systems(graph: Graph, chosen: tuple[AnyMethod, ...], seed: int, first: P
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A copy to rewrite; tensors that a forward hook computed (the older weight_norm) are copied as values."""
-    attributes = [value for module in model.modules() for value in vars(module).values()]
+    """A copy to rewrite; tensors that a forward or its hook computed (the older weight_norm) are copied as values."""
+    spaces = [space for module in model.modules() for space in (vars(module), module._buffers)]
+    attributes = [value for space in spaces for value in space.values()]
     computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
     try:
         return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
@@ -214,8 +215,8 @@ def _set_modes(shaped: nn.Module, model: nn.Module) -> None:
         module.training = modes.get(name, module.training)
 
 
-def _with_notes(ledger: Ledger, folded: list[str], left_out: list[str]) -> Ledger:
-    notes = []
+def _with_notes(ledger: Ledger, folded: list[str], left_out: list[str], output: tuple[str, ...]) -> Ledger:
+    notes = list(output)
     if folded:
         notes.append(f"parametrizations folded into plain weights: {', '.join(folded)}")
     if left_out:

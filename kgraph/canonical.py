@@ -53,6 +53,13 @@ _LOGICAL = {
 }
 """Of truth values the same, and defined for numbers too."""
 
+_LIKE = {
+    aten.expand_as.default: aten.expand.default,
+    aten.view_as.default: aten.reshape.default,
+    aten.reshape_as.default: aten.reshape.default,
+}
+"""Operations that read their second tensor for its shape alone, and the operation on sizes that each is."""
+
 
 def canonicalize(module: fx.GraphModule) -> None:
     """Rewrite ``module.graph`` in place into the canonical vocabulary."""
@@ -67,6 +74,7 @@ def canonicalize_graph(graph: fx.Graph) -> None:
             graph.erase_node(node)
     _drop_no_op_copies(graph)
     _functionalize(graph)
+    _use_sizes(graph)
     _use_logic(graph)
     _drop_whole_copies(graph)
     _inline_numbers(graph)
@@ -74,6 +82,24 @@ def canonicalize_graph(graph: fx.Graph) -> None:
     fuse_norms(graph)
     graph.eliminate_dead_code(is_impure_node=is_effect)
     _contiguous_views(graph)
+
+
+def _use_sizes(graph: fx.Graph) -> None:
+    """``x.expand_as(y)`` is an expand to the sizes of y: it reads y for its shape alone."""
+    for node in [n for n in graph.nodes if n.target in _LIKE]:
+        x, other = cast(tuple[fx.Node, fx.Node], node.args)
+        with graph.inserting_before(node):
+            sizes = [_size(graph, node, other, dim, size) for dim, size in enumerate(other.meta["val"].shape)]
+        node.target, node.args = _LIKE[node.target], (x, sizes)
+
+
+def _size(graph: fx.Graph, node: fx.Node, tensor: fx.Node, dim: int, size: int | torch.SymInt) -> int | fx.Node:
+    """A size as a number, or as a node where it may change: that of the batch."""
+    if isinstance(size, int):
+        return size
+    result = graph.call_function(aten.sym_size.int, (tensor, dim))
+    result.meta = {**node.meta, "val": size}
+    return result
 
 
 def _use_logic(graph: fx.Graph) -> None:
@@ -170,7 +196,7 @@ def _functionalize(graph: fx.Graph) -> None:
         if not isinstance(target, OpOverload) or not node.args or not isinstance(node.args[0], fx.Node):
             continue
         functional, source = _functional_overload(target), node.args[0]
-        if functional is None or _memory(source).op == "get_attr":
+        if functional is None or memory_of(source).op == "get_attr":
             continue
         chain = _scattered(source) if _bases_read(source, node, order) else [source]
         if chain is None or any(_views_read(tensor, node, order, chain) for tensor in chain):
@@ -184,7 +210,7 @@ def _functionalize(graph: fx.Graph) -> None:
                 user.replace_input_with(tensor, result)
 
 
-def _memory(node: fx.Node) -> fx.Node:
+def memory_of(node: fx.Node) -> fx.Node:
     """Whose memory a node's value is: what an operation in place returns is the tensor it wrote to."""
     while isinstance(node.target, OpOverload) and _functional_overload(node.target) is not None:
         node = cast(fx.Node, node.args[0])

@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import UnflattenedModule
 from torch.utils import _pytree as pytree
 
 from kgraph.canonical import DROPOUTS
@@ -49,6 +50,7 @@ class Graph:
         inputs: example ``(args, kwargs)`` that gave the shapes.
         notes: what a reader of a report should know about the capture.
         form: how the model's output is put together, where the graph returns it opened.
+        left_out: what of the output an emitted module does not return, in words.
         lost: what the model does in train mode only and this graph does not; "" where it does all.
     """
 
@@ -57,6 +59,7 @@ class Graph:
     inputs: Inputs
     notes: list[str] = field(default_factory=list)
     form: Form | None = None
+    left_out: tuple[str, ...] = ()
     lost: str = ""
 
     @property
@@ -91,6 +94,11 @@ def check_model(model: object) -> nn.Module:
     if isinstance(model, fx.GraphModule) and "train" in vars(model):  # torch.export replaces train() and eval()
         raise ModelError(
             "the model came out of torch.export: it has one mode for good, and nothing of its class",
+            hint="Pass the module that was exported",
+        )
+    if any(isinstance(module, UnflattenedModule) for module in model.modules()):
+        raise ModelError(
+            "the model came out of torch.export.unflatten: its graphs hold traces, which no copy can be made of",
             hint="Pass the module that was exported",
         )
     for name, module in model.named_modules():
@@ -130,23 +138,33 @@ def capture(
     """
     with_finite_values(check_model(model))
     inputs = _distinct(resolve_inputs(model, example_inputs))
-    notes = _mixed_modes(model)
+    notes, left_out = _mixed_modes(model), list[str]()
     with untouched(model), ExitStack() as stack:
         census = run_once(model, inputs)
         if census.form.dropped and stack.enter_context(without_cache(model)):
-            notes.append("captured with use_cache=False: a cache is no activation, and an emitted module returns none")
+            left_out.append(
+                "captured with use_cache=False: a cache is no activation, and an emitted module returns none"
+            )
             census = run_once(model, inputs)
         if census.form.dropped:
-            notes.append(f"the output holds {', '.join(census.form.dropped)}: no tensor, and left out")
+            left_out.append(f"the output holds {', '.join(census.form.dropped)}: no tensor, and left out")
         stack.enter_context(opening(model, census.form))
-        if front_end == "trace" or (front_end == "auto" and census.pays(deep)):
-            try:
-                return _traced(model, inputs, notes, census)
-            except Untraceable as error:
-                if front_end == "trace":
-                    raise CaptureError(f"{type(model).__name__} cannot be traced symbolically: {error}") from error
-                notes.append(f"captured by torch.export, for symbolic tracing failed: {error}")
-        return _exported(model, inputs, notes, census, verify)
+        graph = _by_front_end(model, inputs, [*notes, *left_out], census, verify, front_end, census.pays(deep))
+    graph.left_out = tuple(left_out)
+    return graph
+
+
+def _by_front_end(
+    model: nn.Module, inputs: Inputs, notes: list[str], census: Census, verify: bool, front_end: FrontEnd, deep: bool
+) -> Graph:
+    if front_end == "trace" or (front_end == "auto" and deep):
+        try:
+            return _traced(model, inputs, notes, census)
+        except Untraceable as error:
+            if front_end == "trace":
+                raise CaptureError(f"{type(model).__name__} cannot be traced symbolically: {error}") from error
+            notes.append(f"captured by torch.export, for symbolic tracing failed: {error}")
+    return _exported(model, inputs, notes, census, verify)
 
 
 def unread(graph: Graph) -> list[str]:
@@ -280,7 +298,10 @@ def _positional_names(model: nn.Module, count: int) -> list[str]:
     names: list[str] = []
     for parameter in parameters:
         if parameter.kind is parameter.VAR_POSITIONAL:
-            raise CaptureError("forward takes *args", hint="Wrap the model in a module with named arguments")
+            raise CaptureError(
+                f"{type(model).__name__}.forward takes *{parameter.name}, whose number a graph cannot leave open",
+                hint="Wrap it in a module that names them: def forward(self, x, y): return self.model(x, y)",
+            )
         names.append(parameter.name)
     return names[:count]
 

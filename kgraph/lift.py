@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kgraph.canonical import aten, is_effect
+from kgraph.canonical import aten, is_effect, memory_of
 from kgraph.emitted import EmittedModule, EmittedTracer, Layout
 from kgraph.modes import mode_argument
 from kgraph.norm_chain import restore
@@ -41,6 +41,7 @@ def emit(flat: fx.GraphModule, root: nn.Module, *, name: str | None = None, lift
         for nodes in _groups(graph).values():
             _lift_group(graph, nodes, root)
     restore(graph)
+    _stop_at_buffers(graph, root)
     helpers: dict[str, nn.Module] = {}
     _drive_training_flags(graph, helpers)
     _follow_device(graph, helpers)
@@ -124,6 +125,24 @@ def _lift_group(graph: fx.Graph, nodes: list[fx.Node], root: nn.Module) -> None:
     outputs[0].replace_all_uses_with(call)
     for node in reversed(nodes):
         graph.erase_node(node)
+
+
+def _stop_at_buffers(graph: fx.Graph, root: nn.Module) -> None:
+    """What is written to a buffer is detached: a buffer with a gradient behind it can be copied and trained no more."""
+    buffers = dict(root.named_buffers(remove_duplicate=False))
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not is_effect(node) or not node.args:
+            continue
+        held = memory_of(node)
+        if held.op != "get_attr" or held.target not in buffers:
+            continue
+        for value in node.all_input_nodes:
+            floating = isinstance(kind := value.meta.get("val"), Tensor) and kind.is_floating_point()
+            if value is not node.args[0] and floating and value.op != "get_attr":
+                with graph.inserting_before(node):
+                    stopped = graph.call_function(aten.detach.default, (value,))
+                stopped.meta = dict(value.meta)
+                node.replace_input_with(value, stopped)
 
 
 def _is_size(node: fx.Node) -> bool:

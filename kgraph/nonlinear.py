@@ -194,10 +194,17 @@ def _submodule(node: fx.Node) -> nn.Module | None:
 
 
 def _is_floating(node: fx.Node) -> bool:
+    if any(_is_complex(n) for n in node.all_input_nodes):  # the absolute value of a complex number, say
+        return False
     value = node.meta.get("val")
     name = getattr(node.target, "_schema", None)
     plain = name.name.split("::")[-1] if name is not None else ""
     return plain not in _NOT_FLOATING and not (isinstance(value, Tensor) and not value.is_floating_point())
+
+
+def _is_complex(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_complex()
 
 
 def find_regions(module: fx.GraphModule, random: Callable[[fx.Node], bool]) -> list[Region]:

@@ -26,17 +26,12 @@ from kgraph.rules.pointwise import is_pointwise, unary
 from kgraph.rules.unallocated import Unallocated
 from kgraph.site import located, shape_of
 
-TOKEN_VIEWS = {
-    aten.reshape.default,
-    aten.view.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.slice.Tensor,
-    aten.expand.default,
-    aten.flatten.using_ints,
-    aten.to.dtype,
-}
-"""Operations through which token ids stay token ids."""
+TOKEN_VIEWS = frozenset(
+    """chunk clone contiguous expand flatten flip gather getitem index index_select movedim narrow permute repeat
+    reshape roll select slice split split_with_sizes squeeze stack swapaxes t tile to _to_copy transpose unbind
+    unflatten unsqueeze view""".split()  # noqa: SIM905
+)
+"""Names of the operations through which token ids stay token ids: they only move entries."""
 
 
 Adjust = Callable[[fx.Node, Kernel, dict[fx.Node, Any]], Kernel]
@@ -219,7 +214,7 @@ class _Walk:
 def known_result(node: fx.Node, args: Any, kwargs: Any, tokens: set[fx.Node]) -> Any:
     """Value of a function of known values; the user's buffers are never advanced, and views of tokens are tokens."""
     target: Any = node.target
-    if any(n in tokens for n in node.all_input_nodes) and target in TOKEN_VIEWS:
+    if any(n in tokens for n in node.all_input_nodes) and operation_name(node) in TOKEN_VIEWS:
         tokens.add(node)
     schema = getattr(target, "_schema", None)
     first = node.args[0] if node.args else None

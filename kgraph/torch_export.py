@@ -144,9 +144,18 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return CaptureError(
         f"{type(model).__name__}.forward branches on a tensor's value or cannot be exported: {reason}",
+        node=_failing_module(model, error),
         source=line or None,
         hint="Replace the data-dependent branch or .item() by tensor operations such as torch.where",
     )
+
+
+def _failing_module(model: nn.Module, error: BaseException) -> str | None:
+    """Path of the innermost submodule whose forward was running when ``error`` was raised."""
+    names = {id(module): name for name, module in model.named_modules() if name}
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "forward"]
+    running = [id(frame.f_locals.get("self")) for frame in frames]
+    return next((names[one] for one in reversed(running) if one in names), None)
 
 
 def _user_trace(error: BaseException) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from kgraph.inputs import Inputs, batch_size
 from kgraph.outputs import leaves_of
+from kgraph.untouched import untouched
 
 Layers = list[tuple[int, float]]
 """Identity of every called module with the mean size of what it returned."""
@@ -52,15 +51,20 @@ def _set_mode(training: bool, *modules: nn.Module) -> None:
 
 def _alike(emitted: nn.Module, model: nn.Module, inputs: Inputs) -> bool:
     """Whether both give one output from one seed: a forward may draw noise in eval mode too."""
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        expected = _run(model, inputs)
-        torch.manual_seed(0)
+    with torch.no_grad():
+        expected = _seeded_run(model, inputs)
         try:
-            actual = _run(emitted, inputs)
+            actual = _seeded_run(emitted, inputs)
         except Exception:  # a graph that does not run is a mismatch
             return False
     return _same(actual, expected)
+
+
+def _seeded_run(module: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Outputs of a run from a set seed; buffers are put back, written to or assigned: the next run starts alike."""
+    with untouched(module):
+        torch.manual_seed(0)
+        return [tensor.clone() for tensor in _run(module, inputs)]
 
 
 def _trains_alike(emitted: nn.Module, model: nn.Module, inputs: Inputs) -> bool:
@@ -86,21 +90,10 @@ def _training_run(module: nn.Module, inputs: Inputs) -> tuple[list[Tensor], Laye
 
     hook = register_module_forward_hook(note)
     try:
-        with torch.no_grad(), _buffers_kept(module), torch.random.fork_rng():
-            torch.manual_seed(0)
-            return [t.clone() for t in _run(module, inputs)], layers
+        with torch.no_grad():
+            return _seeded_run(module, inputs), layers
     finally:
         hook.remove()
-
-
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            buffer.copy_(value)
 
 
 def _resized(inputs: Inputs, size: int, other: int) -> Inputs:
