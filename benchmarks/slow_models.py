@@ -1,11 +1,12 @@
-"""Processor time of `kgraph.analyze`, capture included, for slow models: python benchmarks/slow_models.py
+"""Processor time of kgraph on slow models, capture included: python benchmarks/slow_models.py [--call tat]
 
 Recurrences written as loops, one vector field read many times, routed experts, windows of attention: what no rule
 covers is drawn and run. With one thread of a busy machine with two cores:
 
-    Mamba, 2 layers, 8 tokens       6.6 s
-    Mixtral, 2 layers, 4 experts    4.0 s
-    ODE, 6 steps of Runge-Kutta 4   3.4 s
+                                   analyze   transform by TAT
+    Mamba, 2 layers, 8 tokens       6.6 s      93 s
+    Mixtral, 2 layers, 4 experts    4.0 s      11 s
+    ODE, 6 steps of Runge-Kutta 4   3.4 s      13 s
     BiLSTM, 16 tokens               2.3 s
     Swin-tiny, 224 x 224           20   s
 """
@@ -25,6 +26,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import kgraph
+from kgraph.record import TransformRecord
+from kgraph.report import Report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from resnet50_without_skips import define_torchvision_operators
@@ -106,11 +109,22 @@ MODELS: dict[str, Build] = {
 }
 
 
+def _report(call: str, model: nn.Module, x: Tensor) -> Report:
+    """The report of the model, or of what a method made of it."""
+    if call == "analyze":
+        return kgraph.analyze(model, x)
+    record = kgraph.transform(model, call, x).kgraph
+    assert isinstance(record, TransformRecord)
+    return record.after
+
+
 def main() -> None:
     """Prints one row a model; fails where one takes longer than allowed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", help="which ones (default: all)")
-    chosen = parser.parse_args().models or list(MODELS)
+    parser.add_argument("--call", choices=("analyze", "tat", "dks"), default="analyze", help="what is timed")
+    options = parser.parse_args()
+    chosen = options.models or list(MODELS)
     if unknown := sorted(set(chosen) - set(MODELS)):
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(MODELS)}")
     torch.set_num_threads(1)
@@ -120,7 +134,7 @@ def main() -> None:
         torch.manual_seed(0)
         model, x = MODELS[name]()
         start = time.process_time()
-        report = kgraph.analyze(model, x)
+        report = _report(options.call, model, x)
         spent = time.process_time() - start
         how = [node.how for node in report.nodes]
         table.add_row(name, f"{spent:.1f}", str(len(how)), str(how.count("sampled")), str(how.count("assumed")))

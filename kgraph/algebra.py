@@ -142,7 +142,10 @@ def _of_law(part: Part, how: How) -> Part:
         if known is None
         else replace(part, **known.tensors, mean=known.mean, how=how | known.how)
     )
-    return infinite(result) if steep(part) else result
+    result = infinite(result) if steep(part) else result
+    if isinstance(part.expr, Apply):
+        laws.remember(result, law)  # what reads the result asks for it again
+    return result
 
 
 def _from_draws(part: Part, how: How) -> Part:

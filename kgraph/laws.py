@@ -61,8 +61,8 @@ def restart() -> None:
     _laws.clear()
 
 
-def remember(part: Part, law: Both) -> None:
-    """The law of a part that its expression does not tell."""
+def remember(part: Part, law: Both | None) -> None:
+    """The law of a part whose expression does not tell it, or told it of an equal part."""
     _laws[part] = law
 
 
@@ -81,7 +81,10 @@ def _make(part: Part) -> Both | None:
         return _gaussian([(1.0, part)])
     if isinstance(part.expr, Apply):
         inner, fn = law_of(part.expr.arg), part.expr.fn
-        return inner and (stream.mapped(inner[0], fn), stream.mapped(inner[1], fn))
+        if inner is None:
+            return None
+        fine = stream.mapped(inner[0], fn)
+        return fine, stream.mapped(inner[1], fn, fine.atoms)
     if isinstance(part.expr, Sum):
         return _sum(_terms(part))
     return None

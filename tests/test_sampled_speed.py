@@ -103,14 +103,14 @@ def test_an_ode_agrees_with_networks_of_its_kind() -> None:
 def test_shared_branches_are_visited_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """x <- x * tanh(x) + x, written out, has 3^n terms."""
     visits = 0
-    inner = draws._inner
+    inner = draws.made_of
 
     def counted(part: Part) -> tuple[Part, ...]:
         nonlocal visits
         visits += 1
         return inner(part)
 
-    monkeypatch.setattr(draws, "_inner", counted)
+    monkeypatch.setattr(draws, "made_of", counted)
     depth, cov = 12, torch.ones(len(Pairs().inputs), 2, dtype=torch.float64)
     leaf = Part(1, cov, cov, cov, expr=Gaussian())
     part = leaf

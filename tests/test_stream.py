@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -224,3 +225,29 @@ def test_analyze_needs_no_draws_for_a_residual_network() -> None:
     q, c = torch.tensor(qs), torch.tensor(cs)
     assert abs(float(q.mean()) / report.final.q - 1) < 4 * float(q.std()) / 40**0.5 / report.final.q + 11 / 512
     assert abs(float(c.mean()) - report.final.c[1]) < 4 * float(c.std()) / 40**0.5 + 3 / 512
+
+
+def test_the_law_behind_an_activation_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a sum and a layer read is one law, at two degrees."""
+    calls, mapped = 0, stream.mapped
+
+    def counted(*args: Any) -> Law:
+        nonlocal calls
+        calls += 1
+        return mapped(*args)
+
+    monkeypatch.setattr(stream, "mapped", counted)
+    blocks = 3
+
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(blocks))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = torch.relu(x + layer(x))
+            return x
+
+    kgraph.analyze(Stream(), torch.randn(2, 64))
+    assert 0 < calls <= 2 * blocks

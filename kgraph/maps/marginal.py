@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from kgraph.maps.quadrature import unit_rule
@@ -98,31 +101,45 @@ class Mixture:
 
 def lanczos(points: Tensor, mass: Tensor, degree: int) -> tuple[Tensor, Tensor]:
     """Recurrence ``b_k p_{k+1} = (y - a_k) p_k - b_{k-1} p_{k-1}`` of a discrete measure; shorter for few atoms."""
-    vectors = [(mass / mass.sum()).clamp_min(0).sqrt()]
-    scale = max(float(points.abs().max()), 1e-300)
+    y, weight = points.numpy(), (mass / mass.sum()).clamp_min(0).numpy()  # numpy: many steps on short vectors
+    basis = np.empty((degree, len(y)))
+    basis[0] = np.sqrt(weight)
+    smallest = _NO_NORM * max(float(np.abs(y).max()), 1e-300)
     diagonal, beside = [], []
-    for _ in range(degree):
-        v = points * vectors[-1]
-        diagonal.append(vectors[-1] @ v)
-        basis = torch.stack(vectors)
+    for k in range(degree):
+        v = y * basis[k]
+        diagonal.append(float(basis[k] @ v))
+        if k + 1 == degree:
+            break
         for _ in range(2):  # twice is enough: all vectors before, not only the last two
-            v = v - basis.T @ (basis @ v)
-        norm = v.norm()
-        if len(diagonal) == degree or float(norm) < _NO_NORM * scale:
+            v -= (basis[: k + 1] @ v) @ basis[: k + 1]
+        norm = math.sqrt(v @ v)
+        if norm < smallest:
             break
         beside.append(norm)
-        vectors.append(v / norm)
-    return torch.stack(diagonal), torch.stack(beside) if beside else torch.zeros(0, dtype=torch.float64)
+        np.divide(v, norm, out=basis[k + 1])
+    return torch.tensor(diagonal, dtype=torch.float64), torch.tensor(beside, dtype=torch.float64)
 
 
 def polynomials(jacobi: tuple[Tensor, Tensor], points: Tensor) -> Tensor:
     """Orthonormal polynomials at points, [M, ...]."""
-    diagonal, beside = jacobi
-    rows = [torch.ones_like(points)]
+    rows = np.empty((len(jacobi[0]), *points.shape))
+    for k, row in enumerate(each_polynomial(jacobi, points)):
+        rows[k] = row
+    return torch.from_numpy(rows)
+
+
+def each_polynomial(jacobi: tuple[Tensor, Tensor], points: Tensor) -> Iterator[NDArray[np.float64]]:
+    """The same one by one, where all of them at many points would take too much memory; each holds until the next."""
+    y, (diagonal, beside) = points.numpy(), (one.tolist() for one in jacobi)
+    before, row = np.zeros(y.shape), np.ones(y.shape)
+    yield row
     for k in range(len(diagonal) - 1):
-        before = beside[k - 1] * rows[k - 1] if k else 0.0
-        rows.append(((points - diagonal[k]) * rows[k] - before) / beside[k])
-    return torch.stack(rows)
+        before *= -beside[k - 1] if k else 0.0
+        before += (y - diagonal[k]) * row
+        before /= beside[k]
+        before, row = row, before
+        yield row
 
 
 def panels(low: float, high: float, count: int, breaks: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +153,5 @@ def panels(low: float, high: float, count: int, breaks: Tensor) -> tuple[Tensor,
 
 def gauss_rule(jacobi: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Points and masses of the marginal's own Gauss rule, exact for polynomials below degree 2M (Golub and Welsch)."""
-    diagonal, beside = jacobi
-    matrix = torch.diag(diagonal) + torch.diag(beside, 1) + torch.diag(beside, -1)
-    points, vectors = torch.linalg.eigh(matrix)
-    return points, vectors[0].square()
+    points, vectors = eigh_tridiagonal(jacobi[0].numpy(), jacobi[1].numpy())
+    return torch.from_numpy(points), torch.from_numpy(vectors[0] ** 2)

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from scipy.special import owens_t
 from torch import Tensor
 
-from kgraph.maps.marginal import Breaks, Nodes, lanczos, panels, polynomials
+from kgraph.maps.marginal import Breaks, Nodes, each_polynomial, lanczos, panels, polynomials
 from kgraph.maps.quadrature import unit_rule, with_edges
 from kgraph.maps.stream import EQUAL, Law, added, gaussian, scaled, shifted
 
@@ -121,8 +122,9 @@ def _one_window(rho: float, shares: Shares, jacobi: tuple[Tensor, Tensor]) -> tu
     by_s, by_t = _phi(s) * torch.special.ndtr((t - rho * s) / e), _phi(t) * torch.special.ndtr((s - rho * t) / e)
     alike = sum(share * n * below ** (n - 1) for n, share in shares) * density
     different = sum(share * n * (n - 1) * below ** max(n - 2, 0) for n, share in shares) * by_s * by_t
-    left, right = polynomials(jacobi, s[:, 0]), polynomials(jacobi, t)
-    one, two = (torch.einsum("ms,st,nst->mn", left, inner * mass, right) for mass in (alike, different))
+    masses = [(inner * mass).numpy() for mass in (alike, different)]
+    moments = [[np.einsum("st,st->s", mass, row) for mass in masses] for row in each_polynomial(jacobi, t)]
+    one, two = torch.einsum("ms,nks->kmn", polynomials(jacobi, s[:, 0]), torch.from_numpy(np.array(moments)))
     return (one + one.T) / 2, (two + two.T) / 2
 
 

@@ -112,8 +112,8 @@ def truncated(law: Law, degree: int) -> Law:
     return replace(law, jacobi=jacobi, pair=law.pair[:, :degree, :degree], tangents=tangents)
 
 
-def mapped(law: Law, fn: Pointwise) -> Law:
-    """Law of ``fn(y)``."""
+def mapped(law: Law, fn: Pointwise, atoms: Nodes | None = None) -> Law:
+    """Law of ``fn(y)``; ``atoms`` are its marginal by few nodes, where they are known."""
     breaks = fn.plan(float(law.cov.amax())).breaks
     nodes = law.nodes(lambda _: breaks)
     value, slope = value_and_slope(fn.fn, nodes.points)
@@ -131,7 +131,7 @@ def mapped(law: Law, fn: Pointwise) -> Law:
         tangents[name] = tilted @ tangent @ tilted.T + lost * share
         weight = nodes.mass * slope.square() * nodes.own[name][law.equal]
         tangents[name][law.equal] = (new * weight[:, None]) @ new.T
-    few = _behind(fn, nodes.compressed(breaks))
+    few = atoms or _behind(fn, nodes.compressed(breaks))
     return Law(jacobi, pair, tangents, law.equal, lambda _: _behind(fn, nodes), few)
 
 

@@ -32,9 +32,8 @@ class Region:
     entangled: bool
 
 
-def find_region(node: fx.Node, values: Mapping[fx.Node, Any]) -> Region:
-    """The region behind ``node``'s value."""
-    order = {n: i for i, n in enumerate(node.graph.nodes)}
+def find_region(node: fx.Node, values: Mapping[fx.Node, Any], order: dict[fx.Node, int]) -> Region:
+    """The region behind ``node``'s value; ``order`` are the places of the graph's nodes."""
     region, frontier = [node], random_inputs(node, values)
     while len(region) < LARGEST:
         late = _to_run(region, frontier, values, order)
