@@ -51,10 +51,10 @@ def speed(node: fx.Node, parametrization: str, count_frozen: bool, known: Mappin
         return 1.0
     with torch.enable_grad():
         value = _value(node, dict(leaves), known)
+        if isinstance(value, Tensor) and value.ndim > 1 and bool((value == value[:1]).all()):
+            value = value[:1]  # one and the same for the whole batch
     if not isinstance(value, Tensor) or not value.requires_grad:
         return 0.0
-    if value.ndim > 1 and bool((value == value[:1]).all()):  # one and the same for the whole batch
-        value = value[:1]
     total = 0.0
     for probe in range(_PROBES):
         generator = torch.Generator().manual_seed(probe)
