@@ -257,14 +257,14 @@ def table(b: Builder) -> Value | None:
         ("scale", "shift", "buffer", "scalar", *(("token", "token", "positions") if len(places) == 1 else ()))
     )
     if kind == "token":
-        made = b.layer(f"nn.Parameter(settled(torch.randn(1, 1, {c}), {b.choose((0.5, 1.0))}))")
+        made = b.layer(f"nn.Parameter(settled(torch.randn(1, 1, {c}), {b.choose((0.5, 1.0))}, center=True))")
         text = f"torch.cat([{made}.expand({n}.shape[0], -1, -1), {n}], 1)"
         return b.put(text, with_places(v.shape, places[0] + 1), v)
     if kind == "positions":
-        made = b.layer(f"nn.Parameter(settled(torch.randn(1, {places[0]}, {c}), 0.5))")
+        made = b.layer(f"nn.Parameter(settled(torch.randn(1, {places[0]}, {c}), 0.5, center=True))")
         return b.put(f"{n} + {made}", v.shape, v)
     if kind == "buffer":
-        return b.put(f"{n} {b.choose('+*')} {b.buffer(f'settled(torch.randn({c}), 1.0)')}", v.shape, v)
+        return b.put(f"{n} {b.choose('+*')} {b.buffer(f'settled(torch.randn({c}), 1.0, center=True)')}", v.shape, v)
     if kind == "scalar":
         made = b.layer(f"nn.Parameter(torch.tensor({b.choose((0.5, 1.5))}))")
         return b.put(f"{n} * {made}", v.shape, v)

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 
 def settled(tensor, std, center=False):
-    """The tensor with exactly the mean square of its law, so that one network speaks for all."""
+    """The tensor with exactly the mean square of its law, and mean 0 if ``center``: one network speaks for all."""
     with torch.no_grad():
-        tensor -= tensor.mean() if center else 0
+        tensor -= tensor.mean(-1, keepdim=True) if center else 0
         return tensor.mul_(std / tensor.square().mean().sqrt())
 
 

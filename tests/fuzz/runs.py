@@ -68,6 +68,8 @@ def run(job: Job) -> dict[str, Any]:
                     program = target.smallest(verdict)
             except TimeoutError:
                 pass  # the program as it was generated is a finding too
+        if verdict.status == "wrong":
+            line["shrunk"] = [str(c) for c in target.wrong(program)]
         line["program"] = program.source().removeprefix(PRELUDE).strip()
     return line
 

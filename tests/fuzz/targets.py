@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .generator import generate, generate_reduced
-from .judge import WIDTH, Subject, Verdict, judge
+from .judge import WIDTH, Comparison, Subject, Verdict, judge
 from .oracle import Measured, measure, measure_kernels
 from .program import Program
 from .shrink import shrink
@@ -32,6 +32,10 @@ class Target:
         if verdict.wrong and verdict.wrong[0].value != program.result.name:
             program = program.ending_with(verdict.wrong[0].value)
         return shrink(program, lambda smaller: self._alike(smaller, verdict))
+
+    def wrong(self, program: Program) -> list[Comparison]:
+        """What is wrong about a shrunk program."""
+        return judge(program, self.subject, effort=SHRINKING, twice=False).wrong
 
     def _alike(self, program: Program, verdict: Verdict) -> bool:
         found = judge(program, self.subject, effort=SHRINKING, twice=False)
