@@ -141,3 +141,12 @@ def test_moduli_of_complex_numbers_are_no_activations() -> None:
     model = OneArgument(lambda m, x: m.head(torch.view_as_complex(m.first(x).view(-1, 16, 2)).abs().repeat(1, 2)))
     shaped = kgraph.transform(model, "tat", X)
     assert shaped(X).isfinite().all()
+
+
+def test_a_constant_shaped_like_a_random_tensor_is_not_trained() -> None:
+    """h * (ones_like(h) + s): the gain moves by s alone, whatever parameters h comes from."""
+    like = OneArgument(lambda m, x: m.head((h := m.first(x)) * (torch.ones_like(h) + m.head.bias[0])))
+    plain = OneArgument(lambda m, x: m.head(m.first(x) * (torch.ones(32) + m.head.bias[0])))
+    plain.load_state_dict(like.state_dict())
+    found, expected = ([n.ntk for n in kgraph.analyze(m, X).analysis.nodes][-1] for m in (like, plain))
+    assert found == pytest.approx(expected, rel=1e-6) and found > 0

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from kgraph.canonical import operation_name
+
 _PROBES = 4
+_OF_SHAPE = ("sym_size", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_empty")
 
 
 def held(node: object) -> object:
@@ -28,14 +31,7 @@ def held(node: object) -> object:
 
 def is_parameter(node: fx.Node) -> bool:
     """Whether a known tensor is a parameter, or anything computed from one; else it is a constant."""
-    queue, seen = [node], {node}
-    while queue:
-        one = queue.pop()
-        if isinstance(held(one), nn.Parameter):
-            return True
-        queue += [n for n in one.all_input_nodes if n not in seen]
-        seen.update(one.all_input_nodes)
-    return False
+    return any(isinstance(held(one), nn.Parameter) for one in _behind(node))
 
 
 def speed(node: fx.Node, parametrization: str, count_frozen: bool, known: Mapping[fx.Node, Any]) -> float:
@@ -73,11 +69,15 @@ def _is_trained(value: object, count_frozen: bool) -> bool:
 
 
 def _behind(node: fx.Node) -> list[fx.Node]:
-    """The node and everything that it is computed from."""
+    """The node and everything that its entries are computed from: of some tensors only the shape is read."""
     found = [node]
     for one in found:
-        found += [n for n in one.all_input_nodes if n not in found]
+        found += [n for n in one.all_input_nodes if n not in found and not _reads_shape(one)]
     return found
+
+
+def _reads_shape(node: fx.Node) -> bool:
+    return operation_name(node) in _OF_SHAPE
 
 
 def _value(node: fx.Node, moved: dict[fx.Node, Any], known: Mapping[fx.Node, Any]) -> Any:
