@@ -3,12 +3,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+FUZZ_ARGS ?= analyze --count 2000 --jobs 2
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench clean
+.PHONY: help demo test fuzz lint format docs bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -18,6 +19,9 @@ demo: $(READY)-onnx ## Compile the bundled 50-layer network: demo/report.html, d
 
 test: lint ## Lint, then all tests on all cores (PYTEST_ARGS="-k shaping" selects)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q $(PYTEST_ARGS)
+
+fuzz: $(READY)-test ## Random graphs against plain torch (FUZZ_ARGS="kernels --count 500")
+	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 lint: $(READY)-test,dev ## Ruff, pyright, import layers
 	$(BIN)/ruff check .

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
-from fuzz import functions, layers
+from fuzz import builder, functions, generator, layers, oracle, program, subjects
 from fuzz.builder import Builder
 from fuzz.generator import generate, generate_reduced
 from fuzz.judge import Subject, Verdict, judge
@@ -122,6 +124,16 @@ def test_every_program_runs_and_every_operation_comes_up() -> None:
     )
     assert [word for word in words if not any(word in t for t in text)] == []
     assert len(layers.OPERATIONS) + len(functions.OPERATIONS) > 20
+
+
+def test_oracle_and_generator_share_no_code_with_kgraph() -> None:
+    """Negative control: kgraph's side of the judge does."""
+
+    def imports(module: ModuleType) -> str:
+        return "".join(line for line in inspect.getsource(module).splitlines() if "import" in line)
+
+    assert not any("kgraph" in imports(m) for m in (builder, functions, generator, layers, oracle, program))
+    assert "kgraph" in imports(subjects)
 
 
 def test_seeds_are_programs() -> None:

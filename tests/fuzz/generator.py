@@ -46,4 +46,6 @@ def _grown(seed: int) -> Builder:
     while len(b.statements) < wanted:
         (operation,) = b.random.choices(names, weights)
         operation(b)
+    if b.tokens and b.chance(0.3):
+        layers.tied_head(b)
     return b

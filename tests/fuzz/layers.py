@@ -137,6 +137,15 @@ def tied(b: Builder) -> Value | None:
     return b.put(f"{made}({between.name})", v.shape, between, degree=1)
 
 
+def tied_head(b: Builder) -> Value | None:
+    """Logits by the table that made the tokens' vectors."""
+    v = b.recent(lambda v: not v.shape.first and v.shape.halves == 2)
+    if v is None:
+        return None
+    (table,) = (name for name, text in b.layers.items() if "nn.Embedding" in text)
+    return b.put(f"F.linear({v.name}, self.{table}.weight)", with_channels(v.shape, 16), v)
+
+
 def computed_weight(b: Builder) -> Value | None:
     """Weights made in forward: equalized learning rate, weight norm, einsum."""
     v = b.recent(lambda v: not v.shape.first)
