@@ -159,6 +159,8 @@ def judge(
     verdict, start = Verdict(program.seed), time.perf_counter()
     try:
         rows = [subject.said(program, w) for w in (width, RATIO * width)]
+    except TimeoutError:
+        raise
     except KGraphError as error:
         verdict.status, verdict.detail = "refused", f"{type(error).__name__}: {kind_of(error)}"
         return verdict

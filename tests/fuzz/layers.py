@@ -57,8 +57,8 @@ def convolution(b: Builder) -> Value | None:
     shape = with_channels(v.shape, outputs)
     places = [(n + 2 * padding - reach - 1) // stride + 1 for n in v.shape.places]
     options, law = _law(b)
-    if "orthogonal" in law and groups == v.shape.channels:
-        law = law.replace("orthogonal", "normal")
+    if groups == v.shape.channels:  # no square to be orthogonal; Xavier's fan-out counts every group
+        law = law.replace("orthogonal", "normal").replace("xavier", "normal")
     made = b.layer(
         f"drawn(nn.Conv{dims}d({v.shape.channels}, {shape.channels}, {kernel}, stride={stride}, padding={padding}, "
         f'dilation={dilation}, groups={groups}, padding_mode="{mode}"{options}), {law})',
