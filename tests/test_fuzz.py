@@ -153,6 +153,6 @@ def test_figures() -> None:
     close = {"quantity": "q", "printed": 0.01, "error": 0.001, "deviation": 0.019}
     far, vague = close | {"deviation": -0.03}, close | {"error": 0.1}
     found = figures([line, line | {"seed": 4, "status": "right", "sampled": [close, far, vague]}])
-    assert found["failures"] == {"wrong": [3], "crashed": [], "slow": []}
+    assert found["failures"] == {"wrong": [3], "crashed": [], "slow": [], "large": []}
     assert found["sampled"] == {"q": {"numbers": 2, "within": 0.5}}
     assert calibration([]) == {}

@@ -11,7 +11,7 @@ from rich import print as show
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from .judge import WIDTH
-from .runs import Job, figures, read, run_all
+from .runs import FAILED, Job, figures, read, run_all
 
 
 def main(
@@ -45,7 +45,7 @@ def main(
 
 
 def _tell(progress: Progress, line: dict[str, Any]) -> None:
-    if line["status"] in ("wrong", "crashed", "slow"):
+    if line["status"] in FAILED:
         progress.console.print(f"seed {line['seed']} {line['status']} {line['detail']}", markup=False)
         for c in line["wrong"]:
             off = f"off by {c['deviation']:+.4f} +- {c['error']:.4f}"

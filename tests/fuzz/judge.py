@@ -87,7 +87,7 @@ class Verdict:
     """What became of one program.
 
     Attributes:
-        status: "right", "wrong", "refused" (a named error), "crashed" (any other) or "slow".
+        status: "right", "wrong", "refused" (a named error), "crashed" (any other), "slow" or "large".
         detail: the error.
         seconds: kgraph's.
         counts: values by how kgraph got them.
@@ -161,11 +161,8 @@ def judge(
         rows = [subject.said(program, w) for w in (width, RATIO * width)]
     except TimeoutError:
         raise
-    except KGraphError as error:
-        verdict.status, verdict.detail = "refused", f"{type(error).__name__}: {kind_of(error)}"
-        return verdict
     except Exception as error:  # the very thing looked for: whatever is raised is a finding
-        verdict.status, verdict.detail = "crashed", f"{type(error).__name__}: {error}"
+        verdict.status, verdict.detail = failure(error)
         return verdict
     finally:
         verdict.seconds = time.perf_counter() - start
@@ -199,6 +196,15 @@ def confirmed(
     keys = {(c.value, c.quantity) for c in suspects}
     again = _found(program, subject, rows, width, networks, seed)
     return [c for c in again if c.wrong and c.how in TRUSTED and (c.value, c.quantity) in keys]
+
+
+def failure(error: Exception) -> tuple[str, str]:
+    """Status and detail of a program that ended in an error: "large" where it was for memory, named or not."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return "large", "more memory than a process may have"
+    if isinstance(error, KGraphError):
+        return "refused", f"{type(error).__name__}: {kind_of(error)}"
+    return "crashed", f"{type(error).__name__}: {error}"
 
 
 def kind_of(error: KGraphError) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import resource
 import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,9 @@ from .judge import Verdict
 from .program import PRELUDE
 from .targets import TARGETS
 
+MEMORY = 10 * 2**30
+"""Bytes of address space a process: a program that takes more is a crash, not the end of the run."""
+FAILED = ("wrong", "crashed", "slow", "large")
 WITHIN = 2.0
 """Printed errors that the truth should be within, 95 of 100 times."""
 
@@ -53,6 +57,7 @@ def _limited(seconds: int) -> Iterator[None]:
 def run(job: Job) -> dict[str, Any]:
     """The verdict as a line, with the shrunk program of a failure."""
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     target = TARGETS[job.target]
     try:
         with _limited(job.limit):
@@ -60,9 +65,9 @@ def run(job: Job) -> dict[str, Any]:
     except TimeoutError:
         verdict = Verdict(job.seed, "slow", f"more than {job.limit} s of CPU")
     line = verdict.as_dict()
-    if verdict.status in ("wrong", "crashed", "slow"):
+    if verdict.status in FAILED:
         program = target.generate(job.seed)
-        if job.shrinks and verdict.status != "slow":
+        if job.shrinks and verdict.status in ("wrong", "crashed"):
             try:
                 with _limited(20 * job.limit):
                     program = target.smallest(verdict)
@@ -108,7 +113,7 @@ def figures(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "values": dict(hows),
         "numbers compared": sum(line["compared"] for line in lines),
         "refusals": dict(Counter(line["detail"] for line in lines if line["status"] == "refused").most_common()),
-        "failures": {s: [x["seed"] for x in lines if x["status"] == s] for s in ("wrong", "crashed", "slow")},
+        "failures": {s: [x["seed"] for x in lines if x["status"] == s] for s in FAILED},
         "sampled": calibration(lines),
     }
 
