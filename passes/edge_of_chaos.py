@@ -28,10 +28,12 @@ from kgraph.passes.critical_checks import PADS, affine_arguments, border_losses,
 from kgraph.passes.reinitialize import (
     CONVOLUTIONS,
     TRANSPOSED,
-    direct_weight,
+    divide_scale,
     draw_each_tap,
+    drawn_weight,
     geometry_of,
     keep_weight,
+    runtime_scale,
     single_position,
 )
 from kgraph.rules.linear import mean_square
@@ -124,7 +126,7 @@ class CriticalWeights(Pass):
 
     def _draw_layer(self, work: Workspace, layer: _Layer, done: dict[str, float], generator: Generator) -> None:
         node, why = layer.node, layer.why
-        parameter = direct_weight(work, node, layer.at)
+        parameter, factor = drawn_weight(work, node, layer.at)
         if parameter is None:
             keep_weight(work, node)
             return
@@ -139,8 +141,12 @@ class CriticalWeights(Pass):
             return
         done[str(parameter.target)] = layer.sigma_w2
         weight = work.tensor(parameter)
+        if weight.ndim < 2:
+            keep_weight(work, node, "a vector, which no law of matrices is for")
+            return
         before = f"std {mean_square(weight) ** 0.5:.3g}"
         self._draw(node, weight.data, layer.sigma_w2**0.5, generator)
+        divide_scale(work, parameter, factor)
         drawn = _draw_bias(work, layer, generator)
         if not drawn and layer.sigma_b2 > 0:
             work.unmet.append(f"{node.name} has no bias: sigma_b^2 = {layer.sigma_b2:.3g} is missing there")
@@ -170,18 +176,20 @@ class CriticalWeights(Pass):
 
     def _is_critical(self, work: Workspace, layer: _Layer) -> bool:
         """fan_in E[W^2] = sigma_w^2, to rounding; of Gaussian entries up to their sampling error."""
-        weight = layer.node.args[layer.at]
+        given = layer.node.args[layer.at]
+        weight, factor = runtime_scale(work, given) or (given, 1.0)
         if not isinstance(weight, fx.Node) or weight.op != "get_attr":
             return True
         tensor = work.tensor(weight)
-        if not isinstance(tensor, nn.Parameter) or tensor.is_meta:
+        if not isinstance(tensor, nn.Parameter) or tensor.is_meta or tensor.ndim < 2:
             return True
-        readers = [user for user in weight.users if affine_arguments(work, user) is not None]
+        assert isinstance(given, fx.Node)
+        readers = [user for user in given.users if affine_arguments(work, user) is not None]
         if len(readers) > 1 or operation_name(layer.node) in TRANSPOSED:
             return True
         fan_in = tensor.shape[0] if operation_name(layer.node) in ("addmm", "matmul", "mm") else tensor[0].numel()
         scatter = 8 * (2 / tensor.numel()) ** 0.5 if self.distribution == "gaussian" else 0.0
-        return abs(mean_square(tensor) * fan_in / layer.sigma_w2 - 1) < 1e-3 + scatter
+        return abs(mean_square(tensor) * factor**2 * fan_in / layer.sigma_w2 - 1) < 1e-3 + scatter
 
 
 def _variances(

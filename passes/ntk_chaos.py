@@ -20,6 +20,7 @@ from kgraph.modules import FunctionModule, ShapedActivation
 from kgraph.nonlinear import Region, find_regions
 from kgraph.passes.base import Pass, Workspace
 from kgraph.passes.ntk_chaos_layers import SAME_CHANNELS, affine_layer, note_variances, undrawable
+from kgraph.passes.reinitialize import divide_scale
 from kgraph.passes.remove_norms import NORMS
 from kgraph.passes.shape_activations import activation_of, kept_reason, swap_activation
 
@@ -117,6 +118,7 @@ class DrawNTK(Pass):
             std = layer.variance(self.beta) ** 0.5
             before = f"std {float(weight.detach().double().square().mean()) ** 0.5:.3g}"
             _draw(weight, std, generator)
+            divide_scale(work, layer.weight_node, layer.factor)
             if layer.bias_node is not None:
                 _draw(work.tensor(layer.bias_node), self.beta, generator)
             bias = f", bias std {self.beta:g}" if layer.bias_node is not None else ""

@@ -11,6 +11,7 @@ from kgraph.canonical import operation_name
 from kgraph.nonlinear import find_regions
 from kgraph.passes.base import Workspace
 from kgraph.passes.graph_parametrize import argument, bulk_parents, is_convolution, is_transposed
+from kgraph.passes.reinitialize import runtime_scale
 
 SAME_CHANNELS = ("dropout", "reshape", "view", "flatten", "permute", "transpose", "contiguous", "clone")
 """Operations that keep values and channels."""
@@ -28,6 +29,7 @@ class AffineLayer:
         fan_in: inputs of one output unit; of a convolution at a bulk pixel.
         strides: product of a convolution's strides, 1 for a linear layer.
         transposed: whether its strides enlarge the image.
+        factor: number that the forward multiplies the weight by.
     """
 
     weight_node: fx.Node
@@ -35,6 +37,7 @@ class AffineLayer:
     fan_in: int
     strides: int = 1
     transposed: bool = False
+    factor: float = 1.0
 
     @property
     def weight(self) -> str:
@@ -54,18 +57,20 @@ def affine_layer(work: Workspace, node: fx.Node) -> AffineLayer | None:
     name = operation_name(node)
     if name in ("linear", "addmm", "mm", "matmul") and node.op == "call_function":
         source, weight, bias = (1, 2, 0) if name == "addmm" else (0, 1, 2 if name == "linear" else 99)
-        if not work.is_random(node.args[source]) or (found := _parameter(work, node, weight)) is None:
+        if not work.is_random(node.args[source]) or (weighed := _weight(work, node, weight)) is None:
             return None
+        found, factor = weighed
         fan_in = work.tensor(found).shape[1 if name == "linear" else 0]
-        return AffineLayer(found, _parameter(work, node, bias), fan_in)
-    if not is_convolution(node) or not work.is_random(node.args[0]) or (found := _parameter(work, node, 1)) is None:
+        return AffineLayer(found, _parameter(work, node, bias), fan_in, factor=factor)
+    if not is_convolution(node) or not work.is_random(node.args[0]) or (weighed := _weight(work, node, 1)) is None:
         return None
+    found, factor = weighed
     shape, transposed = work.tensor(found).shape, is_transposed(node)
     channels = shape[0] // int(argument(node, "groups") or 1) if transposed else shape[1]
     stride = argument(node, "stride")
     strides = [stride] if isinstance(stride, int) else list(stride or [1])
     product = math.prod(strides * (len(shape) - 2) if len(strides) == 1 else strides)
-    return AffineLayer(found, _bias(work, node), channels * bulk_parents(node), product, transposed)
+    return AffineLayer(found, _bias(work, node), channels * bulk_parents(node), product, transposed, factor)
 
 
 def undrawable(work: Workspace, node: fx.Node) -> bool:
@@ -99,6 +104,12 @@ def _parameter(work: Workspace, node: fx.Node, at: int) -> fx.Node | None:
     if not isinstance(value, fx.Node) or value.op != "get_attr":
         return None
     return value if isinstance(work.tensor(value), nn.Parameter) else None  # a buffer is no weight: never drawn
+
+
+def _weight(work: Workspace, node: fx.Node, at: int) -> tuple[fx.Node, float] | None:
+    """A layer's parameter, and the number that the forward multiplies it by (an equalized learning rate)."""
+    found = _parameter(work, node, at)
+    return (found, 1.0) if found is not None else runtime_scale(work, node.args[at])
 
 
 def note_variances(work: Workspace) -> None:

@@ -79,8 +79,7 @@ class Reinitialize(Pass):
         done: set[str],
         generator: torch.Generator,
     ) -> None:
-        scaled = runtime_scale(work, node.args[at])
-        parameter, factor = scaled or (direct_weight(work, node, at), 1.0)
+        parameter, factor = drawn_weight(work, node, at)
         if parameter is None:
             keep_weight(work, node)
             return
@@ -94,11 +93,12 @@ class Reinitialize(Pass):
         if not weight.numel():
             work.keep(node, f"{operation_name(node)} of size 0", "it has no weights to draw")
             return
+        if weight.ndim < 2:
+            keep_weight(work, node, "a vector, which no law of matrices is for")
+            return
         before = f"std {mean_square(weight) ** 0.5:.3g}"
         self._draw(node, weight, generator)
-        if factor != 1:
-            weight.data /= factor
-            work.notes.append(f"{target} is used times {factor:.4g}: the scale is kept, and the parameter drawn for it")
+        divide_scale(work, parameter, factor)
         if bias_at is not None:
             _zero_bias(work, node, bias_at)
         work.record(node, f"re-draw {operation_name(node)}", f"{self.distribution}, bias 0", before, _spread(weight))
@@ -189,6 +189,19 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
+def drawn_weight(work: Workspace, node: fx.Node, at: int) -> tuple[fx.Node | None, float]:
+    """The parameter to draw for a layer, and the number that the forward multiplies it by."""
+    return runtime_scale(work, node.args[at]) or (direct_weight(work, node, at), 1.0)
+
+
+def divide_scale(work: Workspace, parameter: fx.Node, factor: float) -> None:
+    """Make the product with the scale of the forward what was drawn."""
+    if factor != 1:
+        work.tensor(parameter).data /= factor
+        note = f"{parameter.target} is used times {factor:.4g}: the scale is kept, and the parameter drawn for it"
+        work.notes.append(note)
+
+
 def runtime_scale(work: Workspace, weight: object) -> tuple[fx.Node, float] | None:
     """(parameter, factor) of a weight that is a parameter times numbers, as under an equalized learning rate."""
     factor, node = 1.0, weight
@@ -238,10 +251,10 @@ def direct_weight(work: Workspace, node: fx.Node, at: int) -> fx.Node | None:
     return same[0]
 
 
-def keep_weight(work: Workspace, node: fx.Node) -> None:
+def keep_weight(work: Workspace, node: fx.Node, what: str = "no parameter, nor computed from one alone") -> None:
     """Say that a layer's weight was not drawn: it is a buffer, or computed from several tensors."""
-    work.keep(node, "weight", "it is no parameter, nor computed from one alone")
-    work.unmet.append(f"{node.name}: its weight is no parameter, nor computed from one alone, and was not drawn")
+    work.keep(node, "weight", f"it is {what}")
+    work.unmet.append(f"{node.name}: its weight is {what}, and was not drawn")
 
 
 def _ancestors(node: fx.Node) -> list[fx.Node]:

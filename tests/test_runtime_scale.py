@@ -59,6 +59,25 @@ def test_the_scale_is_kept(kind: str, distribution: str) -> None:
     assert torch.allclose(seen[0], 3 * first, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["edge-of-chaos", "ntk-chaos"])
+@pytest.mark.parametrize("kind", ["buffer", "number in front", "divided"])
+def test_the_scale_is_kept_by_systems(kind: str, method: str) -> None:
+    """What each layer computes is what the same layer without a scale gets: the same seed, the weight itself drawn."""
+    scaled = nn.Sequential(Equalized(kind), nn.Tanh(), Equalized(kind), nn.Tanh(), nn.Linear(32, 4))
+    plain = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4))
+    with torch.no_grad():
+        for name in ("0.bias", "2.bias"):
+            plain.get_parameter(name).zero_()  # as the scaled layers have it
+    shaped, oracle = kgraph.transform(scaled, method, X), kgraph.transform(plain, method, X)
+    ledger = shaped.kgraph.ledger
+    assert "remove weight normalization" not in ledger.counts() and ledger.unmet == oracle.kgraph.ledger.unmet
+    for name in ("0.weight", "2.weight"):
+        assert torch.allclose(shaped.get_parameter(name) * math.sqrt(2 / 32), oracle.get_parameter(name), atol=1e-6)
+        assert any(note.startswith(f"{name} is used times") for note in ledger.notes)
+    with torch.no_grad():
+        assert torch.allclose(shaped(X), oracle(X), atol=1e-5)
+
+
 def test_a_norm_of_the_weight_is_still_removed() -> None:
     """Weight standardization would normalize the new weight away: no plain factor."""
 
