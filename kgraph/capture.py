@@ -24,7 +24,7 @@ from kgraph.canonical import DROPOUTS
 from kgraph.checks import with_finite_values
 from kgraph.emitted import EmittedModule
 from kgraph.errors import CaptureError, ModelError
-from kgraph.first_run import Census, foreign_draws, run_once
+from kgraph.first_run import Census, not_reproduced, run_once
 from kgraph.inputs import RECORD, Inputs, record_of, resolve_inputs
 from kgraph.lift import emit
 from kgraph.lowering import Untraceable
@@ -236,10 +236,12 @@ def _exported(model: nn.Module, inputs: Inputs, notes: list[str], census: Census
     if host_state() != drawn:
         graph.lost = "a decision by random numbers of Python or NumPy, which the capture made once"
     if not verify or _matches(graph):
+        if graph.lost:
+            graph.notes.append(f"in train mode the forward makes {graph.lost}: its other ways are not in this report")
         return graph
     evaluated = _evaluated(model, inputs, notes, census, graph)
     if not _matches(evaluated):
-        raise _not_reproduced(model, inputs)
+        raise not_reproduced(model, inputs)
     return evaluated
 
 
@@ -262,19 +264,6 @@ def _fallen_back(model: nn.Module, inputs: Inputs, notes: list[str], census: Cen
     graph.lost = f"all that train mode does: its forward cannot be captured, {error.what}"
     notes.append(f"captured in eval mode: in train mode the forward cannot be captured ({error.what})")
     return graph
-
-
-def _not_reproduced(model: nn.Module, inputs: Inputs) -> CaptureError:
-    what = "the captured graph does not reproduce the model's output"
-    foreign = foreign_draws(model, inputs)
-    if foreign is None:
-        return CaptureError(what, hint="A forward that depends on hidden state cannot be captured")
-    whose, line = foreign
-    return CaptureError(
-        f"{what}: the forward draws {whose} numbers, which a graph has as constants",
-        source=line or None,
-        hint="Draw them with torch, as in torch.rand(())",
-    )
 
 
 def _matches(graph: Graph) -> bool:

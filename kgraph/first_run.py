@@ -143,3 +143,17 @@ def _caller_of_random(frame: FrameType, event: str, argument: Any) -> FrameType 
     if event == "call" and own(frame) and frame.f_back is not None and not own(frame.f_back):
         return frame.f_back
     return None
+
+
+def not_reproduced(model: nn.Module, inputs: Inputs) -> CaptureError:
+    """The error of a graph that computes something else than its model, and why where that is found."""
+    what = "the captured graph does not reproduce the model's output"
+    foreign = foreign_draws(model, inputs)
+    if foreign is None:
+        return CaptureError(what, hint="A forward that depends on hidden state cannot be captured")
+    whose, line = foreign
+    return CaptureError(
+        f"{what}: the forward draws {whose} numbers, which a graph has as constants",
+        source=line or None,
+        hint="Draw them with torch, as in torch.rand(())",
+    )

@@ -104,10 +104,14 @@ def test_isometry_of_attention_has_the_jacobian() -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "what"), [(torch.full((2, 8), float("nan")), "not finite"), (torch.zeros(0, 8), "empty")]
+    ("x", "what"),
+    [
+        (torch.full((2, 8), float("nan")), "the Jacobian .* cannot be measured: a value there is not finite"),
+        (torch.zeros(0, 8), "the example inputs have no rows"),
+    ],
 )
 def test_isometry_names_unusable_inputs(x: Tensor, what: str) -> None:
-    with pytest.raises(InputError, match=f"the Jacobian .* cannot be measured: a value there is {what}"):
+    with pytest.raises(InputError, match=what):
         kgraph.isometry(mlp(), x)
 
 
@@ -142,7 +146,7 @@ def test_cli_saves_what_torch_loads(tmp_path: Path) -> None:
         "from torch import nn\ndef build(): return nn.Sequential(nn.Linear(4, 4), nn.Tanh())"
     )
     out = tmp_path / "model.pt"
-    result = CliRunner().invoke(app, ["transform", f"{tmp_path / 'mine.py'}:build", "--out", str(out)])
+    result = CliRunner().invoke(app, ["transform", f"{tmp_path / 'mine.py'}:build", "--whole", "--out", str(out)])
     assert result.exit_code == 0, result.output
     assert torch.load(out, weights_only=False)(torch.randn(2, 4)).shape == (2, 4)
 
