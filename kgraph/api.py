@@ -19,6 +19,7 @@ from kgraph.export import OnnxExport
 from kgraph.export import export_onnx as _export_onnx
 from kgraph.gram.stops import by_hand
 from kgraph.inputs import resolve_inputs
+from kgraph.log_determinants import false_log_determinants, find_log_determinants
 from kgraph.methods import DKS, TAT, Method
 from kgraph.modes import depends_on_mode
 from kgraph.passes.fold_parametrizations import fold_hooks, fold_parametrizations, has_hooks
@@ -150,7 +151,7 @@ def transform(
     owned = model if inplace else _copied(model)
     folded = fold_parametrizations(owned)
     graph = capture(owned, inputs)
-    left_out = unread(graph)
+    left_out, flows = unread(graph), find_log_determinants(owned, inputs)
     first = propagate(graph, mode=mode)
     before = _report(graph, first)
     outcome = rewrite(graph, plan, first) if plan is not None else _by_systems(graph, chosen, seed, first)
@@ -161,6 +162,7 @@ def transform(
     after = _report(outcome.graph, found)
     shaped = outcome.graph.emit()
     _set_modes(shaped, model)
+    ledger = replace(ledger, unmet=(*ledger.unmet, *false_log_determinants(shaped, inputs, flows)))
     watch = LoadWatch().over(shaped)
     used = chosen[0] if len(chosen) == 1 else chosen
     shaped.meta["kgraph"] = TransformRecord(

@@ -71,6 +71,7 @@ class Region:
         module: the graph module, for activations that are modules.
         gate: whether it only scales another tensor.
         getters: of every parameter of the graph, the nodes that stand for it.
+        of_source: all regions of the same source, this one among them.
     """
 
     source: fx.Node
@@ -79,6 +80,7 @@ class Region:
     module: fx.GraphModule
     gate: bool
     getters: dict[str, list[fx.Node]] = field(default_factory=dict, repr=False)
+    of_source: list[Region] = field(default_factory=list, repr=False)
 
     @cached_property
     def learnable(self) -> tuple[fx.Node, ...]:
@@ -227,7 +229,9 @@ def find_regions(module: fx.GraphModule, random: Callable[[fx.Node], bool]) -> l
             getters.setdefault(str(node.target), []).append(node)
     regions = []
     for root, nodes in members.items():
-        regions += [_region(module, root, end, nodes, getters) for end in _ends(nodes)]
+        own: list[Region] = []
+        own += [_region(module, root, end, nodes, getters, own) for end in _ends(nodes)]
+        regions += own
     order = {node: i for i, node in enumerate(module.graph.nodes)}
     nonlinear = [r for r in regions if any(not _is_linear(n) for n in r.nodes)]
     return sorted(nonlinear, key=lambda region: order[region.end])
@@ -284,7 +288,12 @@ def _ends(nodes: list[fx.Node]) -> list[fx.Node]:
 
 
 def _region(
-    module: fx.GraphModule, root: fx.Node, end: fx.Node, nodes: list[fx.Node], getters: dict[str, list[fx.Node]]
+    module: fx.GraphModule,
+    root: fx.Node,
+    end: fx.Node,
+    nodes: list[fx.Node],
+    getters: dict[str, list[fx.Node]],
+    of_source: list[Region],
 ) -> Region:
     needed, queue = {end}, [end]
     inside = set(nodes)
@@ -294,7 +303,7 @@ def _region(
                 needed.add(before)
                 queue.append(before)
     kept = tuple(n for n in nodes if n in needed)
-    return Region(root, end, kept, module, _is_gate(end, kept), getters)
+    return Region(root, end, kept, module, _is_gate(end, kept), getters, of_source)
 
 
 def _is_gate(end: fx.Node, nodes: tuple[fx.Node, ...]) -> bool:

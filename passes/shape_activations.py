@@ -19,6 +19,7 @@ from kgraph.methods import DKS, TAT, Method
 from kgraph.modules import FunctionModule, ShapedActivation
 from kgraph.nonlinear import Region, known_value
 from kgraph.passes.base import Pass, Workspace, find_module, owner_path
+from kgraph.passes.derivatives import derivative_beside, is_exponential
 from kgraph.shaping import ShapedConstants, shape_activation
 from kgraph.shaping.leaky import leaky_centred
 from kgraph.site import site_of
@@ -189,6 +190,10 @@ def kept_reason(region: Region) -> str:
         return "it is the output nonlinearity: no layer follows, its range is what the user wants"
     if any(operation_name(user) in _DRAWS for user in region.end.users):
         return "numbers are drawn with it: it is a probability or a rate, and has its range"
+    if is_exponential(region):
+        return "it is an exponential: a scale or rate that is made from its logarithm, and no activation"
+    if derivative := derivative_beside(region):
+        return f"its derivative is computed beside it ({derivative}) for another output, which would be false"
     if not region.everywhere:
         return "it is not defined for every number: shifting and scaling what it gets would leave its domain"
     return _learnable_reason(region)
