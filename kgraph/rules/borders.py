@@ -30,6 +30,8 @@ JOINED = "tokens of several laws counted like one"
 MIXED = "positions mixed in different ways counted like one"
 CAUSAL = "positions that attend to few others counted like those that attend to many"
 
+_AT_ONCE = (TAPS, COPIED, BETWEEN)
+"""Of these the average over pairs of positions is wrong already, not only what is made of it."""
 _LINEAR = {"add", "sub", "rsub", "neg", "mul", "div", "dropout", "feature_dropout", "where", "pad"}
 _PER_POSITION = {"layer_norm", "rms_norm", "softmax", "log_softmax", "scaled_dot_product_attention"}
 _VIEWS = {
@@ -63,7 +65,10 @@ class Borders:
         kernels = [values[n] for n in node.all_input_nodes if isinstance(values[n], Kernel)]
         if before and _needs_positions(node, len(before), kernels):
             value = said(value, assumed(before[0]))
-        reason = _made_by(node, value, kernels, values) or next(iter(before), "")
+        made = _made_by(node, value, kernels, values)
+        if made in _AT_ONCE:
+            value = said(value, assumed(made))
+        reason = made or next(iter(before), "")
         if reason and (value.positions > 1 or operation_name(node) in _VIEWS or _is_function(node)):
             self.reasons[node] = reason
         return value
@@ -138,9 +143,7 @@ def _made_by(node: fx.Node, value: Kernel, kernels: list[Kernel], values: Mappin
         even = sizes == strides * (len(sizes) // max(len(strides), 1)) and _zeros(node) == 0
         return "" if even else TAPS
     if name.startswith("conv"):
-        weight = values.get(node.args[1])  # type: ignore[arg-type]
-        taps = max(weight.shape[2:]) if isinstance(weight, Tensor) and weight.ndim > 2 else 2
-        return BORDER if taps > 1 and (_zeros(node) > 0 or kernels[0].unpadded is not None) else ""
+        return BORDER if _zeros(node) > 0 or kernels[0].unpadded is not None else ""
     if name in ("pad", "constant_pad_nd"):
         copies = name == "pad" and _argument(node, "mode", "constant") != "constant"
         return COPIED if copies else BORDER if any(_argument(node, "pad", ())) else ""

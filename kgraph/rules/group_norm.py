@@ -6,15 +6,20 @@ Where a concatenation has put several laws side by side, each group is normalize
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kgraph.alignment import cut
 from kgraph.canonical import aten
+from kgraph.how import assumed
 from kgraph.kernel import Kernel, Pairs, Part, merge
 from kgraph.rules.norm import Removed, by_running_statistics, gain_and_bias, normalized, position_mean
 from kgraph.rules.table import Context, rule
+
+_MANY = 128
+"""Entries of a group from which on its variance is as good as its mean: c is off by about c (1 - c^2) / entries."""
 
 
 @rule(aten.group_norm.default)
@@ -91,7 +96,12 @@ def _of_group(parts: tuple[Part, ...], per_group: int, positions: int, eps: floa
     ]
     rest = zip(parts, removed, weights, strict=True)
     variance = sum(w * float(part.q - gone.cov[Pairs.SELF]) for part, gone, w in rest) + eps
-    return [normalized(part, gone, variance, whole.mean) for part, gone in zip(parts, removed, strict=True)]
+    results = [normalized(part, gone, variance, whole.mean) for part, gone in zip(parts, removed, strict=True)]
+    few = per_group * positions
+    if few >= _MANY:
+        return results
+    how = assumed(f"the variance of {few} entries counts as its mean")
+    return [replace(part, how=part.how | how) for part in results]
 
 
 @rule(aten.instance_norm.default)
