@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kgraph.errors import InputError
 from kgraph.how import How, integrated
 from kgraph.kernel import Apply, Part, Sum
 from kgraph.maps import stream
@@ -83,7 +84,10 @@ def _make(part: Part) -> Both | None:
         inner, fn = law_of(part.expr.arg), part.expr.fn
         if inner is None:
             return None
-        fine = stream.mapped(inner[0], fn)
+        try:
+            fine = stream.mapped(inner[0], fn)
+        except InputError:  # no finite second moment of it or of its derivative
+            return None
         return fine, stream.mapped(inner[1], fn, fine.atoms)
     if isinstance(part.expr, Sum):
         return _sum(_terms(part))

@@ -192,7 +192,10 @@ def _own_q_slope(region: Region) -> float:
 def _q_slope_of(fn: Pointwise) -> float:
     """By a symmetric difference; 0 for a map that falls (errors do not grow there)."""
     step = 1e-4
-    high, low = (float(fn.second(_ONE * math.exp(sign * step))) for sign in (1, -1))
+    try:
+        high, low = (float(fn.second(_ONE * math.exp(sign * step))) for sign in (1, -1))
+    except InputError:  # log|u|: no integral converges; it is not shaped, and counts as the identity
+        return 1.0
     return max(math.log(high / low) / (2 * step), 0.0) if low > 0 and high > 0 else 0.0
 
 

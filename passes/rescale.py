@@ -9,6 +9,7 @@ positions would do harm. The ledger says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -60,15 +61,19 @@ class Rescale(Pass):
     def rewrite(self, work: Workspace) -> None:
         reasons = self._candidates(work)
         found: dict[fx.Node, float] = {}
+        unknown: list[fx.Node] = []
 
         def adjust(node: fx.Node, kernel: Kernel, values: dict[fx.Node, Any]) -> Kernel:
             q = float(kernel.merged.q)
-            if node not in reasons or q <= 0 or abs(q - 1) <= self.tolerance:
+            if node in reasons and not math.isfinite(q):
+                unknown.append(node)
+            if node not in reasons or not 0 < q < math.inf or abs(q - 1) <= self.tolerance:
                 return kernel
             found[node] = q
             return kernel.with_parts(*(algebra.scale(part, q**-0.5) for part in kernel.parts))
 
         walked = propagate(work.graph, mode=work.mode, adjust=adjust)
+        work.unmet += [f"{node.name}: its q value is not known, and not restored to 1" for node in unknown]
         if not found:
             work.adopt(walked)
         given = {name for node in found for name in _given(work, node, found.keys())}

@@ -108,7 +108,7 @@ class Variadic(nn.Module):
 
 
 def test_variadic_forward() -> None:
-    with pytest.raises(CaptureError, match=r"\*args.*named arguments"):
+    with pytest.raises(CaptureError, match=r"takes \*inputs.*Wrap it in a module that names them"):
         kgraph.analyze(Variadic(), X)
 
 

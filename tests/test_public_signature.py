@@ -113,6 +113,7 @@ BAD: dict[str, dict[str, Sequence[Any]]] = {
         "positions": [None, *WORD],
         "mode": WORD,
         "parametrization": [None, *WORD],
+        "count_frozen": [None, *FLAG],
     },
     "transform": {
         "model": MODEL,
@@ -320,7 +321,10 @@ MADE_BY_KGRAPH = {
 }
 """Results: nobody builds them by hand; their methods are in the table."""
 INTERNAL = {
-    "passes.Workspace": ("first", "changes", "kept", "unmet", "notes", "_propagation", "_random", "_regions", "_names"),
+    "passes.Workspace": (
+        *("first", "changes", "kept", "unmet", "notes", "settled"),
+        *("_propagation", "_random", "_regions", "_names"),
+    ),
 }
 """Fields that passes fill."""
 

@@ -152,7 +152,7 @@ def test_no_silent_nothing() -> None:
     ("options", "message"),
     [
         ({"beta": "high"}, "beta is 'high'"),
-        ({"beta": math.inf}, "beta is inf"),
+        ({"beta": math.inf}, "beta must be a finite number, got inf"),
         ({"weights": "rbm"}, "weights is 'rbm'"),
         ({"weights": "fbm"}, "hurst is None"),
         ({"hurst": 0.3}, "hurst is an option"),

@@ -19,6 +19,7 @@ from kgraph.capture import Graph
 from kgraph.errors import RuleError
 from kgraph.inputs import Inputs
 from kgraph.rules.sampled import for_mode
+from kgraph.untouched import untouched
 
 _STOPS = {torch.detach, Tensor.detach, Tensor.detach_, torch._C._set_grad_enabled, Tensor.data.__get__}  # type: ignore[attr-defined]
 _NOISE = 1e-2
@@ -101,14 +102,10 @@ def by_hand(graph: Graph) -> tuple[str, ...]:
 
 @contextmanager
 def _evaluated(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, where both forwards draw no random numbers; put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    """The model in eval mode, where both forwards draw no random numbers; all that a run advances is put back."""
+    with untouched(model):
         model.eval()
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -122,10 +119,11 @@ def _output(model: nn.Module, state: dict[str, Tensor], inputs: Inputs, graph: G
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         try:
+            args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, tuple(inputs))  # a forward may write to them
             if graph is None:
-                output = functional_call(model, state, inputs.args, inputs.kwargs)
+                output = functional_call(model, state, args, kwargs)
             else:
-                leaves = pytree.tree_leaves(tuple(inputs))
+                leaves = pytree.tree_leaves((args, kwargs))
                 output = _Operations(graph.module, state).run(*leaves, enable_io_processing=False)
             return _random_sum(pytree.tree_leaves(output))
         except RuntimeError:

@@ -16,7 +16,20 @@ from torch import Tensor, fx, nn
 from kgraph.canonical import operation_name
 
 _PROBES = 4
-_OF_SHAPE = ("sym_size", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_empty")
+_OF_SHAPE = {
+    *(
+        "sym_size",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+    ),
+    *("fill", "zero"),
+}
 
 
 def held(node: object) -> object:
