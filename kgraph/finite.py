@@ -82,7 +82,7 @@ class Runner(fx.Interpreter):
         return torch.cat([torch.stack(rows), unit(z[self.probes :])]).movedim(-1, channel + 1)
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.target in TOKEN_VIEWS and any(i in self.tokens for i in n.all_input_nodes):
+        if operation_name(n) in TOKEN_VIEWS and any(i in self.tokens for i in n.all_input_nodes):
             self.tokens.add(n)
         if n.target is aten.embedding.default and any(i in self.tokens for i in n.all_input_nodes):
             result = self._embedded(n)
