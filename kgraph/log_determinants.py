@@ -61,8 +61,8 @@ def _may_be(y: tuple[int, ...], log_det: tuple[int, ...], x: Tensor) -> bool:
 
 
 def _run(model: nn.Module, inputs: Inputs, x: Tensor) -> list[Tensor]:
-    """The tensors of the output for another value of the input, in eval mode; the model stays as it was."""
-    args, kwargs = pytree.tree_map_only(Tensor, lambda _: x, (inputs.args, inputs.kwargs))
+    """The tensors of the output for another value of the input, in eval mode; model and input stay as they were."""
+    args, kwargs = pytree.tree_map_only(Tensor, lambda _: x.clone(), (inputs.args, inputs.kwargs))
     with untouched(model), torch.set_grad_enabled(x.requires_grad):
         model.eval()
         output: Any = model(*args, **kwargs)

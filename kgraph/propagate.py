@@ -19,7 +19,7 @@ from kgraph.capture import Graph
 from kgraph.checks import choice
 from kgraph.kernel import SAME, Apply, Kernel, Pairs, Part, Product, Samples, Sum
 from kgraph.roots import Root, Roots
-from kgraph.rules import Context, Sampler, find_rule
+from kgraph.rules import Context, Sampler, find_rule, speeds
 from kgraph.rules.borders import Borders
 from kgraph.rules.noise import draws_noise, noise_kernel
 from kgraph.rules.pointwise import is_pointwise, unary
@@ -96,6 +96,7 @@ def propagate(
     start = time.perf_counter()
     draws.restart()
     laws.restart()
+    speeds.restart()
     walk = _Walk(graph, pairs or Pairs(), mode, parametrization, adjust, count_frozen)
     with torch.no_grad():
         values = walk.run()

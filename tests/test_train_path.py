@@ -132,8 +132,8 @@ def test_what_is_lost_is_said(name: str) -> None:
     (line,) = [line for line in shaped.kgraph.ledger.unmet if line.startswith("train mode:")]
     assert word in line
     notes = kgraph.analyze(model, X).analysis.notes
-    said = "Python or NumPy" if name == "skipped by Python" else "captured in eval mode"
-    assert sum(said in note for note in notes) == 1
+    ways = ("Python or NumPy", "captured in eval mode") if name == "skipped by Python" else ("captured in eval mode",)
+    assert sum(any(way in note for way in ways) for note in notes) == 1  # Python's number decides which of the two
     assert shaped.eval()(X).shape == (64, 4)
 
 

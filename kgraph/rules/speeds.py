@@ -7,6 +7,7 @@ diagonal of J J^T, found on random signs v as E|J^T v|^2.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,20 +17,9 @@ from torch import Tensor, fx, nn
 from kgraph.canonical import operation_name
 
 _PROBES = 4
-_OF_SHAPE = {
-    *(
-        "sym_size",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "empty_like",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_empty",
-    ),
-    *("fill", "zero"),
-}
+_OF_SHAPE = frozenset(
+    """sym_size zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty fill zero""".split()  # noqa: SIM905
+)
 
 
 def held(node: object) -> object:
@@ -110,4 +100,22 @@ def same_tensor(node: fx.Node) -> list[fx.Node]:
     while node.op != "get_attr" and node.args and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     own = held(node)
-    return [n for n in node.graph.nodes if n.op == "get_attr" and held(n) is own] if own is not None else []
+    if own is None:
+        return []
+    size, table = _holders.get(node.graph, (0, {}))
+    if size != len(node.graph.nodes):
+        table = {}
+        for one in node.graph.nodes:
+            if one.op == "get_attr":
+                table.setdefault(id(held(one)), []).append(one)
+        _holders[node.graph] = len(node.graph.nodes), table
+    return table[id(own)]
+
+
+_holders: weakref.WeakKeyDictionary[fx.Graph, tuple[int, dict[int, list[fx.Node]]]] = weakref.WeakKeyDictionary()
+"""The `get_attr` nodes of a graph by the tensor that they hold, and the size of the graph that they were read off."""
+
+
+def restart() -> None:
+    """Begin a new walk: graphs may have changed."""
+    _holders.clear()
