@@ -133,7 +133,7 @@ def _of_factor(centred: Pointwise, base: Part, dual: tuple[Tensor, Tensor]) -> T
 
 def _of_law(part: Part, how: How) -> Part:
     """Fill in the kernel of ``part`` by the law of its expression, or by draws of it."""
-    law = laws.law_of(part)
+    law = laws.of_expression(part)
     known = law and laws.read(law)
     reason = unknown_law(part)
     how = how | assumed(reason) if reason else how

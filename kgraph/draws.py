@@ -134,7 +134,7 @@ def value_and_derivative(fn: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Ten
     """``fn(x)`` and ``fn'(x)``, entry by entry."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        value = fn(leaf)
+        value = fn(leaf).to(x)  # a comparison gives truth values
         if not value.requires_grad:
             return value, torch.zeros_like(x)
         (gradient,) = torch.autograd.grad(value.sum(), leaf)

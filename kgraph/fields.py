@@ -61,7 +61,7 @@ class FieldDraws:
         match part.expr:
             case Apply(fn, arg):
                 first, second = self.values(arg, shape, positions)
-                return fn(first).detach(), fn(second).detach()
+                return fn(first).to(first).detach(), fn(second).to(second).detach()
             case Sum(terms):
                 drawn = [(weight, self.values(term, shape, positions)) for weight, term in terms]
                 return sum(w * v[0] for w, v in drawn), sum(w * v[1] for w, v in drawn)  # type: ignore[return-value]

@@ -57,6 +57,11 @@ def law_of(part: Part) -> Both | None:
     return _laws[part]
 
 
+def of_expression(part: Part) -> Both | None:
+    """The law that the expression alone tells: of a part whose own moments are not known yet."""
+    return _sum(_terms(part)) if isinstance(part.expr, Sum) else law_of(part)
+
+
 def restart() -> None:
     """Forget the laws of an analysis before."""
     _laws.clear()

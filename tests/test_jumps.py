@@ -70,6 +70,26 @@ def test_a_kink_is_no_jump(name: str) -> None:
     assert math.isfinite(kgraph.analyze(network(CONTINUOUS[name]), torch.randn(2, 64)).final.slope)
 
 
+class Shifted(nn.Module):
+    """A leaky relu by hand of what is not Gaussian: drawn, with a comparison among the draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.shift = nn.Linear(256, 256), nn.Parameter(torch.randn(256))
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = torch.tanh(self.layer(x)) + self.shift
+        return torch.where(v > 0, v, 0.1 * v)
+
+
+def test_a_comparison_that_is_drawn_is_a_number() -> None:
+    torch.manual_seed(0)
+    model, x = Shifted(), torch.randn(64, 256)
+    final = kgraph.analyze(model, x).final
+    assert final.q == pytest.approx(float(model(x).detach().square().mean()), rel=4 * (2 / 256) ** 0.5)
+    assert 0 < final.slope < 1  # tanh's and the leaky relu's slopes are below 1
+
+
 def test_the_slope_grows_without_bound_in_networks() -> None:
     """(1 - c) / (1 - c_input) of sign is (2 / pi) acos(c_input) / (1 - c_input): 8.9 at .99, 28 at .999, by torch."""
     torch.manual_seed(0)

@@ -251,3 +251,25 @@ def test_the_law_behind_an_activation_is_made_once(monkeypatch: pytest.MonkeyPat
 
     kgraph.analyze(Stream(), torch.randn(2, 64))
     assert 0 < calls <= 2 * blocks
+
+
+class Several(nn.Module):
+    """A sum of Gaussian terms two of which are one: x + W x + x / 2, or a norm that x is added to again."""
+
+    def __init__(self, normed: bool) -> None:
+        super().__init__()
+        self.layer, self.normed = nn.Linear(512, 512, bias=False), normed
+        nn.init.normal_(self.layer.weight, std=512**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, (512,)) + x if self.normed else x + self.layer(x) + 0.5 * x
+
+
+@pytest.mark.parametrize(("normed", "q"), [(False, 1.5**2 + 1), (True, 4.0)])
+def test_terms_that_are_one_add_up_coherently(normed: bool, q: float) -> None:
+    """Gaussian terms of a sum are not independent because each of them is Gaussian."""
+    model, x = Several(normed), torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    found = kgraph.analyze(model, x).final.q / kgraph.analyze(nn.Identity(), x).final.q
+    drawn = float(model(x).detach().square().mean() / x.square().mean())
+    assert found == pytest.approx(q, rel=4 * (2 / 512**2) ** 0.5)  # the mean square of the weights as drawn
+    assert found == pytest.approx(drawn, rel=5 / 512**0.5)

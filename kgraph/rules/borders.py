@@ -28,6 +28,7 @@ COPIED = "pairs of positions that padding has copied counted like others"
 BETWEEN = "interpolated positions counted like given ones"
 JOINED = "tokens of several laws counted like one"
 MIXED = "positions mixed in different ways counted like one"
+NEAR = "neighbouring positions counted as little alike as distant ones"
 CAUSAL = "positions that attend to few others counted like those that attend to many"
 
 _AT_ONCE = (TAPS, COPIED, BETWEEN)
@@ -54,6 +55,8 @@ class Borders:
 
     def __init__(self) -> None:
         self.reasons: dict[fx.Node, str] = {}
+        self.near: set[fx.Node] = set()  # tensors whose neighbouring positions are more alike than others
+        self.said: dict[fx.Node, str] = {}
 
     def judged(self, node: fx.Node, value: Any, values: Mapping[fx.Node, Any]) -> Any:
         """The node's value, "assumed" where the operation needs positions that the average does not hold."""
@@ -63,11 +66,19 @@ class Borders:
                 self.reasons[node] = before[0]
             return value
         kernels = [values[n] for n in node.all_input_nodes if isinstance(values[n], Kernel)]
-        if before and _needs_positions(node, len(before), kernels):
-            value = said(value, assumed(before[0]))
+        told = [self.said[n] for n in node.all_input_nodes if n in self.said]
+        if not told and before and _needs_positions(node, len(before), kernels):
+            told = [before[0]]
+        inside = any(n in self.near for n in node.all_input_nodes)
+        if not told and inside and _reads_windows(node, value):
+            told = [NEAR]
+        if value.positions > 1 and (inside or _overlaps(node, values)):
+            self.near.add(node)
         made = _made_by(node, value, kernels, values)
-        if made in _AT_ONCE:
-            value = said(value, assumed(made))
+        told += [made] if made in _AT_ONCE else []
+        if told:
+            value = said(value, assumed(told[0]))
+            self.said[node] = told[0]
         reason = made or next(iter(before), "")
         if reason and (value.positions > 1 or operation_name(node) in _VIEWS or _is_function(node)):
             self.reasons[node] = reason
@@ -79,14 +90,17 @@ def _is_function(node: fx.Node) -> bool:
     if node.op == "call_module":
         root: Any = node.graph.owning_module
         return not isinstance(root.get_submodule(str(node.target)), (Scale, WeightedSum, nn.Identity))
+    if operation_name(node) == "prelu":
+        return True
     return is_pointwise(node.target) and operation_name(node).strip("_") not in _LINEAR and node.target not in COPIES
 
 
 def _needs_positions(node: fx.Node, uneven: int, kernels: list[Kernel]) -> bool:
     name = operation_name(node)
     if name.startswith("conv"):
-        partly = name.startswith("conv_transpose") or _strided(node)
-        return partly or _zeros(node) > 0 or kernels[0].unpadded is not None
+        return True  # windows read some positions more often than others
+    if name.startswith("avg_pool"):
+        return True
     if name in ("mul", "div"):
         return uneven > 1 or (name == "div" and len(kernels) > 1)
     if name in _CUTS:
@@ -154,6 +168,8 @@ def _made_by(node: fx.Node, value: Kernel, kernels: list[Kernel], values: Mappin
     if name.startswith(("upsample_linear", "upsample_bilinear", "upsample_trilinear", "upsample_bicubic")):
         return BETWEEN
     if name in ("cat", "concat", "stack"):
+        if _copies(node, values):
+            return COPIED
         return JOINED if value.joined is not None and not _alike(value.joined[1]) else ""
     if name in ("matmul", "mm", "einsum"):
         constant = [n for n in node.all_input_nodes if isinstance(values[n], Tensor) and not is_parameter(n)]
@@ -161,6 +177,48 @@ def _made_by(node: fx.Node, value: Kernel, kernels: list[Kernel], values: Mappin
     if name == "scaled_dot_product_attention":
         return CAUSAL if _argument(node, "is_causal", False) or _argument(node, "attn_mask", None) is not None else ""
     return ""
+
+
+def _overlaps(node: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
+    """Whether neighbouring windows of a convolution or pool share positions."""
+    name = operation_name(node)
+    if name.startswith("conv"):
+        weight = values.get(node.args[1])  # type: ignore[arg-type]
+        taps = list(weight.shape[2:]) if isinstance(weight, Tensor) else []
+    elif name.startswith(("avg_pool", "max_pool")):
+        taps = _listed(_argument(node, "kernel_size", 1))
+    else:
+        return name.startswith("upsample")
+    steps = _listed(_argument(node, "stride", 1)) or taps
+    steps = steps * len(taps) if len(steps) == 1 else steps
+    return any(k > s for k, s in zip(taps, steps, strict=False))
+
+
+def _reads_windows(node: fx.Node, value: Kernel) -> bool:
+    """Whether a node takes averages or maxima of neighbours, or every second position."""
+    name = operation_name(node)
+    pools = name.startswith(("avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool"))
+    strided = name.startswith("conv_transpose") or (name.startswith("conv") and _strided(node))
+    return (pools and value.positions > 1) or strided
+
+
+def _listed(value: Any) -> list[int]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [int(v) for v in values if isinstance(v, int)]
+
+
+def _copies(node: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
+    """Whether a concatenation puts the same random numbers at several positions."""
+    pieces = (
+        [values[n] for n in node.args[0] if isinstance(n, fx.Node)] if isinstance(node.args[0], (list, tuple)) else []
+    )
+    dim = _argument(node, "dim", 0)
+    if not pieces or not all(isinstance(piece, Kernel) for piece in pieces) or operation_name(node) == "stack":
+        return False
+    roles = {role for role, _ in pieces[0].axes[dim % len(pieces[0].axes)]}
+    if "c" in roles or "b" in roles:
+        return False
+    return any(not a.merged.independent(b.merged) for i, a in enumerate(pieces) for b in pieces[:i])
 
 
 def _alike(pieces: tuple[Kernel, ...]) -> bool:
