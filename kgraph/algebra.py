@@ -20,7 +20,7 @@ from kgraph.draws import evaluate, leaves_of, unknown_law
 from kgraph.errors import InputError
 from kgraph.how import EXACT, QUADRATURE, How, assumed
 from kgraph.jumps import steep
-from kgraph.kernel import DIFF, SAME, Apply, Bias, Mask, Pairs, Part, Product, Samples, Sum, Unknown
+from kgraph.kernel import DIFF, SAME, Apply, Bias, Gaussian, Mask, Pairs, Part, Product, Samples, Sum, Unknown
 from kgraph.maps import Pointwise, closed_form
 from kgraph.maps.tangent import correction
 from kgraph.roots import Root, Roots
@@ -39,6 +39,34 @@ def scale(part: Part, factor: float) -> Part:
     if isinstance(part.expr, Apply):
         return replace(scaled, expr=Apply(_rescaled(part.expr.fn, factor), part.expr.arg))
     return replace(scaled, expr=Sum(((factor, part),)))
+
+
+def trained(part: Part, own: Tensor) -> Part:
+    """``part`` behind parameters of its own, whose part in the NTK is ``own``, [P, 2].
+
+    The tangent is a term of the expression, a Gaussian without variance: sums and functions of the part carry it on.
+    """
+    if not bool(own.any()):
+        return part
+    ntk = part.ntk + own
+    if isinstance(part.expr, Gaussian):
+        return replace(part, ntk=ntk)
+    nothing = torch.zeros_like(part.cov)
+    return replace(part, ntk=ntk, expr=Sum(((1.0, part), (1.0, Part(part.size, nothing, nothing, own)))))
+
+
+def _core(part: Part) -> tuple[float, Part, tuple[tuple[float, Part], ...]]:
+    """A part that only `trained` made a sum: weight and term that it was, and the terms that are tangents alone."""
+    outer = 1.0
+    while isinstance(part.expr, Sum) and len(part.expr.terms) == 1:
+        ((weight, part),) = part.expr.terms
+        outer *= weight
+    terms = part.expr.terms if isinstance(part.expr, Sum) else ()
+    silent = tuple((w, t) for w, t in terms if isinstance(t.expr, Gaussian) and not bool(t.cov.any()))
+    if not silent or len(silent) + 1 != len(terms):
+        return outer, part, ()
+    ((weight, term),) = [pair for pair in terms if pair not in silent]
+    return outer * weight, term, tuple((outer * w, t) for w, t in silent)
 
 
 def shift(part: Part, constant: float) -> Part:
@@ -181,6 +209,7 @@ def endless(part: Part) -> bool:
 def add(left: Part, right: Part, left_weight: float = 1.0, right_weight: float = 1.0) -> Part:
     """``left_weight * left + right_weight * right``."""
     common = _common_function(left, right, lambda u, v: left_weight * u + right_weight * v)
+    common = common or _common_core(left, right, left_weight, right_weight)
     if common is not None:
         return common
     left, right = scale(left, left_weight), scale(right, right_weight)
@@ -261,6 +290,20 @@ def _common_function(left: Part, right: Part, combine: Callable[[Tensor, Tensor]
     if f_base is not g_base:
         return None
     return apply(Pointwise(lambda u: combine(f(u), g(u))), f_base)
+
+
+def _common_core(left: Part, right: Part, left_weight: float, right_weight: float) -> Part | None:
+    """The weighted sum of two parts that would be functions of one, did not parameters of their own follow."""
+    (a, first, silent), (b, second, other) = _core(left), _core(right)
+    tangents = [(left_weight * w, t) for w, t in silent] + [(right_weight * w, t) for w, t in other]
+    if not tangents:
+        return None
+    one, two = left_weight * a, right_weight * b
+    common = _common_function(first, second, lambda u, v: one * u + two * v)
+    if common is None:
+        return None
+    own = torch.stack([w * w * t.ntk for w, t in tangents]).sum(0)
+    return replace(common, ntk=common.ntk + own, expr=Sum(((1.0, common), *tangents)))
 
 
 def joint_function(parts: Sequence[Part], combine: Callable[..., Tensor]) -> Part | None:

@@ -17,6 +17,8 @@ _NODES = 6
 _SHOWS = 2e-3
 """Fourth cumulant over the variance squared: the relative change of a second moment is about a tenth of it."""
 _SIGMAS = 5.0
+_CHANCE = 0.02
+"""Of Gaussian biases to be taken as they are instead of by their law: no error, for they are what they are."""
 _MOST_TERMS = 8
 
 
@@ -32,12 +34,18 @@ def bias_law(bias: Tensor | None, mean: float) -> Bias | None:
         return None
     centred = centred * math.sqrt(square / spread)
     fourth = float(centred.pow(4).mean()) / square**2 - 3
-    if abs(fourth) <= _SIGMAS * math.sqrt(24 / len(values)):
+    if abs(fourth) <= _SIGMAS * math.sqrt(24 / len(values)) and not _bounded(centred, square):
         return None
     if abs(float(centred.pow(3).mean())) <= _SIGMAS * math.sqrt(6 / len(values)) * square**1.5:
         centred = torch.cat([centred, -centred])  # its skewness is noise
     nodes, weights = gauss_rule(centred)
     return Bias(nodes, weights, square, fourth * square**2)
+
+
+def _bounded(centred: Tensor, square: float) -> bool:
+    """Whether Gaussian values would hardly ever keep so close together: few uniform ones show by that first."""
+    inside = math.erf(float(centred.abs().max()) / math.sqrt(2 * square))
+    return inside ** len(centred) < _CHANCE
 
 
 def gauss_rule(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -127,7 +127,9 @@ def _terms(part: Part) -> list[tuple[float, Part]]:
 
 
 def _sum(terms: list[tuple[float, Part]]) -> Both | None:
-    """Law of a sum of independent terms, at least one of them Gaussian."""
+    """Law of a sum of independent terms, at least one of them Gaussian or all but one tangents alone."""
+    if any(not t.cov.any() for _, t in terms):
+        return _with_tangents(terms)
     smooth = [(w, t) for w, t in terms if t.gaussian]
     rough = [(w, t) for w, t in terms if not t.gaussian]
     if any(not a.independent(b) for i, (_, a) in enumerate(terms) for _, b in terms[:i]):
@@ -142,6 +144,16 @@ def _sum(terms: list[tuple[float, Part]]) -> Both | None:
         fine, coarse = stream.added(more[0], found[0], DEGREE), stream.added(more[1], found[1], COARSE)
         found = None if fine is None or coarse is None else (fine, coarse)
     return found
+
+
+def _with_tangents(terms: list[tuple[float, Part]]) -> Both | None:
+    """Law of a sum some of whose terms are nothing but tangents of their own."""
+    law = _sum([(w, t) for w, t in terms if t.cov.any()])
+    for weight, term in terms:
+        if law is not None and not term.cov.any():
+            own = {name: weight**2 * getattr(term, name).flatten() for name in ("slope", "ntk")}
+            law = stream.trained(law[0], own), stream.trained(law[1], own)
+    return law
 
 
 def _scaled(weight: float, part: Part) -> Both | None:

@@ -34,7 +34,8 @@ ASSUMED = {
     "a border, pooled": lambda: nn.Sequential(conv(padding=1), nn.AvgPool2d(3, 1)),
     "windows that overlap, pooled": lambda: nn.Sequential(conv(), nn.MaxPool2d(2)),
     "windows that overlap, strided": lambda: nn.Sequential(conv(), conv(stride=2)),
-    "positions given twice": lambda: nn.Sequential(Twice(), nn.AdaptiveAvgPool2d(1)),
+    "windows cut by a border": lambda: nn.MaxPool2d(3, 1, 1),
+    "positions given twice": lambda: nn.Sequential(conv(), Twice(), nn.AdaptiveAvgPool2d(1)),
     "what reads a border added to it": lambda: Again(),
     "interpolated": lambda: nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Tanh()),
 }
@@ -106,3 +107,16 @@ def test_the_label_is_right_about_both() -> None:
         off = abs(row.q / measured(build) - 1)
         assert (off < 0.03) == right, (name, off)
         assert (row.how == "exact") == right
+
+
+def test_taps_that_meet_no_two_positions() -> None:
+    """A transposed convolution of one position: its results share nothing but their biases (c = b^2 / q)."""
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose1d(512, 512, 2, stride=2)
+    nn.init.normal_(layer.weight, std=512**-0.5)
+    nn.init.normal_(layer.bias, std=0.5)
+    row = kgraph.analyze(layer, torch.randn(2, 512, 1)).final
+    y = layer(torch.randn(64, 512, 1)).detach()
+    drawn = float((y[..., 0] * y[..., 1]).mean() / y.square().mean())
+    assert row.c_positions == pytest.approx(float(layer.bias.detach().square().mean()) / row.q, rel=1e-6)
+    assert row.c_positions == pytest.approx(drawn, abs=4 / 512**0.5)

@@ -273,3 +273,56 @@ def test_terms_that_are_one_add_up_coherently(normed: bool, q: float) -> None:
     drawn = float(model(x).detach().square().mean() / x.square().mean())
     assert found == pytest.approx(q, rel=4 * (2 / 512**2) ** 0.5)  # the mean square of the weights as drawn
     assert found == pytest.approx(drawn, rel=5 / 512**0.5)
+
+
+class Frozen(nn.Module):
+    """A leaky relu by hand behind a frozen layer and a trained shift: of its NTK, only the shift's part is there."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer, self.shift = nn.Linear(width, width).requires_grad_(False), nn.Parameter(torch.randn(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.layer(x) + self.shift
+        return torch.where(v > 0, v, 0.1 * v)
+
+
+class Normed(nn.Module):
+    """A norm's gain and bias, in what is added to the norm's own input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) + x
+
+
+@pytest.mark.parametrize(("build", "ntk"), [(Frozen, 0.505), (Normed, 2.0)])
+def test_parameters_in_front_of_sums_stay_in_the_ntk(build: Callable[[int], nn.Module], ntk: float) -> None:
+    """The squared gradient of one entry, by autograd, over many entries."""
+    torch.manual_seed(0)
+    model, x = build(512), torch.randn(2, 512)
+    x[0] = x[0] / x[0].square().mean().sqrt()
+    found = kgraph.analyze(model, x).final.ntk
+    y = model(x[:1])[0]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.autograd.grad(entry, trained, retain_graph=True) for entry in y[:256]]
+    squares = [sum(g.square().sum() for g in of_entry) for of_entry in gradients]
+    measured = torch.stack(squares)
+    assert found == pytest.approx(ntk, rel=0.15)
+    assert abs(float(measured.mean()) - found) < 4 * float(measured.std()) / 16
+
+
+def test_gains_that_a_batch_norm_undoes_are_not_called_exact() -> None:
+    class Gained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.gain = nn.Linear(64, 64), nn.Parameter(torch.full((64,), 0.3))
+            self.norm = nn.BatchNorm1d(64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.gain * self.layer(x))
+
+    assert kgraph.analyze(Gained(), torch.randn(8, 64)).final.how == "assumed"
+    assert kgraph.analyze(nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)), torch.randn(8, 64)).final.how == "exact"

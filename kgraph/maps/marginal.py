@@ -38,6 +38,10 @@ class Nodes:
         own = {name: factor**2 * at for name, at in self.own.items()}
         return Nodes(factor * self.points + shift, self.mass, own)
 
+    def trained(self, tangents: dict[str, Tensor]) -> Nodes:
+        """With tangents k of every row, {name: [R]}, wherever the point is."""
+        return Nodes(self.points, self.mass, {name: self.own[name] + k[:, None] for name, k in tangents.items()})
+
     def compressed(self, breaks: Tensor) -> Nodes:
         """Few nodes: a Gauss rule on every piece of at most `_PIECE` deviations between any two breaks."""
         mean = self.mass @ self.points / self.mass.sum()

@@ -105,6 +105,15 @@ def gaussian(mean: float, variance: float, cov: Tensor, tangents: dict[str, Tens
     return Law(jacobi, pair, spread, equal, lambda breaks: mixture.nodes(degree, breaks), mixture=mixture)
 
 
+def trained(law: Law, tangents: dict[str, Tensor]) -> Law:
+    """The law of a stream with parameters of its own: tangents k of every row, {name: [R]}, independent of it."""
+    spread = {name: law.tangents[name] + k[:, None, None] * law.pair for name, k in tangents.items()}
+    atoms = law.atoms and law.atoms.trained(tangents)
+    return replace(
+        law, tangents=spread, nodes=lambda breaks: law.nodes(breaks).trained(tangents), atoms=atoms, mixture=None
+    )
+
+
 def truncated(law: Law, degree: int) -> Law:
     """The law with its first ``degree`` polynomials only: those of a Gaussian, a sum or a maximum do not need more."""
     tangents = {name: tangent[:, :degree, :degree] for name, tangent in law.tangents.items()}

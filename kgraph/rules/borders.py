@@ -25,13 +25,14 @@ from kgraph.rules.speeds import is_parameter
 BORDER = "positions at a zero-padded border counted like inner ones"
 TAPS = "positions counted alike where a transposed convolution sums more taps at some"
 COPIED = "pairs of positions that padding has copied counted like others"
+WINDOWS = "pairs of positions whose windows a border cuts counted like others"
 BETWEEN = "interpolated positions counted like given ones"
 JOINED = "tokens of several laws counted like one"
 MIXED = "positions mixed in different ways counted like one"
 NEAR = "neighbouring positions counted as little alike as distant ones"
 CAUSAL = "positions that attend to few others counted like those that attend to many"
 
-_AT_ONCE = (TAPS, COPIED, BETWEEN)
+_AT_ONCE = (TAPS, COPIED, WINDOWS, BETWEEN)
 """Of these the average over pairs of positions is wrong already, not only what is made of it."""
 _LINEAR = {"add", "sub", "rsub", "neg", "mul", "div", "dropout", "feature_dropout", "where", "pad"}
 _PER_POSITION = {"layer_norm", "rms_norm", "softmax", "log_softmax", "scaled_dot_product_attention"}
@@ -162,7 +163,7 @@ def _made_by(node: fx.Node, value: Kernel, kernels: list[Kernel], values: Mappin
         copies = name == "pad" and _argument(node, "mode", "constant") != "constant"
         return COPIED if copies else BORDER if any(_argument(node, "pad", ())) else ""
     if name.startswith("max_pool"):
-        return BORDER if _zeros(node) > 0 else ""
+        return WINDOWS if _zeros(node) > 0 else ""
     if name.startswith("avg_pool"):
         return BORDER if _zeros(node) > 0 and _argument(node, "count_include_pad", True) else ""
     if name.startswith(("upsample_linear", "upsample_bilinear", "upsample_trilinear", "upsample_bicubic")):

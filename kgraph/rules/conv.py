@@ -7,6 +7,7 @@ tap relation: a tap reaches one output position in ``stride``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -44,6 +45,12 @@ def _outer(factors: Sequence[Tensor]) -> Tensor:
     for factor in factors:
         result = result[..., None] * factor
     return result
+
+
+def _met_by_two(met: Tensor, positions: int) -> Tensor:
+    """Share of pairs of different output positions at which a tap meets the input twice, given that of positions."""
+    hits = met * positions
+    return met.square() if positions < 2 else hits * (hits - 1).clamp_min(0) / (positions * (positions - 1))
 
 
 Sizes = int | Sequence[int]
@@ -87,7 +94,7 @@ def _convolve(
         for i in range(dims)
     ]
     taps, met = _tap_variances(weight, transposed, groups), _outer(counts)
-    same, different = float((taps * met).sum()), float((taps * met.square()).sum())
+    same, different = float((taps * met).sum()), float((taps * _met_by_two(met, math.prod(sizes_out))).sum())
     out_channels = context.shape[-dims - 1]
     sb2, mean = bias_moments(bias)
     channels = weight.shape[0] // groups if transposed else weight.shape[1]

@@ -79,7 +79,7 @@ def _trained(
         gained = own * (read.parts[i].cov if read is not None else torch.ones_like(part.cov))
         if places:
             gained = torch.stack([gained[:, SAME], torch.zeros_like(gained[:, DIFF])], 1)
-        parts.append(replace(part, ntk=part.ntk + gained))
+        parts.append(algebra.trained(part, gained))
     return result.with_parts(*parts)
 
 

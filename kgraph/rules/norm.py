@@ -11,17 +11,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from kgraph import algebra
-from kgraph.canonical import aten
+from kgraph.canonical import aten, operation_name
 from kgraph.constants import by_channel
+from kgraph.entries import said
+from kgraph.how import assumed
 from kgraph.kernel import DIFF, SAME, Gaussian, Kernel, Pairs, Part, Unknown
 from kgraph.maps.tangent import TrainedFactor
 from kgraph.modules import PerLocationNorm
 from kgraph.rules.linear import mean_square
+from kgraph.rules.speeds import is_parameter
 from kgraph.rules.table import Context, rule
 
+_MIXING = ("conv", "linear", "addmm", "matmul", "mm", "bmm", "baddbmm", "einsum", "embedding", "bilinear")
+"""Layers: behind them a gain is one of many parameters of every channel."""
 _SMALL = 0.05
 """Largest share of the variance in a subtracted mean's own fluctuation that leaves the law as it was."""
 
@@ -80,7 +85,7 @@ def _slices(tensor: Tensor | None, x: Kernel) -> list[Tensor] | None:
 def _affine(context: Context, part: Part, weight: Tensor | None, bias: Tensor | None) -> Part:
     result = by_channel(part, weight, bias, f"{context.node.name}.gain")
     own = _speed(context, "weight", weight) * part.cov + _speed(context, "bias", bias)
-    result = replace(result, ntk=result.ntk + own)
+    result = algebra.trained(result, own)
     return _remembered(context, result, weight, bias) if part.gaussian else result
 
 
@@ -176,7 +181,26 @@ def batch_norm(
         return context.sample()
     if running_mean is not None and running_var is not None and (context.mode == "eval" or not training):
         return by_running_statistics(context, x, running_mean, running_var, eps, weight, bias)
-    return gain_and_bias(context, _by_batch_statistics(x, eps), weight, bias)
+    result = _by_batch_statistics(x, eps)
+    if _gain_before(context.node):
+        result = said(result, assumed("gains in front of a norm over the batch, which undoes them, counted in the NTK"))
+    return gain_and_bias(context, result, weight, bias)
+
+
+def _gain_before(node: fx.Node) -> bool:
+    """Whether a parameter multiplies entries that reach a batch norm without a layer between."""
+    queue, seen = [node.all_input_nodes[0]], set[fx.Node]()
+    while queue:
+        one = queue.pop()
+        name = operation_name(one)
+        if one in seen or one.op == "get_attr" or name.startswith(_MIXING):
+            continue
+        seen.add(one)
+        others = one.all_input_nodes[1:] if name.endswith("norm") else one.all_input_nodes
+        if (name in ("mul", "div", "prelu") or name.endswith("norm")) and any(is_parameter(n) for n in others):
+            return True
+        queue += one.all_input_nodes
+    return False
 
 
 def by_running_statistics(
@@ -195,7 +219,7 @@ def by_running_statistics(
         own = torch.zeros_like(part.cov) + _speed(context, "bias", bias)
         if weight is not None:
             own = own + _speed(context, "weight", weight) * by_channel(part, g, s, "running statistics").cov
-        result = replace(result, ntk=result.ntk + own)
+        result = algebra.trained(result, own)
         parts.append(_remembered(context, result, weight, bias) if part.gaussian else result)
     return x.with_parts(*parts)
 

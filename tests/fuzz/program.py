@@ -48,6 +48,10 @@ def drawn(layer, weight="default", gain=1.0, bias="default"):
 '''
 
 
+_OF_CHANNELS = r"nn\.(Linear|Conv|Embedding|RNN|GRU|LSTM|Bilinear|BatchNorm|GroupNorm|InstanceNorm|PReLU)"
+_JUMPING = ("torch.sign", "torch.round", "hardshrink", "threshold", " > 0")
+
+
 @dataclass(frozen=True)
 class Shape:
     """What the dimensions of a value behind the batch are.
@@ -116,6 +120,16 @@ class Program:
     @property
     def text(self) -> str:
         return "\n".join([*self.layers.values(), *(s.text for s in self.statements)])
+
+    @property
+    def told(self) -> bool:
+        """Whether a layer tells which dimension the channels are; without one, nothing does."""
+        return self.tokens or any(re.search(_OF_CHANNELS, text) for text in self.layers.values())
+
+    @property
+    def jumps(self) -> bool:
+        """Whether a function in it may jump."""
+        return any(name in self.text for name in _JUMPING)
 
     @property
     def noisy(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -61,7 +62,8 @@ def analyzed(program: Program, width: int) -> dict[str, Row]:
     for node in report.nodes:
         name = lines.get(node.source)
         if name is not None and tuple(node.shape[1:]) == sizes[name]:
-            numbers = {"q": node.q, "slope": node.slope, "c positions": node.c_positions, "ntk": node.ntk}
+            numbers = {"q": node.q, "slope": node.slope, "ntk": node.ntk}
+            numbers["c positions"] = node.c_positions if program.told else math.nan
             numbers |= {f"c {cosine:g}": c for cosine, c in zip(report.analysis.cosines, node.c, strict=True)}
             error = float(node.note.removeprefix("+-")) if node.how == "sampled" else 0.0
             scales = {"q": node.q, "ntk": node.ntk, "slope": max(node.slope, SMALL_SLOPE)}
