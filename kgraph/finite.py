@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from kgraph.canonical import aten, operation_name
 from kgraph.capture import Graph
-from kgraph.propagate import TOKEN_VIEWS, channel_dim
+from kgraph.channel_dims import channel_dim
+from kgraph.propagate import TOKEN_VIEWS
 from kgraph.rules.embedding import token_rows
 from kgraph.rules.sampled import for_mode
 from kgraph.rules.speeds import same_tensor

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from kgraph import algebra, draws, laws
 from kgraph.canonical import aten, operation_name
 from kgraph.capture import Graph
+from kgraph.channel_dims import channel_dim
 from kgraph.checks import choice
 from kgraph.kernel import SAME, Apply, Kernel, Pairs, Part, Product, Samples, Sum
 from kgraph.roots import Root, Roots
@@ -264,37 +265,3 @@ def input_kernel(node: fx.Node, shape: tuple[int, ...], pairs: Pairs) -> Kernel:
     )
     roots = Roots({Root(node.name)})  # what is made of an input is not independent of it
     return Kernel((Part(shape[channel], cov, slope, torch.zeros_like(cov), roots=roots),), axes)
-
-
-_OF_THE_LAST = {
-    *("linear", "addmm", "matmul", "bilinear", "layer_norm", "rms_norm"),
-    *("rnn_tanh", "rnn_relu", "lstm", "gru"),
-}
-
-
-def _summed_dim(node: fx.Node, seen: set[fx.Node], dims: int) -> int | None:
-    """The one dimension of an operand among ``seen`` that an einsum sums over."""
-    equation: Any = node.args[0]
-    inputs, _, output = str(equation).replace(" ", "").partition("->")
-    for letters, operand in zip(inputs.split(","), cast(Any, node.args[1]), strict=False):
-        summed = [i for i, letter in enumerate(letters) if letter not in output]
-        if operand in seen and len(letters) == dims and len(summed) == 1:
-            return summed[0]
-    return None
-
-
-def channel_dim(node: fx.Node, dims: int) -> int:
-    """Dimension that the first layer sums over: 1 before a convolution, the last before a linear layer."""
-    seen, queue = {node}, [node]
-    while queue:
-        current = queue.pop(0)
-        name = operation_name(current)
-        if name.startswith(("conv", "batch_norm", "group_norm", "instance_norm")) and dims > 2:
-            return 1
-        if name in _OF_THE_LAST or dims == 1:
-            return dims - 1
-        if name == "einsum" and (summed := _summed_dim(current, seen, dims)) is not None:
-            return summed
-        queue += [user for user in current.users if user not in seen]
-        seen.update(current.users)
-    return 1 if dims > 1 else 0

@@ -170,6 +170,16 @@ def test_kinks_of_compositions() -> None:
     assert multiplied(relu, relu.affine(3.0, -1.5)).kinks().tolist() == pytest.approx([0.0, 0.5], abs=1e-12)
 
 
+def test_a_level_that_is_held_is_no_kink() -> None:
+    """erf is 1 from 6 on, u - |u| is 0 from 0 on: where the outer kink lies, over thousands of points."""
+    clamp, relu = Pointwise(F.hardtanh), pointwise("relu")
+    assert len(composed(clamp, Pointwise(torch.erf)).kinks()) < 6
+    flat = Pointwise(lambda z: z - z.abs())
+    assert composed(relu, flat.affine(output_scale=-1.0)).kinks().tolist() == pytest.approx([0.0], abs=1e-12)
+    held = composed(relu, Pointwise(lambda z: z.clamp(-1.0, 0.0)))  # both ends of a level, and what is left of it
+    assert held.kinks().tolist() == pytest.approx([-1.0, 0.0], abs=1e-12)
+
+
 def test_a_negative_variance_is_an_error() -> None:
     """Terms whose covariance is over what their variances allow, as lost digits make it."""
     one, two = (frozenset({Root(name)}) for name in "ab")

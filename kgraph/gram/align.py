@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -26,16 +27,19 @@ def aligned(x: Value, y: Value) -> tuple[list[tuple[int, Field, Field]], Axes, i
         x, y = _stretched(x, y, dim), _stretched(y, x, dim)
     x, y = _refined(x, y), _refined(y, x)
     axes = tuple(a or b for a, b in zip(x.axes, y.axes, strict=True))
-    splits = {v.split for v in (x, y) if v.split is not None}
+    split = next((v.split for v in (x, y) if v.split is not None), None)
+    return [(size, u, v) for size, (u, v) in ranges([x, y])], axes, split
+
+
+def ranges(values: Sequence[Value]) -> list[tuple[int, tuple[Field, ...]]]:
+    """(channels, every value's field) of the ranges of channels within which each of them is one field."""
+    splits = {v.split for v in values if v.split is not None}
     if len(splits) > 1:
         raise CannotFollow("channel groups along two dimensions")
     if not splits:
-        size = max(x.channels, y.channels)
-        return [(size, x.groups[0][1], y.groups[0][1])], axes, None
-    split = splits.pop()
-    edges = sorted({0} | _edges(x) | _edges(y))
-    ranges = [(b - a, _range(x, a, b), _range(y, a, b)) for a, b in itertools.pairwise(edges)]
-    return ranges, axes, split
+        return [(max(v.channels for v in values), tuple(v.groups[0][1] for v in values))]
+    edges = sorted({0}.union(*(_edges(v) for v in values)))
+    return [(b - a, tuple(_range(v, a, b) for v in values)) for a, b in itertools.pairwise(edges)]
 
 
 def _widened(x: Value, width: int) -> Value:
@@ -51,6 +55,8 @@ def _stretched(x: Value, like: Value, dim: int) -> Value:
     for role, size in reversed(like.axes[dim]):
         if role == "p":
             x = _prepended(x, dim, size)
+    if x.channels == 1 and roles(like.axes[dim]) == {"c", "p"}:  # one number for all channels that lie there
+        return replace(x, axes=(*x.axes[:dim], like.axes[dim], *x.axes[dim + 1 :]))
     return x
 
 

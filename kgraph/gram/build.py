@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from kgraph.gram.field import (
     Affine,
@@ -31,6 +34,11 @@ from kgraph.maps import Pointwise
 from kgraph.maps.combine import composed, transformed
 from kgraph.roots import Root
 
+Cut = tuple[str, int, int]
+"""Which axis of channels, from where to where."""
+Pick = Callable[[Tensor], Tensor]
+"""The channels cut out of a known tensor's, [N, C, *places]."""
+
 
 def scaled(u: Field, factor: float) -> Field:
     """``factor * u``."""
@@ -40,6 +48,8 @@ def scaled(u: Field, factor: float) -> Field:
         return Known(u.places, u.roots, u.how, u.data * factor)
     if isinstance(u, Sum):
         return Sum(u.places, u.roots, u.how, tuple((w * factor, t) for w, t in u.terms))
+    if isinstance(u, Scores):
+        return replace(u, scale=u.scale * factor)
     if isinstance(u, Mapped):
         return Mapped(u.places, u.roots, u.how, transformed(u.fn, factor, 0.0), u.arg)
     return Sum(u.places, u.roots, u.how, ((factor, u),))
@@ -117,39 +127,55 @@ def sliced(u: Field, low: int, high: int, total: int) -> Field:
     """Channels ``low:high`` of ``total``: the cut is pushed down to the leaves."""
     if (low, high) == (0, total):
         return u
-    return _cut(u, (f"of {total}", low, high), {})
+    return _cut(u, (f"of {total}", low, high), lambda x: x[:, low:high], {})
 
 
-def _after(cuts: tuple[tuple[str, int, int], ...], cut: tuple[str, int, int]) -> tuple[tuple[str, int, int], ...]:
+def reordered(u: Field, order: Tensor) -> Field:
+    """Channels in another order: the same law, and (but for a few that stay where they are) other random numbers."""
+    name = zlib.crc32(order.numpy().tobytes())
+    return _cut(u, (f"{_ORDER} {name:x}", 0, 1), lambda x: x[:, order.to(x.device)], {})
+
+
+def is_reordered(u: Field) -> bool:
+    """Whether channels behind the field stand in another order already."""
+    return any(label.startswith(_ORDER) for root in u.roots for label, _, _ in root.cuts)
+
+
+_ORDER = "order"
+
+
+def _after(cuts: tuple[Cut, ...], cut: Cut) -> tuple[Cut, ...]:
     """A cut of what is cut already: another axis, even where it is as long as an earlier one."""
     label, low, high = cut
     return (*cuts, (f"{label} at {len(cuts)}", low, high))
 
 
-def _cut(u: Field, cut: tuple[str, int, int], seen: dict[Field, Field]) -> Field:
+def _cut(u: Field, cut: Cut, pick: Pick, seen: dict[Field, Field]) -> Field:
     if u not in seen:
-        seen[u] = _cut_once(u, cut, seen)
+        seen[u] = _cut_once(u, cut, pick, seen)
     return seen[u]
 
 
-def _cut_once(u: Field, cut: tuple[str, int, int], seen: dict[Field, Field]) -> Field:
+def _cut_once(u: Field, cut: Cut, pick: Pick, seen: dict[Field, Field]) -> Field:
+    def part(v: Field) -> Field:
+        return _cut(v, cut, pick, seen)
+
     roots = frozenset(Root(r.name, _after(r.cuts, cut)) for r in u.roots)
     match u:
         case Known():
-            low, high = cut[1:]
             whole = u.data.shape[1] == 1 or u.constant is not None
             if not u.gain:  # channels of an input are as like each other as they are: no cut makes them independent
                 roots = u.roots
-            return replace(u, roots=roots, data=u.data if whole else u.data[:, low:high])
+            return replace(u, roots=roots, data=u.data if whole else pick(u.data))
         case Affine() | Leaf() | Sliced() | Scores():
             return Sliced(u.places, roots, u.how, u)
         case Attended():
-            return replace(u, roots=roots, weights=_cut(u.weights, cut, seen), value=_cut(u.value, cut, seen))
+            return replace(u, roots=roots, weights=part(u.weights), value=part(u.value))
         case Sum():
-            return replace(u, roots=roots, terms=tuple((w, _cut(t, cut, seen)) for w, t in u.terms))
+            return replace(u, roots=roots, terms=tuple((w, part(t)) for w, t in u.terms))
         case Product():
-            return replace(u, roots=roots, left=_cut(u.left, cut, seen), right=_cut(u.right, cut, seen))
+            return replace(u, roots=roots, left=part(u.left), right=part(u.right))
         case Joined() | Drawn():
-            return replace(u, roots=roots, args=tuple(_cut(a, cut, seen) for a in u.args))
+            return replace(u, roots=roots, args=tuple(part(a) for a in u.args))
         case _:
-            return replace(u, roots=roots, arg=_cut(u.arg, cut, seen))  # type: ignore[attr-defined]
+            return replace(u, roots=roots, arg=part(u.arg))  # type: ignore[attr-defined]

@@ -14,11 +14,11 @@ from rich.progress import Progress
 from torch import Tensor
 
 from kgraph.capture import Graph
+from kgraph.channel_dims import channel_dim
 from kgraph.errors import InputError
 from kgraph.gram.places import total_places
 from kgraph.gram.result import NodeGram
 from kgraph.gram.rows import Rows
-from kgraph.propagate import channel_dim
 from kgraph.site import concrete_shape
 
 LIVE_BLOCKS = 4

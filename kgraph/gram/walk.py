@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from kgraph.canonical import aten
 from kgraph.capture import Graph
+from kgraph.channel_dims import channel_dim
 from kgraph.errors import RuleError
 from kgraph.gram import field as f
 from kgraph.gram.device import away, here
@@ -19,7 +20,7 @@ from kgraph.gram.engine import Engine
 from kgraph.gram.rules import Context, find_rule, sample, several, unary
 from kgraph.gram.rules.table import untransposed
 from kgraph.gram.value import Axis, CannotFollow, Value
-from kgraph.propagate import channel_dim, known_result
+from kgraph.propagate import known_result
 from kgraph.roots import Root
 from kgraph.rules.noise import draws_noise
 from kgraph.rules.pointwise import is_pointwise

@@ -103,8 +103,16 @@ def _composed_kinks(outer: Pointwise, inner: Pointwise, reach: float, device: to
         below = at < level
         cells = (below[1:] != below[:-1]).nonzero().flatten()
         found += [_crossings(inner, level, grid[cells], grid[cells + 1], below[cells])]
-        found += [grid[at == level]]
+        found += [grid[_ends(at == level)]]
     return torch.cat(found)
+
+
+def _ends(on: Tensor) -> Tensor:
+    """Of every run of true entries, the first and the last: where a function stays at one level, nothing jumps."""
+    inside = on.clone()
+    inside[1:] &= on[:-1]
+    inside[:-1] &= on[1:]
+    return on & ~inside
 
 
 def _crossings(fn: Pointwise, level: float, low: Tensor, high: Tensor, below: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ class Pointwise:
 
     def kinks(self, reach: float = _SMALLEST_REACH, device: torch.device = _CPU) -> Tensor:
         """Points within at least [-reach, reach] where phi, phi' or phi'' jumps, sorted."""
-        reach = max(_SMALLEST_REACH, 2.0 ** math.ceil(math.log2(reach)))
+        reach = 2.0 ** math.ceil(math.log2(max(reach, _SMALLEST_REACH)))  # 0 for what is 0 everywhere
         if (reach, device) not in self._kinks:
             self._kinks[reach, device] = (
                 find_kinks(self.fn, reach, device) if self.kinks_of is None else self._known_kinks(reach, device)

@@ -9,6 +9,7 @@ from kgraph.gram.rules import (  # noqa: F401  (each registers its rules)
     gates,
     merge,
     norm,
+    orders,
     parent_scale,
     pointwise,
     pool,

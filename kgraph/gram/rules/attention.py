@@ -14,6 +14,10 @@ from kgraph.gram.rules.affine import weight_product
 from kgraph.gram.rules.pointwise import dropout
 from kgraph.gram.rules.table import Context, parameters_behind, rule
 from kgraph.gram.value import Axes, CannotFollow, Value, permuted, place_start, roles, single_place, size_of
+from kgraph.how import EXACT, How, assumed
+from kgraph.roots import Root
+
+_LOGITS = "logits of "
 
 
 def scores(context: Context, query: Value, key: Value, scale: float) -> Value:
@@ -31,20 +35,22 @@ def scores(context: Context, query: Value, key: Value, scale: float) -> Value:
     places = (*q.places[:shared], q.places[shared], k.places[shared])
     axes: Axes = (*lead, query.axes[-2], key.axes[-2])
     heads = max(1, size_of(tuple(t for axis in lead for t in axis if t[0] == "c")))
-    logits = Scores(places, q.roots | k.roots, q.how | k.how, q, k, scale, width, shared)
-    return Value(((heads, certain(context, logits, scale, width)),), axes)
+    # Of what one channel holds, a sum over many says nothing: logits share random numbers with other logits alone.
+    roots = frozenset(Root(_LOGITS + r.name, r.cuts) for r in q.roots | k.roots)
+    logits = Scores(places, roots, q.how | k.how, q, k, scale, width, shared)
+    return Value(((heads, certain(context, logits)),), axes)
 
 
-def certain(context: Context, logits: Scores, scale: float, width: int) -> Field:
+def certain(context: Context, logits: Scores) -> Field:
     """Logits scaled by 1/d are sums over d channels divided by d: at infinite width their mean."""
-    if abs(scale * width - 1) > 1e-6:
+    if abs(logits.scale * logits.width - 1) > 1e-6:
         return logits
     mean = context.engine.mean(logits)
     mean = mean.expand(1, *logits.places) if mean.ndim == 0 else mean
     return Known(logits.places, frozenset(), logits.how, mean[:, None])
 
 
-def softmax(x: Value, dim: int, mask: Tensor | None = None) -> Value:
+def softmax(context: Context, x: Value, dim: int, mask: Tensor | None = None) -> Value:
     """Softmax over positions, draw by draw (exactly, where the logits are known)."""
     x = single_place(x, dim)
     if roles(x.axes[dim]) != {"p"}:
@@ -55,6 +61,7 @@ def softmax(x: Value, dim: int, mask: Tensor | None = None) -> Value:
         return torch.softmax(draws if mask is None else draws + mask, at)
 
     def change(u: Field) -> Field:
+        u = certain(context, u) if isinstance(u, Scores) else u
         if isinstance(u, Known) and not u.gain:
             return Known(u.places, u.roots, u.how, run(u.data))
         return Drawn(u.places, u.roots, u.how, (u,), run)
@@ -71,9 +78,19 @@ def attended(weights: Value, value: Value) -> Value:
     if roles(value.axes[-1]) != {"c"} or not a.independent(v) or weights.axes[:-2] != value.axes[:-2]:
         raise CannotFollow("an average of values that depend on the weights' own random numbers")
     places = (*v.places[:shared], a.places[shared])
-    field = Attended(places, a.roots | v.roots, a.how | v.how, a, v, shared)
+    field = Attended(places, a.roots | v.roots, a.how | v.how | _borrowed(a, v), a, v, shared)
     axes = (*weights.axes[:-2], weights.axes[-2], value.axes[-1])
     return Value(((value.channels, field),), axes)
+
+
+def _borrowed(weights: Field, value: Field) -> How:
+    """What is left out where queries or keys are made with the random numbers of the values."""
+    both = {name.removeprefix(_LOGITS) for name in weights.names} & value.names
+    return (
+        assumed("logits and values, which share weights, as independent: so they are of many channels")
+        if both
+        else EXACT
+    )
 
 
 @rule(aten.scaled_dot_product_attention.default)
@@ -95,7 +112,7 @@ def attention(
     context.refuse_ntk([str(p.target) for p in trained], "a mask that is trained")
     factor = scale if scale is not None else 1 / math.sqrt(query.shape[-1])
     logits = scores(context, query, key, factor)
-    weights = softmax(logits, len(logits.axes) - 1, _mask(logits, mask, is_causal))
+    weights = softmax(context, logits, len(logits.axes) - 1, _mask(logits, mask, is_causal))
     return attended(dropout(context, weights, dropout_p, True), value)
 
 
@@ -122,7 +139,7 @@ def _same_everywhere(mask: Tensor) -> bool:
 
 @rule(aten.softmax.int, aten._softmax.default)
 def softmax_rule(context: Context, x: Value, dim: int, *_: object) -> Value:
-    return softmax(x, dim % len(x.axes))
+    return softmax(context, x, dim % len(x.axes))
 
 
 @rule(aten.matmul.default, aten.bmm.default, aten.mm.default)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kgraph.canonical import aten
 from kgraph.gram import field as f
-from kgraph.gram.align import aligned, known_value
+from kgraph.gram.align import aligned, known_value, ranges
 from kgraph.gram.build import mapped, scaled, shifted
 from kgraph.gram.field import Field
 from kgraph.gram.functions import of_one
@@ -264,11 +264,15 @@ def _beside(values: list[Value], dim: int) -> Value:
     for v in values:
         v = single_place(v, dim)
         lined.append(v if v.axes[dim] else expanded(v, dim, 1))
-    width = max(len(v.groups) for v in lined)
-    if width > 1:
-        raise CannotFollow("a concatenation of positions through channel groups")
-    fields = tuple(v.groups[0][1] for v in lined)
     axis = place_start(lined[0].axes, dim)
+    groups = tuple((size, _side_by_side(fields, axis)) for size, fields in ranges(lined))
+    split = next((v.split for v in lined if v.split is not None), None)
+    length = groups[0][1].places[axis]
+    return Value(groups, _axes_around(lined, dim, (("p", length),)), split)
+
+
+def _side_by_side(fields: tuple[Field, ...], axis: int) -> Field:
+    """Fields one after the other along a position axis; what is known stays known."""
     places = list(fields[0].places)
     places[axis] = sum(u.places[axis] for u in fields)
     roots = frozenset().union(*(u.roots for u in fields))
@@ -276,10 +280,8 @@ def _beside(values: list[Value], dim: int) -> Value:
     if all(isinstance(u, f.Known) and not u.gain for u in fields):
         count = max(len(u.data) for u in fields)  # type: ignore[attr-defined]
         data = torch.cat([u.data.expand(count, *u.data.shape[1:]) for u in fields], 2 + axis)  # type: ignore[attr-defined]
-        joined: Field = f.Known(tuple(places), roots, how, data)
-    else:
-        joined = f.Joined(tuple(places), roots, how, fields, axis)
-    return Value(((lined[0].channels, joined),), _axes_around(lined, dim, (("p", places[axis]),)))
+        return f.Known(tuple(places), roots, how, data)
+    return f.Joined(tuple(places), roots, how, fields, axis)
 
 
 @rule(aten.stack.default)

@@ -20,6 +20,7 @@ from kgraph.gram.rules.merge import as_known, combine, plus, times
 from kgraph.gram.rules.repeats import warned
 from kgraph.gram.rules.table import Context, rule
 from kgraph.gram.value import CannotFollow, Value, channel_range, place_start, places_of, roles
+from kgraph.how import assumed
 from kgraph.modules import PerLocationNorm
 
 
@@ -100,18 +101,20 @@ def group_norm(
 ) -> Value:
     over, width = _over(x, range(2, len(x.axes))), x.shape[1] // groups
     x = warned(context, x)
-    if width <= FEW:
-        if any(size % width for size, _ in x.groups):
-            raise CannotFollow("a GroupNorm across channel groups")
+    few = width <= FEW
+    if few and not any(size % width for size, _ in x.groups):
         result = _by_draws(x, eps, over, width)
     else:
         parts = [normalized(context, part, over, eps) for part in _parts(x, width)]
+        if few:  # every channel of a group has a law of its own
+            parts = [p.each(lambda u: replace(u, how=u.how | _AS_MANY), p.axes, p.split) for p in parts]
         result = replace(
             x, groups=tuple(g for part in parts for g in part.groups), split=1 if len(parts) > 1 else x.split
         )
     return gain_and_bias(context, result, weight, bias, (2, 3), 1)
 
 
+_AS_MANY = assumed("statistics of a few channels as if they were those of many")
 FEW = 16
 """Channels of a group up to which its statistics count as random; those of many channels are numbers."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kgraph.canonical import aten
 from kgraph.gram.build import moved, scaled
@@ -110,24 +112,36 @@ def max_pool(
     ceil_mode: bool = False,
 ) -> Value:
     dims = len(x.axes) - 2
-    for i in range(dims):
-        x = single_place(x, 2 + i)
-        if roles(x.axes[2 + i]) - {"p"}:
-            raise CannotFollow("a maximum over channels or inputs")
     widths, paddings, dilations = each_axis(kernel, dims), each_axis(padding, dims), each_axis(dilation, dims)
     strides = each_axis(stride, dims) if stride else widths
     new = [
         pooled_size(x.shape[2 + i], widths[i], strides[i], paddings[i], dilations[i], ceil_mode) for i in range(dims)
     ]
-    old = x.shape[2:]
-    start = place_start(x.axes, 2)
     function = (torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)[dims - 1]
+    return _pooled(x, new, lambda t: function(t, widths, strides, paddings, dilations, ceil_mode))
+
+
+@rule(aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default)
+def adaptive_max_pool(context: Context, x: Value, output_size: Any) -> tuple[Value, None]:
+    """Maxima, and None for where they are."""
+    dims = len(x.axes) - 2
+    sizes = each_axis(output_size, dims)
+    function = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)[dims - 1]
+    return _pooled(x, sizes, lambda t: function(t, sizes)), None
+
+
+def _pooled(x: Value, new: list[int], function: Callable[[Tensor], Tensor]) -> Value:
+    """``function`` of images of one channel, the last dimensions of x, on joint draws; ``new`` are its sizes."""
+    for i in range(len(new)):
+        x = single_place(x, 2 + i)
+        if roles(x.axes[2 + i]) - {"p"}:
+            raise CannotFollow("a maximum over channels or inputs")
+    old, start = x.shape[2:], place_start(x.axes, 2)
     axes = (*x.axes[:2], *(((("p", s),) if s > 1 else ()) for s in new))
 
     def pooled(draws: Tensor) -> Tensor:
         """[S, N, *other places, *image] -> the same with pooled image."""
-        shaped = draws.reshape(-1, 1, *old)
-        out = function(shaped, widths, strides, paddings, dilations, ceil_mode)
+        out = function(draws.reshape(-1, 1, *old))
         return out.reshape(*draws.shape[: 2 + start], *(s for s in new if s > 1))
 
     def change(u: Field) -> Field:

@@ -16,10 +16,10 @@ from kgraph.gram import field as f
 from kgraph.gram.build import mapped, moved, scaled, shifted, sliced
 from kgraph.gram.field import Affine, Field
 from kgraph.gram.places import Gather, Insert
-from kgraph.gram.rules.affine import make_layer
+from kgraph.gram.rules.affine import contracted, make_layer
 from kgraph.gram.rules.merge import plus, times
 from kgraph.gram.rules.table import Context, rule
-from kgraph.gram.value import CannotFollow, Value, permuted, roles, single_place
+from kgraph.gram.value import Axes, CannotFollow, Value, permuted, roles, single_place
 from kgraph.maps import Pointwise, closed_form
 from kgraph.roots import Root
 
@@ -181,3 +181,47 @@ def rnn_tanh(context: Context, x: Value, state: Any, weights: list[Tensor], *opt
 @rule(aten.rnn_relu.input)
 def rnn_relu(context: Context, x: Value, state: Any, weights: list[Tensor], *options: Any) -> Any:
     return _recurrent(context, x, _plain_step(RELU), [state], (weights, *options))[:2]
+
+
+def _one_step(context: Context, x: Any, states: list[Any], weights: tuple[Any, ...], step: Any) -> list[Value]:
+    """A cell: one step, on a state that is given (zero, or a value of the network)."""
+    if not isinstance(x, Value):
+        raise CannotFollow("a cell that reads a known tensor")
+    u, axes = contracted(x, [len(x.axes) - 1])
+    at = 2, 3, 4, 5
+    for index in at[:2]:
+        context.read_one_way(index, 1)
+    names = [(context.name(i), w) for i, w in zip(at, weights, strict=False) if w is not None]
+    cell = _Cell(context, names)
+    found = step(cell, u, tuple(_state(s, u, axes) for s in states))
+    return [Value(((cell.hidden, h),), (*axes[:-1], (("c", cell.hidden),))) for h in found]
+
+
+def _state(state: Any, like: Field, axes: Axes) -> Field:
+    if not isinstance(state, Value):
+        if bool(torch.as_tensor(state).any()):
+            raise CannotFollow("a cell with a known state that is not zero")
+        return _zero(like.places)
+    if state.axes[:-1] != axes[:-1] or roles(state.axes[-1]) != {"c"}:
+        raise CannotFollow("a cell whose state is laid out unlike its input")
+    return state.one()
+
+
+@rule(aten.gru_cell.default)
+def gru_cell(context: Context, x: Any, state: Any, *weights: Any) -> Value:
+    return _one_step(context, x, [state, state], weights, _gru_step)[0]
+
+
+@rule(aten.lstm_cell.default)
+def lstm_cell(context: Context, x: Any, states: list[Any], *weights: Any) -> list[Value]:
+    return _one_step(context, x, list(states), weights, _lstm_step)
+
+
+@rule(aten.rnn_tanh_cell.default)
+def rnn_tanh_cell(context: Context, x: Any, state: Any, *weights: Any) -> Value:
+    return _one_step(context, x, [state, state], weights, _plain_step(TANH))[0]
+
+
+@rule(aten.rnn_relu_cell.default)
+def rnn_relu_cell(context: Context, x: Any, state: Any, *weights: Any) -> Value:
+    return _one_step(context, x, [state, state], weights, _plain_step(RELU))[0]

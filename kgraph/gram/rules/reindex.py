@@ -106,11 +106,6 @@ def t(context: Context, x: Value) -> Value:
     return transpose(context, x, -1, -2)
 
 
-@rule(aten.channel_shuffle.default)
-def channel_shuffle(context: Context, x: Value, groups: int) -> Value:
-    raise CannotFollow("channels in another order")
-
-
 @rule(aten.expand.default)
 def expand(context: Context, x: Value, sizes: Sequence[int], **_: object) -> Value:
     lead = len(sizes) - len(x.axes)
@@ -127,12 +122,12 @@ def repeat(context: Context, x: Value, times: Sequence[int]) -> Value:
     x = reshaped(x, [1] * lead + list(x.shape)) if lead > 0 else x
     for dim, count in enumerate(times):
         if count != 1:
-            _positions_only(x, dim)
+            positions_only(x, dim)
             x = gathered(x, dim, list(range(x.shape[dim])) * count)
     return x
 
 
-def _positions_only(x: Value, dim: int) -> None:
+def positions_only(x: Value, dim: int) -> None:
     if roles(x.axes[dim]) - {"p"}:
         raise CannotFollow("a copy along channels or inputs")
 
@@ -163,6 +158,13 @@ def slice_(
 ) -> Value:
     dim %= len(x.axes)
     return _narrow(context, x, dim, list(range(*slice(start, end, step).indices(x.shape[dim]))))
+
+
+@rule(aten.narrow.default)
+def narrow(context: Context, x: Value, dim: int, start: int, length: int) -> Value:
+    dim %= len(x.axes)
+    start %= max(x.shape[dim], 1)
+    return _narrow(context, x, dim, list(range(start, start + length)))
 
 
 @rule(aten.chunk.default)
@@ -197,25 +199,6 @@ def getitem(context: Context, x: Any, index: int) -> Any:
     return x[index]
 
 
-@rule(aten.flip.default)
-def flip(context: Context, x: Value, dims: Sequence[int]) -> Value:
-    for d in dims:
-        _positions_only(x, d)
-        x = gathered(x, d % len(x.axes), list(range(x.shape[d]))[::-1])
-    return x
-
-
-@rule(aten.roll.default)
-def roll(context: Context, x: Value, shifts: Sequence[int], dims: Sequence[int] = ()) -> Value:
-    if not dims:
-        raise CannotFollow("a roll of the flattened tensor")
-    for shift, d in zip(shifts, dims, strict=True):
-        _positions_only(x, d)
-        size = x.shape[d]
-        x = gathered(x, d % len(x.axes), [(i - shift) % size for i in range(size)])
-    return x
-
-
 @rule(aten.pad.default, aten.constant_pad_nd.default)
 def pad(
     context: Context, x: Value, amounts: Sequence[int], mode: str = "constant", value: float | None = None
@@ -227,7 +210,7 @@ def pad(
         if low == high == 0:
             continue
         dim = len(x.axes) - 1 - i
-        _positions_only(x, dim)
+        positions_only(x, dim)
         x = gathered(x, dim, padded_index(x.shape[dim], low, high, mode))
     return x
 
