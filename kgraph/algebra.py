@@ -159,8 +159,24 @@ def _of_factor(centred: Pointwise, base: Part, dual: tuple[Tensor, Tensor]) -> T
     return correction(centred, base.mean, base.factor, (variance, variance), base.cov - base.mean**2, dual)
 
 
+def _of_terms(part: Part) -> Part | None:
+    """A sum's kernel where its terms, those of one part taken together, are independent: covariances add."""
+    terms = laws.terms_of(part)
+    if any(not a.independent(b) for i, (_, a) in enumerate(terms) for _, b in terms[:i]):
+        return None
+    mean = sum(w * t.mean for w, t in terms)
+    cov = sum((w * w * (t.cov - t.mean**2) for w, t in terms), torch.full_like(part.cov, mean**2))
+    fields = {
+        name: sum((w * w * getattr(t, name) for w, t in terms), torch.zeros_like(cov)) for name in ("slope", "ntk")
+    }
+    return replace(part, cov=cov, mean=mean, **fields)
+
+
 def _of_law(part: Part, how: How) -> Part:
     """Fill in the kernel of ``part`` by the law of its expression, or by draws of it."""
+    known = _of_terms(part) if isinstance(part.expr, Sum) else None
+    if known is not None:
+        return known
     law = laws.of_expression(part)
     known = law and laws.read(law)
     reason = unknown_law(part)
@@ -208,6 +224,8 @@ def endless(part: Part) -> bool:
 
 def add(left: Part, right: Part, left_weight: float = 1.0, right_weight: float = 1.0) -> Part:
     """``left_weight * left + right_weight * right``."""
+    if left is right:
+        return scale(left, left_weight + right_weight)
     common = _common_function(left, right, lambda u, v: left_weight * u + right_weight * v)
     common = common or _common_core(left, right, left_weight, right_weight)
     if common is not None:
@@ -295,15 +313,20 @@ def _common_function(left: Part, right: Part, combine: Callable[[Tensor, Tensor]
 def _common_core(left: Part, right: Part, left_weight: float, right_weight: float) -> Part | None:
     """The weighted sum of two parts that would be functions of one, did not parameters of their own follow."""
     (a, first, silent), (b, second, other) = _core(left), _core(right)
-    tangents = [(left_weight * w, t) for w, t in silent] + [(right_weight * w, t) for w, t in other]
+    tangents: dict[Part, float] = {}  # one parameter may come from both sides
+    for side, terms in ((left_weight, silent), (right_weight, other)):
+        for weight, term in terms:
+            tangents[term] = tangents.get(term, 0.0) + side * weight
     if not tangents:
         return None
     one, two = left_weight * a, right_weight * b
-    common = _common_function(first, second, lambda u, v: one * u + two * v)
+    common = (
+        scale(first, one + two) if first is second else _common_function(first, second, lambda u, v: one * u + two * v)
+    )
     if common is None:
         return None
-    own = torch.stack([w * w * t.ntk for w, t in tangents]).sum(0)
-    return replace(common, ntk=common.ntk + own, expr=Sum(((1.0, common), *tangents)))
+    own = torch.stack([w * w * t.ntk for t, w in tangents.items()]).sum(0)
+    return replace(common, ntk=common.ntk + own, expr=Sum(((1.0, common), *((w, t) for t, w in tangents.items()))))
 
 
 def joint_function(parts: Sequence[Part], combine: Callable[..., Tensor]) -> Part | None:

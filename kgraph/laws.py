@@ -59,7 +59,7 @@ def law_of(part: Part) -> Both | None:
 
 def of_expression(part: Part) -> Both | None:
     """The law that the expression alone tells: of a part whose own moments are not known yet."""
-    return _sum(_terms(part)) if isinstance(part.expr, Sum) else law_of(part)
+    return _sum(terms_of(part)) if isinstance(part.expr, Sum) else law_of(part)
 
 
 def restart() -> None:
@@ -95,7 +95,7 @@ def _make(part: Part) -> Both | None:
             return None
         return fine, stream.mapped(inner[1], fn, fine.atoms)
     if isinstance(part.expr, Sum):
-        return _sum(_terms(part))
+        return _sum(terms_of(part))
     return None
 
 
@@ -113,7 +113,7 @@ def _gaussian(terms: list[tuple[float, Part]]) -> Both | None:
     return law, stream.truncated(law, COARSE)
 
 
-def _terms(part: Part) -> list[tuple[float, Part]]:
+def terms_of(part: Part) -> list[tuple[float, Part]]:
     """Terms of nested sums, those of one part together; a part whose law is known is a term."""
     total: dict[Part, float] = {}
     queue = [(1.0, part)]
