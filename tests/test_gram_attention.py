@@ -13,6 +13,8 @@ from gram_montecarlo import Case, Net, check_nngp, dense, sequences, tokens
 from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention
 
+import kgraph
+
 HEADS, SIZE = 2, 256
 EMBED = HEADS * SIZE
 
@@ -159,3 +161,64 @@ class Positions(nn.Module):
 
 def test_embeddings() -> None:
     check_nngp(Case(lambda: Positions(True), lambda: Positions(False), tokens, 2, EMBED))
+
+
+def self_attention(scale: float, *, shared: bool = True) -> Net:
+    """Queries, keys and values are the embedded sequence itself, or (not ``shared``) the values another one."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return torch.softmax(y @ y.transpose(1, 2) * scale, -1) @ (y if shared else m.v(x))
+
+    return Net(forward, a=dense(6, EMBED, bias=False), v=dense(6, EMBED, bias=False)).double()
+
+
+def test_logits_divided_by_their_width_are_known() -> None:
+    """A = softmax(K) of one input's positions, and K' = A K A^T: nothing is drawn, whoever the values are."""
+    x = sequences()
+    model = self_attention(1 / EMBED)
+    found = kgraph.kernels(model, x, with_ntk=False, positions="full")
+    k = torch.einsum("aic,bjc->abij", x, x) / 6 * float(model.a.weight.detach().square().mean()) * 6
+    a = torch.softmax(torch.stack([k[i, i] for i in range(len(x))]), -1)
+    torch.testing.assert_close(found.nngp, torch.einsum("aik,abkl,bjl->abij", a, k, a))
+    assert found.how == "exact"
+
+
+def test_values_that_share_weights_with_logits_are_assumed_independent_of_them() -> None:
+    """The number is that of values with weights of their own, and its row says so."""
+    x = 0.3 * sequences()  # logits of a position with itself have a mean of sqrt(d) q
+    own, borrowed = (kgraph.kernels(self_attention(EMBED**-0.5, shared=s), x, with_ntk=False) for s in (False, True))
+    assert (own.how, borrowed.how) == ("sampled", "assumed")
+    scale = float(own.nngp.diagonal(dim1=0, dim2=1).max())
+    torch.testing.assert_close(borrowed.nngp, own.nngp, rtol=0, atol=0.05 * scale)
+
+
+def test_a_known_matrix_over_positions() -> None:
+    """Causal means by a buffer: K'(t, t') = sum M_ts M_t's' K(s, s')."""
+
+    class Averaged(nn.Module):
+        def __init__(self, trained: bool) -> None:
+            super().__init__()
+            matrix = torch.ones(4, 4, dtype=torch.float64).tril() / 4
+            self.a = dense(6, EMBED, bias=False).double()
+            if trained:
+                self.matrix = nn.Parameter(matrix)
+            else:
+                self.register_buffer("matrix", matrix)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return relu(self.matrix @ self.a(x))[:, -1]
+
+    x = sequences()
+    mean = x.mean(1)
+    plain = nn.Sequential(dense(6, EMBED, bias=False).double(), nn.ReLU())
+    model = Averaged(False)
+    plain[0].load_state_dict(model.a.state_dict())
+    found, expected = kgraph.kernels(model, x), kgraph.kernels(plain, mean)
+    assert found.ntk is not None and expected.ntk is not None
+    assert found.how == "exact"
+    torch.testing.assert_close(found.nngp, expected.nngp)
+    torch.testing.assert_close(found.ntk, expected.ntk)
+    with pytest.raises(kgraph.errors.RuleError, match="the part of matrix in the NTK"):
+        kgraph.ntk(Averaged(True), x)
+    assert kgraph.kernels(Averaged(True), x, with_ntk=False).how == "assumed"

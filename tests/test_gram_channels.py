@@ -148,3 +148,33 @@ def test_a_function_that_is_zero() -> None:
     """Values too small for the shrinkage are 0, and so is GELU of them."""
     model = net(lambda m, x: m.w(F.gelu(F.hardshrink(0.4 * torch.tanh(m.a(x))))), a=layer(8), w=layer(32))
     assert not kgraph.nngp(model, X).any()
+
+
+GROUPED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "lerp": lambda u, v: torch.lerp(u, v, 0.3),
+    "maximum": torch.maximum,
+    "hypot": lambda u, v: torch.hypot(u, v),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_entry_by_entry_through_groups_of_channels(name: str) -> None:
+    """Of (a, relu(b)) and (c, d): the average of the two halves by themselves."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        a, b, c, d = (getattr(m, n)(x) for n in "abcd")
+        halves = [(a, c), (F.relu(b), d)]
+        if m.w.in_features == 64:
+            return m.w(GROUPED[name](*(torch.cat(side, 1) for side in zip(*halves, strict=True))))
+        return m.w(GROUPED[name](*halves[m.which]))
+
+    layers = {n: layer(8) for n in "abcd"}
+    both = kgraph.nngp(net(forward, **layers, w=layer(64)), X)
+    parts = []
+    for which in (0, 1):
+        model = net(forward, **layers, w=layer(32))
+        model.which = which  # type: ignore[assignment]
+        parts.append(kgraph.nngp(model, X))
+    scale = float(both.diagonal().max())
+    torch.testing.assert_close(both, (parts[0] + parts[1]) / 2, rtol=0, atol=0.02 * scale)
+    assert not torch.allclose(parts[0], parts[1], rtol=0, atol=0.05 * scale)

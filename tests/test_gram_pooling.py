@@ -46,3 +46,17 @@ POOLS = {
 def test_pooled(name: str) -> None:
     right, wrong = POOLS[name]
     check_nngp(Case(right, wrong, images, 2, CHANNELS, 100))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_adaptive_maxima_are_those_of_equal_windows(size: int) -> None:
+    """4 x 4 positions in 1 or 2 x 2 windows; the same draws, and the NTK too."""
+    x = images()
+    side = x.shape[-1]
+    assert side % size == 0
+    pools = nn.AdaptiveMaxPool2d(size), nn.MaxPool2d(side // size), nn.AdaptiveAvgPool2d(size)
+    found, expected, wrong = (kgraph.kernels(prepared(net(p), False), x) for p in pools)
+    assert found.ntk is not None and expected.ntk is not None
+    torch.testing.assert_close(found.nngp, expected.nngp, rtol=0.02, atol=0)
+    torch.testing.assert_close(found.ntk, expected.ntk, rtol=0.04, atol=0)
+    assert not torch.allclose(wrong.nngp, expected.nngp, rtol=0.05)

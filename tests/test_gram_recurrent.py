@@ -89,3 +89,43 @@ def test_a_recurrent_layer_as_the_whole_model(kind: type[nn.RNNBase]) -> None:
     assert found.places == (4,)
     with pytest.raises(RuleError, match="no sequence of channels"):
         kgraph.nngp(kind(3, 16), x)
+
+
+STEPPED = {"RNN": (nn.RNN, nn.RNNCell), "LSTM": (nn.LSTM, nn.LSTMCell), "GRU": (nn.GRU, nn.GRUCell)}
+
+
+def stepped(cell: nn.Module, *, reset: bool = False) -> Net:
+    """A cell called at every time; with ``reset``, its state forgotten in between."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        state = m.cell(x[:, 0])
+        for t in range(1, x.shape[1]):
+            state = m.cell(x[:, t]) if reset else m.cell(x[:, t], state)
+        return state[0] if isinstance(state, tuple) else state
+
+    return Net(forward, cell=cell)
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
+@pytest.mark.parametrize("name", STEPPED)
+def test_a_cell_by_hand_is_the_layer(name: str) -> None:
+    """nngp and NTK of the last output, by the layer's own rule and by one cell called at every time."""
+    kind, cell_of = STEPPED[name]
+    torch.manual_seed(0)
+    layer, cell = kind(6, 32, batch_first=True).double(), cell_of(6, 32).double()
+    cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
+    whole = Net(lambda m, x: m.rnn(x)[0][:, -1], rnn=layer)
+    x = sequences()
+    expected, found, wrong = (kgraph.kernels(m, x) for m in (whole, stepped(cell), stepped(cell, reset=True)))
+    assert expected.ntk is not None and found.ntk is not None
+    rtol = 1e-9 if name == "RNN" else 0.02  # gates are drawn, 8192 times
+    torch.testing.assert_close(found.nngp, expected.nngp, rtol=rtol, atol=rtol * float(expected.nngp.max()))
+    torch.testing.assert_close(found.ntk, expected.ntk, rtol=2 * rtol, atol=rtol * float(expected.ntk.max()))
+    assert found.how == expected.how
+    assert not torch.allclose(wrong.nngp, expected.nngp, rtol=0.05)
+
+
+def test_a_cell_with_a_known_state_is_refused() -> None:
+    model = Net(lambda m, x: m.cell(x[:, 0], torch.ones(len(x), 16, dtype=x.dtype)), cell=nn.GRUCell(6, 16).double())
+    with pytest.raises(RuleError, match="known state"):
+        kgraph.nngp(model, sequences())

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -285,3 +286,46 @@ def test_every_name_works(name: str) -> None:
     value, slope = phi.dual(tensor(1.0), tensor(1.0), tensor(0.3))
     assert bool(torch.isfinite(value).all() and torch.isfinite(slope).all())
     assert closed_form("tanh") is None
+
+
+STEPS: dict[str, tuple[Callable[[Tensor], Tensor], list[float], list[float]]] = {
+    "sign of a shifted value": (lambda z: torch.sign(z - 0.3), [0.3], [-1.0, 1.0]),
+    "rounding": (torch.round, [k + 0.5 for k in range(-7, 7)], list(range(-7, 8))),
+    "two levels of a smooth function": (
+        lambda z: functional.gelu((z > 0.1).to(z.dtype) + 1),
+        [0.1],
+        [0.8413447, 1.9544997],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_against_the_normal_distribution(name: str) -> None:
+    """E f f = sum over pairs of jumps of their heights times P(z1 > t, z2 > t'), by scipy; the slope is 0."""
+    fn, jumps, heights = STEPS[name]
+    q1, q2, cov = 1.3, 0.7, np.array([0.0, 0.5, -0.6, 0.95])
+    jump = np.diff(heights)
+    found, slope = Pointwise(fn).dual(*(torch.as_tensor(t, dtype=DTYPE) for t in (q1, q2, cov)))
+
+    def above(t: float, q: float) -> float:
+        return float(stats.norm.sf(t / math.sqrt(q)))
+
+    for i, c in enumerate(cov):
+        law = stats.multivariate_normal([0, 0], [[q1, c], [c, q2]], allow_singular=True, abseps=1e-9, releps=1e-9)
+        singles = sum(a * (above(t, q1) + above(t, q2)) for a, t in zip(jump, jumps, strict=True))
+        pairs = sum(
+            a * b * law.cdf([-t, -u])
+            for a, t in zip(jump, jumps, strict=True)
+            for b, u in zip(jump, jumps, strict=True)
+        )
+        assert float(found[i]) == pytest.approx(heights[0] ** 2 + heights[0] * singles + pairs, abs=2e-6)
+    assert not slope.any()
+
+
+def test_steps_at_equal_arguments() -> None:
+    """c = 1: the second moment, which nothing has to be integrated twice for."""
+    fn, q = Pointwise(torch.round), torch.tensor([0.2, 1.0, 5.0], dtype=DTYPE)
+    torch.testing.assert_close(fn.dual(q, q, q)[0], fn.second(q), rtol=1e-9, atol=0)
+    assert fn.plan(1.0).heights is not None
+    assert Pointwise(torch.floor).affine(output_shift=0.5).plan(1.0).heights is not None
+    assert Pointwise(lambda z: torch.round(z) + 1e-3 * z).plan(1.0).heights is None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kgraph.errors import InputError
 from kgraph.maps.quadrature import Function, Plan, gaussian_rule, jets, value_and_slope
+from kgraph.maps.steps import levels, probes
 
 _CELLS = 4001
 _SMALLEST_JUMP = 1e-11
@@ -93,11 +94,15 @@ def make_plan(fn: Function, kinks: Callable[[float], Tensor], scale: float, devi
     for panels in (fewest - 1, fewest, *((6, 8, 12) if len(cuts) == 0 else ())):
         base = torch.linspace(-span, span, panels + 1, dtype=torch.float64, device=device)
         if not any(_unresolved(fn, grid, cuts, scale) for grid in _shifts(base)):
-            return Plan(base, inside, cuts[len(inside) :] * scale)
+            return Plan(base, inside, cuts[len(inside) :] * scale, _heights(fn, inside, span * scale))
     base = torch.linspace(-span, span, fewest + 1, dtype=torch.float64, device=device)
     for grid in _shifts(base):
         cuts = torch.cat([cuts, _refine(fn, grid, cuts, scale)])
     return Plan(base, inside, cuts[len(inside) :].sort().values * scale)
+
+
+def _heights(fn: Function, kinks: Tensor, reach: float) -> Tensor | None:
+    return levels(*value_and_slope(fn, probes(kinks, reach))) if len(kinks) else None
 
 
 def _landmarks(reach: float) -> Tensor:

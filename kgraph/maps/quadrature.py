@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kgraph.errors import InputError
+from kgraph.maps.steps import conditional_mean
 
 Function = Callable[[Tensor], Tensor]
 _Two = tuple[Function, Function]
@@ -38,11 +39,13 @@ class Plan:
         base: panel edges in standard deviations, symmetric, covering all weight that counts.
         kinks: points z where phi, phi' or phi'' jumps.
         splits: further points z that resolve sharp but smooth places.
+        heights: the function's values between the kinks, where it is constant there; else None.
     """
 
     base: Tensor
     kinks: Tensor
     splits: Tensor
+    heights: Tensor | None = None
 
     @property
     def breaks(self) -> Tensor:
@@ -162,11 +165,11 @@ def _distinct_rows(roots: Tensor, c: Tensor) -> tuple[list[int], list[int]]:
 def _dual_rows(fns: _Two, plan: Plan, roots: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     breaks = len(plan.breaks)
     outer = len(plan.base) + 2 * breaks + len(_LAYERS) * len(plan.kinks)
-    cost = outer * (len(plan.base) + breaks) * NODES**2
+    steps = plan.heights is not None
+    cost = outer * NODES * (breaks if steps else (len(plan.base) + breaks) * NODES)
     step = max(1, _CHUNK // cost)
-    parts = [
-        _dual_chunk(fns, plan, roots[:, i : i + step], c[i : i + step], s[i : i + step]) for i in range(0, len(c), step)
-    ]
+    chunk = _step_chunk if steps else _dual_chunk
+    parts = [chunk(fns, plan, roots[:, i : i + step], c[i : i + step], s[i : i + step]) for i in range(0, len(c), step)]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
@@ -183,6 +186,17 @@ def _dual_chunk(fns: _Two, plan: Plan, roots: Tensor, c: Tensor, s: Tensor) -> t
         (weight * first * (inner_weight * second).sum(-1)).sum(-1),
         (weight * first_slope * (inner_weight * second_slope).sum(-1)).sum(-1),
     )
+
+
+def _step_chunk(fns: _Two, plan: Plan, roots: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a function that is constant between its kinks."""
+    assert plan.heights is not None
+    root1, root2 = roots[0, :, None], roots[1, :, None]
+    x, weight = gaussian_rule(_outer_edges(plan, root1, root2, c[:, None], s[:, None]))
+    spread = (s[:, None] * root2).clamp_min(_TINY).expand_as(x)
+    inner = conditional_mean(plan.kinks, plan.heights, c[:, None] * root2 * x, spread)
+    total = (weight * value(fns[0], root1 * x) * inner).sum(-1)
+    return total, torch.zeros_like(total)
 
 
 def _outer_edges(plan: Plan, root1: Tensor, root2: Tensor, c: Tensor, s: Tensor) -> Tensor:

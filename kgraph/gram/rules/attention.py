@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from kgraph.canonical import aten
 from kgraph.gram.field import Attended, Drawn, Field, Known, Scores
 from kgraph.gram.rules.affine import weight_product
 from kgraph.gram.rules.pointwise import dropout
+from kgraph.gram.rules.pool import mixed
 from kgraph.gram.rules.table import Context, parameters_behind, rule
 from kgraph.gram.value import Axes, CannotFollow, Value, permuted, place_start, roles, single_place, size_of
 from kgraph.how import EXACT, How, assumed
@@ -142,12 +144,24 @@ def softmax_rule(context: Context, x: Value, dim: int, *_: object) -> Value:
     return softmax(context, x, dim % len(x.axes))
 
 
+def _position_product(context: Context, matrix: Tensor, x: Value) -> Value:
+    """``matrix @ x`` of a known matrix over positions."""
+    behind = parameters_behind(context, context.node.args[0])
+    at = len(x.axes) - 2
+    if matrix.ndim != 2 or at < 0 or roles(x.axes[at]) != {"p"}:
+        raise CannotFollow("a known matrix times a random one")
+    context.refuse_ntk([str(p.target) for p in behind], "a matrix over positions that is trained")
+    note = assumed(f"{behind[0].target} as it is") if behind else EXACT
+    result = mixed(x, at, matrix.detach().double())
+    return result.each(lambda u: replace(u, how=u.how | note), result.axes, result.split)
+
+
 @rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def matmul(context: Context, x: Any, y: Any) -> Value:
     if isinstance(x, Value) and not isinstance(y, Value):
         return weight_product(context, x, y)
-    if not isinstance(x, Value) or not isinstance(y, Value):
-        raise CannotFollow("a known matrix times a random one")
+    if isinstance(y, Value) and not isinstance(x, Value):
+        return _position_product(context, x, y)
     if roles(x.axes[-1]) == {"c"} and roles(y.axes[-2]) == {"c"}:
         swapped = [*range(len(y.axes) - 2), len(y.axes) - 1, len(y.axes) - 2]
         return scores(context, x, permuted(y, swapped), 1.0)

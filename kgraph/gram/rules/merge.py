@@ -159,6 +159,12 @@ def neg(context: Context, x: Value) -> Value:
     return _scaled(x, -1.0)
 
 
+@rule(aten.lerp.Scalar)
+def lerp(context: Context, x: Any, y: Any, weight: float) -> Value:
+    """``(1 - w) x + w y``."""
+    return _sum(context, x, y, 1.0 - weight, weight)
+
+
 @rule(WeightedSum)
 def weighted_sum(context: Context, module: WeightedSum, *terms: Value) -> Value:
     total = _scaled(terms[0], module.weights[0])

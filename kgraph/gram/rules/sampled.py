@@ -11,12 +11,14 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from kgraph.canonical import aten
+from kgraph.gram.align import aligned
 from kgraph.gram.device import away, here
-from kgraph.gram.field import Drawn
+from kgraph.gram.field import Drawn, Field
 from kgraph.gram.rules.probing import as_draws, as_tensor, result_axes
 from kgraph.gram.rules.table import Context
 from kgraph.gram.value import Axes, Value, size_of
 from kgraph.how import EXACT, assumed
+from kgraph.rules.pointwise import is_pointwise
 from kgraph.rules.sampled import for_mode
 
 MOVES = (
@@ -45,7 +47,7 @@ def sample(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any], reas
     if context.node.target in MOVES:  # what the result's dimensions mean cannot be told from their sizes
         raise context.error(f"cannot follow {reason}")
     if any(len(v.groups) > 1 for v in values):
-        raise context.error(f"no exact kernel rule ({reason}), and its operands have several groups of channels")
+        return _group_by_group(context, args, kwargs, reason)
     parameters = _parameters(context, args, kwargs)
     context.refuse_ntk(parameters, reason)
     call = _operation(context, args, kwargs)
@@ -59,6 +61,36 @@ def sample(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any], reas
     run = _Run(call, tuple(v.axes for v in values), axes, seed)
     channels = size_of(tuple(t for axis in axes for t in axis if t[0] == "c"))
     return Value(((channels, Drawn(places, roots, how, fields, run)),), axes)
+
+
+_ANY = 64
+"""Channels that entry-by-entry operations are run on at a time, however many there are."""
+
+
+def _group_by_group(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Value:
+    """An operation entry by entry, on one group of channels after the other.
+
+    Raises:
+        RuleError: it is another one, or reads a tensor whose channels would have to be cut too.
+    """
+    leaves, tree = pytree.tree_flatten((args, kwargs))
+    values = [x for x in leaves if isinstance(x, Value)]
+    tensors = [x for x in leaves if isinstance(x, Tensor) and x.numel() > 1]
+    if not is_pointwise(context.node.target) or tensors or len(values) > 2:
+        raise context.error(
+            f"no exact kernel rule ({reason}), and its operands have several groups of channels",
+            "Apply the operation before channels are put side by side, or use kgraph.empirical_ntk",
+        )
+    parts, axes, split = aligned(values[0], values[-1])
+    assert split is not None
+    own = (*axes[:split], (("c", _ANY), *axes[split][1:]), *axes[split + 1 :])
+    groups: list[tuple[int, Field]] = []
+    for size, *fields in parts:
+        given = iter(Value(((_ANY, u),), own) for u in fields)
+        plain = [next(given) if isinstance(x, Value) else x for x in leaves]
+        part_args, part_kwargs = pytree.tree_unflatten(plain, tree)
+        groups.append((size, sample(context, part_args, part_kwargs, reason).one()))
+    return Value(tuple(groups), axes, split)
 
 
 def _parameters(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
