@@ -17,7 +17,8 @@ from kgraph.emitted import EmittedModule
 from kgraph.errors import InputError, ModelError
 from kgraph.export import OnnxExport
 from kgraph.export import export_onnx as _export_onnx
-from kgraph.gram.stops import by_hand
+from kgraph.gradients import read_gradients
+from kgraph.gram.stops import not_followed
 from kgraph.inputs import resolve_inputs
 from kgraph.log_determinants import false_log_determinants, find_log_determinants
 from kgraph.methods import DKS, TAT, Method
@@ -72,7 +73,7 @@ def analyze(
     result = propagate(
         graph, mode=mode, positions=positions, parametrization=parametrization, count_frozen=count_frozen
     )
-    return _report(graph, result, by_hand(graph))
+    return _report(graph, result, not_followed(graph)[1])
 
 
 def _captured(model: nn.Module, example_inputs: object) -> Graph:
@@ -91,12 +92,11 @@ def _mode(model: nn.Module) -> str:
     return "train" if model.training else "eval"
 
 
-def _report(graph: Graph, result: Propagation, by_hand: tuple[str, ...] = ()) -> Report:
+def _report(graph: Graph, result: Propagation, no_ntk: str = "") -> Report:
     analysis = summarize(graph, result)
-    if by_hand:
-        note = f"no NTK: a backward written by hand stands before {', '.join(by_hand[:3])} (kgraph.empirical_ntk)"
+    if no_ntk:
         rows = tuple(replace(row, ntk=math.nan) for row in analysis.nodes)
-        analysis = replace(analysis, nodes=rows, notes=(*analysis.notes, note))
+        analysis = replace(analysis, nodes=rows, notes=(*analysis.notes, no_ntk))
     subnetworks = find_subnetworks(graph, result)
     if subnetworks.regions and _maps_hold(graph):
         extreme = subnetworks.max_slope()
@@ -153,16 +153,18 @@ def transform(
     graph = capture(owned, inputs)
     left_out, flows = unread(graph), find_log_determinants(owned, inputs)
     first = propagate(graph, mode=mode)
-    before = _report(graph, first)
+    gradients = read_gradients(graph)
+    before = _report(graph, first, gradients.no_ntk)
     outcome = rewrite(graph, plan, first) if plan is not None else _by_systems(graph, chosen, seed, first)
     ledger = _with_lost(_with_notes(outcome.ledger, folded, left_out, graph.left_out), graph.lost)
     found = _in_mode(outcome.graph, outcome.propagation, mode)
     if plan is not None and found.values is not outcome.propagation.values:
         ledger = replace(ledger, notes=(*ledger.notes, _OTHER_MODE))
-    after = _report(outcome.graph, found)
+    after = _report(outcome.graph, found, gradients.no_ntk)
     shaped = outcome.graph.emit()
     _set_modes(shaped, model)
-    ledger = replace(ledger, unmet=(*ledger.unmet, *false_log_determinants(shaped, inputs, flows)))
+    lost = (*gradients.lost, *gradients.lost_by(shaped))
+    ledger = replace(ledger, unmet=(*ledger.unmet, *lost, *false_log_determinants(shaped, inputs, flows)))
     watch = LoadWatch().over(shaped)
     used = chosen[0] if len(chosen) == 1 else chosen
     shaped.meta["kgraph"] = TransformRecord(

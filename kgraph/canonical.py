@@ -1,6 +1,7 @@
 """One vocabulary: rewrite an exported graph into functional ATen overloads without export's own noise.
 
-Dropped: metadata assertions, guards, aliases and casts that change nothing. Inlined: grad-mode regions.
+Dropped: metadata assertions, guards, aliases and casts that change nothing. Inlined: grad-mode regions. Where
+gradients are stopped is remembered (`kgraph.gradient_stops`).
 Made functional: in-place operations (a later reader of the overwritten value reads the new one).
 Recognized: norms in other spellings (`kgraph.written_norms`) and stochastic depth (`kgraph.drop_path`).
 """
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from kgraph.drop_path import fuse_drop_paths
+from kgraph.gradient_stops import DETACHES, note_detaches, read_instead, stop, stopped, without_stops
 from kgraph.written_norms import fuse_norms
 
 aten = torch.ops.aten
@@ -29,7 +31,7 @@ DROPOUTS = {
 """All take (x, probability, train)."""
 
 _NOISE = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
-_COPIES = {aten.alias.default, aten.lift_fresh_copy.default, aten.detach.default, aten.detach_.default}
+_COPIES = {aten.alias.default, aten.lift_fresh_copy.default, *DETACHES}
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default}
 _VIEWS = {
     *("view", "reshape", "flatten", "unflatten", "select", "slice", "narrow", "transpose", "t", "numpy_T", "permute"),
@@ -61,17 +63,18 @@ _LIKE = {
 """Operations that read their second tensor for its shape alone, and the operation on sizes that each is."""
 
 
-def canonicalize(module: fx.GraphModule) -> None:
-    """Rewrite ``module.graph`` in place into the canonical vocabulary."""
+def canonicalize(module: fx.GraphModule, line: Callable[[fx.Node], str]) -> None:
+    """Rewrite ``module.graph`` in place into the canonical vocabulary; ``line`` says where a node is written."""
     _inline_grad_mode(module)
-    canonicalize_graph(module.graph)
+    canonicalize_graph(module.graph, line)
 
 
-def canonicalize_graph(graph: fx.Graph) -> None:
+def canonicalize_graph(graph: fx.Graph, line: Callable[[fx.Node], str]) -> None:
     """The same for a graph without grad-mode regions, which are submodules."""
     for node in list(graph.nodes):
         if (node.op == "call_module" and node.target == "_guards_fn") or node.target in _NOISE:
             graph.erase_node(node)
+    note_detaches(graph, line)
     _drop_no_op_copies(graph)
     _functionalize(graph)
     _use_sizes(graph)
@@ -88,9 +91,12 @@ def _use_sizes(graph: fx.Graph) -> None:
     """``x.expand_as(y)`` is an expand to the sizes of y: it reads y for its shape alone."""
     for node in [n for n in graph.nodes if n.target in _LIKE]:
         x, other = cast(tuple[fx.Node, fx.Node], node.args)
+        line = stopped(node, x)
         with graph.inserting_before(node):
             sizes = [_size(graph, node, other, dim, size) for dim, size in enumerate(other.meta["val"].shape)]
-        node.target, node.args = _LIKE[node.target], (x, sizes)
+        node.target, node.args, node.meta = _LIKE[node.target], (x, sizes), without_stops(node.meta)
+        if line is not None:
+            stop(node, x, line)
 
 
 def _size(graph: fx.Graph, node: fx.Node, tensor: fx.Node, dim: int, size: int | torch.SymInt) -> int | fx.Node:
@@ -98,7 +104,7 @@ def _size(graph: fx.Graph, node: fx.Node, tensor: fx.Node, dim: int, size: int |
     if isinstance(size, int):
         return size
     result = graph.call_function(aten.sym_size.int, (tensor, dim))
-    result.meta = {**node.meta, "val": size}
+    result.meta = {**without_stops(node.meta), "val": size}
     return result
 
 
@@ -121,6 +127,9 @@ def _inline_grad_mode(module: fx.GraphModule) -> None:
         copies: dict[fx.Node, Any] = {n: next(inputs) for n in body.graph.nodes if n.op == "placeholder"}
         with graph.inserting_before(node):
             results: Any = graph.graph_copy(body.graph, copies)
+            if node.args[0] is False:
+                inside = {copy for old, copy in copies.items() if old.op != "placeholder"}
+                results = [_detached(graph, result) if result in inside else result for result in results]
         stack = node.meta.get("nn_module_stack")
         for copy in copies.values():
             if isinstance(copy, fx.Node) and stack is not None:
@@ -136,6 +145,13 @@ def _inline_grad_mode(module: fx.GraphModule) -> None:
             graph.erase_node(submodule)
 
 
+def _detached(graph: fx.Graph, result: fx.Node) -> fx.Node:
+    """What leaves a region without gradients: the value, detached."""
+    new = graph.call_function(aten.detach.default, (result,))
+    new.meta = dict(result.meta)
+    return new
+
+
 def _same_tensor_type(node: fx.Node, source: fx.Node) -> bool:
     new, old = node.meta.get("val"), source.meta.get("val")
     return isinstance(new, Tensor) and isinstance(old, Tensor) and new.dtype == old.dtype
@@ -147,7 +163,7 @@ def _drop_no_op_copies(graph: fx.Graph) -> None:
             continue
         source = node.args[0]
         if node.target in _COPIES or _same_tensor_type(node, source):
-            node.replace_all_uses_with(source)
+            read_instead(node, source, stopped(node, source))
             graph.erase_node(node)
 
 
@@ -160,7 +176,7 @@ def _inline_numbers(graph: fx.Graph) -> None:
         value = node.args[1]
         for user in list(node.users) if isinstance(value, (int, float)) else []:
             if user.target is aten.mul.Tensor and user.args[0] is not user.args[1]:
-                user.args = (user.args[1] if user.args[0] is node else user.args[0], value)
+                _with_number(user, user.args[1] if user.args[0] is node else user.args[0], value)
             elif user.target is aten.add.Tensor and user.args[0] is not user.args[1]:
                 _add_number(graph, user, node, value)
 
@@ -168,14 +184,25 @@ def _inline_numbers(graph: fx.Graph) -> None:
 def _add_number(graph: fx.Graph, user: fx.Node, node: fx.Node, value: float) -> None:
     alpha = user.kwargs.get("alpha", 1)
     if user.args[0] is not node:
-        user.args, user.kwargs = (user.args[0], value * alpha), {}  # type: ignore[operator]
+        _with_number(user, user.args[0], value * alpha)  # type: ignore[operator, arg-type]
         return
     term = user.args[1]
     if alpha != 1:
         with graph.inserting_before(user):
             product = graph.call_function(aten.mul.Tensor, (term, alpha))
-        product.meta, term = dict(user.meta), product
-    user.args, user.kwargs = (term, value), {}
+        product.meta = without_stops(user.meta)
+        if isinstance(term, fx.Node) and (line := stopped(user, term)) is not None:
+            stop(product, term, line)
+        term = product
+    _with_number(user, term, value)
+
+
+def _with_number(node: fx.Node, x: Any, value: float) -> None:
+    """Make ``node`` read one tensor and a number."""
+    line = stopped(node, x) if isinstance(x, fx.Node) else None
+    node.args, node.kwargs, node.meta = (x, value), {}, without_stops(node.meta)
+    if line is not None:
+        stop(node, x, line)
 
 
 def _functional_overload(target: OpOverload) -> OpOverload | None:
@@ -222,7 +249,7 @@ def _drop_whole_copies(graph: fx.Graph) -> None:
     for node in [n for n in graph.nodes if n.target is aten.copy.default]:
         old, new = node.args[:2]
         if _same_tensor_type(old, new) and str(old.meta["val"].shape) == str(new.meta["val"].shape):
-            node.replace_all_uses_with(new)
+            read_instead(node, new, stopped(node, new))
             graph.erase_node(node)
 
 
@@ -231,7 +258,7 @@ def _scatter(graph: fx.Graph, view: fx.Node, changed: fx.Node) -> fx.Node:
     base, operation = cast(fx.Node, view.args[0]), cast(OpOverload, view.target)
     with graph.inserting_after(changed):
         result = graph.call_function(_SCATTERS[operation], (base, changed, *view.args[1:]))
-    result.meta = {**changed.meta, "val": base.meta.get("val")}
+    result.meta = {**without_stops(changed.meta), "val": base.meta.get("val")}
     return result
 
 

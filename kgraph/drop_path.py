@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from kgraph.gradient_stops import read_instead, stopped_between, without_stops
+
 _aten = torch.ops.aten
 _BERNOULLI = (_aten.bernoulli_.float, _aten.bernoulli.p)
 _RAND = (_aten.rand.default, _aten.rand_like.default)
@@ -124,7 +126,7 @@ def _replace(graph: fx.Graph, node: fx.Node, source: fx.Node, leading: int, prob
 
     def made(target: Any, arguments: tuple[Any, ...], ones: int) -> fx.Node:
         new = graph.create_node("call_function", target, arguments, name=target._schema.name.split("::")[-1])
-        new.meta = {**node.meta, "val": value[(None,) * ones]}
+        new.meta = {**without_stops(node.meta), "val": value[(None,) * ones]}
         if site is not None:
             new.meta["site"] = replace(site, shape=(*(1,) * ones, *site.shape))
         return new
@@ -137,7 +139,8 @@ def _replace(graph: fx.Graph, node: fx.Node, source: fx.Node, leading: int, prob
         result = made(target, (result, probability, True), max(leading, 0))
         for ones in range(leading - 1, -1, -1):
             result = made(_aten.squeeze.dim, (result, 0), ones)
-    node.replace_all_uses_with(result)
+    on_the_way = [before for before in node.all_input_nodes if source in before.all_input_nodes]
+    read_instead(node, result, stopped_between(source, node, on_the_way))
     unread = [node]
     for last in unread:  # the mask with it: a draw is an effect, which nobody else removes
         if not last.users and last.op == "call_function":

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from kgraph.canonical import aten, is_effect, memory_of
 from kgraph.emitted import EmittedModule, EmittedTracer, Layout
+from kgraph.gradient_stops import STOPS, insert_detaches, stop, stopped_between, stops_of, without_stops
 from kgraph.modes import mode_argument
 from kgraph.norm_chain import restore
 from kgraph.site import site_of
@@ -41,6 +42,7 @@ def emit(flat: fx.GraphModule, root: nn.Module, *, name: str | None = None, lift
         for nodes in _groups(graph).values():
             _lift_group(graph, nodes, root)
     restore(graph)
+    insert_detaches(graph)
     _stop_at_buffers(graph, root)
     helpers: dict[str, nn.Module] = {}
     _drive_training_flags(graph, helpers)
@@ -87,7 +89,8 @@ def _bare_copy(graph: fx.Graph) -> fx.Graph:
     output = copy.graph_copy(graph, copies)
     for old, new in copies.items():
         new.meta = dict(old.meta)
-    copy.output(output)
+    last = copy.output(output)
+    last.meta = {STOPS: stops_of(next(reversed(graph.nodes)))}
     copy._codegen = graph._codegen
     return copy
 
@@ -121,7 +124,9 @@ def _lift_group(graph: fx.Graph, nodes: list[fx.Node], root: nn.Module) -> None:
         return
     with graph.inserting_before(outputs[0]):
         call = graph.call_module(site.path, (foreign[0],))
-    call.meta = dict(outputs[0].meta)
+    call.meta = without_stops(outputs[0].meta)
+    if (line := stopped_between(foreign[0], outputs[0], nodes)) is not None:
+        stop(call, foreign[0], line)
     outputs[0].replace_all_uses_with(call)
     for node in reversed(nodes):
         graph.erase_node(node)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from kgraph.gradient_stops import STOPS, stops_of, without_stops
 from kgraph.norm_forms import Form
 
 _aten = torch.ops.aten
@@ -62,7 +63,8 @@ def restore(graph: fx.Graph) -> None:
         }
         with graph.inserting_before(end):
             result: Any = graph.graph_copy(written.body, copies)
-        result.meta = {k: v for k, v in end.meta.items() if k != WRITTEN}
+        own = {STOPS: stops_of(result)}
+        result.meta = {k: v for k, v in end.meta.items() if k != WRITTEN} | own
         end.replace_all_uses_with(result)
         drop_unread(graph, end)
 
@@ -104,7 +106,7 @@ def body_of(source: fx.Node, nodes: list[fx.Node], live: set[fx.Node]) -> fx.Gra
 
     def made(node: fx.Node) -> fx.Node:
         new = body.create_node(node.op, node.target, *fx.node.map_arg((node.args, node.kwargs), copied))  # type: ignore[misc, arg-type]
-        new.meta = {"weight_only": node.meta["weight_only"]} if "weight_only" in node.meta else {}
+        new.meta = {key: node.meta[key] for key in ("weight_only", STOPS) if key in node.meta}
         return new
 
     try:
@@ -169,7 +171,7 @@ class Chain:
         name = target._schema.name.split("::")[-1]
         node = self.graph.create_node("call_function", target, (self.last, *args), name=name)
         site = self.end.meta.get("site")
-        node.meta = {**self.end.meta, "val": self.value.to(self.end.meta["val"].dtype)}
+        node.meta = {**without_stops(self.end.meta), "val": self.value.to(self.end.meta["val"].dtype)}
         node.meta.pop(WRITTEN, None)
         if site is not None:
             node.meta["site"] = replace(site, shape=tuple(map(_hint, self.value.shape)))

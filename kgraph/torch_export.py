@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
 from kgraph.canonical import aten, canonicalize
 from kgraph.errors import CaptureError
@@ -51,7 +52,7 @@ def export_flat(model: nn.Module, inputs: Inputs, names: list[str], notes: list[
     _refuse_data_dependence(flat.graph, model)
     for node in flat.graph.nodes:
         node.meta["site"] = read_site(node)
-    canonicalize(flat)
+    canonicalize(flat, lambda node: source_line(node.meta.get("stack_trace") or ""))
     for node in flat.graph.nodes:  # of regions without gradients, which are inlined: they belong to their module's call
         if "site" not in node.meta and "nn_module_stack" in node.meta:
             node.meta["site"] = read_site(node)
@@ -84,7 +85,12 @@ def _export(model: nn.Module, inputs: Inputs, names: list[str], notes: list[str]
         # torch marks the tensors it is given as dynamic: neither the caller's nor those of the next attempt
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, tuple(inputs))
         try:
-            with _quiet(), _unvalidated():
+            with (
+                _quiet(),
+                _unvalidated(),
+                _without_checkpoints(),
+                torch.enable_grad(),
+            ):  # else a region without gradients is none
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
             if dynamic_shapes is None:
                 notes.append(f"the batch size is fixed at {size}: the model's forward depends on it")
@@ -119,6 +125,16 @@ def _unvalidated() -> Iterator[None]:
         yield
     finally:
         Distribution.set_default_validate_args(before)
+
+
+@contextmanager
+def _without_checkpoints() -> Iterator[None]:
+    """A reentrant checkpoint runs its function without gradients, and again backwards: traced, it is the function."""
+    CheckpointFunction.apply = lambda function, _, *args: function(*args)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del CheckpointFunction.apply
 
 
 def _refuse_data_dependence(graph: fx.Graph, model: nn.Module) -> None:

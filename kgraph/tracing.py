@@ -51,7 +51,7 @@ def trace(model: nn.Module, inputs: Inputs, names: list[str]) -> fx.GraphModule:
         raise Untraceable("an operation fixed the batch size")
     for node in graph.nodes:
         node.meta.pop("is_wrapped", None)  # of a call of a function under fx.wrap; the node here is one operation of it
-    canonicalize_graph(graph)
+    canonicalize_graph(graph, lambda node: node.meta["site"].source)
     graph._tracer_cls = None  # as a graph made by torch.export
     tensors = dict(_named_tensors(model))
     return fx.GraphModule({str(n.target): tensors[str(n.target)] for n in graph.nodes if n.op == "get_attr"}, graph)
@@ -109,7 +109,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, inputs: Inputs, names: list[str]) -> None:
         super().__init__()
-        self.inputs, self.argument_names = inputs, names
+        self.inputs, self.argument_names, self.gradients = inputs, names, torch.is_grad_enabled()
         self.lowering = Lowering()
         self._sizes: dict[Any, fx.Node] = {}
         self._tensors: dict[int, _Value] = {}
@@ -202,6 +202,8 @@ class _Tracer(fx.Tracer):
         """Replace a call by the nodes of its template; the result holds proxies and plain constants."""
         if torch._C._is_any_autocast_enabled():
             raise Untraceable("autocast")
+        if torch.is_grad_enabled() != self.gradients:
+            raise Untraceable("a region with or without gradients")
         method = kind == "call_method"
         template, inputs = self.lowering.template(method, target, self.create_arg(args), self.create_arg(kwargs))
         return self._replay(template, inputs)

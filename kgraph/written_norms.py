@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from kgraph.gradient_stops import stop, stopped_between
 from kgraph.norm_chain import WRITTEN, Chain, Written, body_of, drop_unread, size_at_three
 from kgraph.norm_forms import Form, Program, Slot, identify
 
@@ -221,6 +222,8 @@ def _replace(graph: fx.Graph, source: fx.Node, match: _Match, live: set[fx.Node]
     end = match.nodes[-1]
     with graph.inserting_before(end):
         chain = Chain(graph, source, end).build(match.form, match.parameters)
+    if (line := stopped_between(source, end, match.nodes)) is not None:
+        stop(chain[0], source, line)
     chain[-1].meta[WRITTEN] = Written(match.body, tuple(node.target for node in reversed(chain)))
     live.update(chain)
     end.replace_all_uses_with(chain[-1])

@@ -18,11 +18,12 @@ from kgraph.errors import InputError, TargetError
 from kgraph.meanfield.order_chaos import ActivationMoments, Form, activation_moments, regime_of, shift_of
 from kgraph.modules import FunctionModule, ShapedActivation
 from kgraph.nonlinear import Region, find_regions
+from kgraph.passes.activation_modules import activation_of
 from kgraph.passes.base import Pass, Workspace
 from kgraph.passes.ntk_chaos_layers import SAME_CHANNELS, affine_layer, note_variances, undrawable
 from kgraph.passes.reinitialize import divide_scale
 from kgraph.passes.remove_norms import NORMS
-from kgraph.passes.shape_activations import activation_of, kept_reason, swap_activation
+from kgraph.passes.shape_activations import kept_reason, swap_activation
 
 _CENTRING = (aten.layer_norm.default, aten.batch_norm.default, aten.group_norm.default, aten.instance_norm.default)
 _NORM = "kgraph_norm_behind"

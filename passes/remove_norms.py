@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from kgraph.canonical import aten, is_effect, operation_name
+from kgraph.gradient_stops import read_instead, stopped_between
 from kgraph.kernel import Kernel
 from kgraph.modules import Scale
 from kgraph.nonlinear import known_value
@@ -66,6 +67,7 @@ def _remove(work: Workspace, node: fx.Node, source: fx.Node, activations: set[fx
     first, end = chain[0].args[0], chain[-1]
     assert isinstance(first, fx.Node)
     note = _give_bias(work, first)
+    line = stopped_between(first, end, chain)
     factor = _factor(work, chain)
     stays = factor > 0 and abs(factor - 1) > _NEAR_ONE and _sets_a_size(work, end, activations)
     kept = f"; its factor {factor:.4g} stays: it is the size of what leaves the model or meets another tensor"
@@ -78,7 +80,7 @@ def _remove(work: Workspace, node: fx.Node, source: fx.Node, activations: set[fx
             call = graph.call_module(path, (first,))
         call.meta = made_here(end)
         first = call
-    end.replace_all_uses_with(first)
+    read_instead(end, first, line)
     for gone in [*_updates(work, end), *reversed(chain)]:
         graph.erase_node(gone)
 
@@ -170,4 +172,4 @@ def _remove_response_norms(work: Workspace) -> None:
         source = next(n for node in nodes for n in node.all_input_nodes if n not in inside)
         end = next(node for node in reversed(nodes) if any(user not in inside for user in node.users))
         work.record(end, "remove LocalResponseNorm", "normalization-free by design")
-        end.replace_all_uses_with(source)
+        read_instead(end, source, stopped_between(source, end, inside))

@@ -17,6 +17,7 @@ from torch import fx
 
 from kgraph.canonical import operation_name
 from kgraph.depth_correlated import DepthWeights, displacement_exponent, draw_paths
+from kgraph.gradient_stops import operands, stop, stopped_between, without_stops
 from kgraph.modules import WeightedSum
 from kgraph.passes.base import Pass, Workspace, owner_path
 from kgraph.residual.branches import LINEAR, Branch
@@ -161,11 +162,25 @@ def _replace(
     path = work.add_module(f"{owner_path(work, node)}weighted_sum", WeightedSum([w for _, w in terms]))
     with graph.inserting_before(node):
         call = graph.call_module(path, tuple(term for term, _ in terms))
-    call.meta = {key: value for key, value in node.meta.items() if key != "group_size"}
+    call.meta = {key: value for key, value in without_stops(node.meta).items() if key != "group_size"}
     call.meta |= {BETA: beta, ALPHA: alpha}
+    sums = _sums(node, {term for term, _ in terms})
+    for term, _ in terms:
+        if (line := stopped_between(term, node, sums)) is not None:
+            stop(call, term, line)
     work.record(node, "scale residual branch", why, before, after)
     node.replace_all_uses_with(call)
     return call
+
+
+def _sums(node: fx.Node, terms: set[fx.Node]) -> set[fx.Node]:
+    """The sums that lie between a sum and its terms."""
+    found, queue = set[fx.Node](), [node]
+    for last in queue:
+        new = {before for before in operands(last) if before not in terms} - found
+        found |= new
+        queue += new
+    return found
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from torch import fx
 
 from kgraph.canonical import aten, operation_name
 from kgraph.checks import weight_of_shortcut
+from kgraph.gradient_stops import read_instead, stopped
 from kgraph.modules import WeightedSum
 from kgraph.passes.base import Pass, Workspace, owner_path
+from kgraph.residual.sums import SUMS, straight_through
 
-_SUMS = (aten.add.Tensor, aten.sub.Tensor)
 _AFFINE = (
     "linear",
     "addmm",
@@ -47,7 +48,12 @@ class ScaleResiduals(Pass):
     def rewrite(self, work: Workspace) -> None:
         inside = _inside_regions(work)
         lengths = _Lengths(work)
-        sums = [n for n in work.nodes if n.target in _SUMS and n not in inside and _adds_branches(work, n)]
+        sums = [n for n in work.nodes if n.target in SUMS and n not in inside and _adds_branches(work, n)]
+        for node, (gone, inner) in [(n, found) for n in sums if (found := straight_through(n)) is not None]:
+            why = f"{gone.name} cancels: it has the value of the other term, and is no residual (straight-through)"
+            for one in {node, inner} & set(sums):
+                sums.remove(one)
+                work.keep(one, "sum", why)
         for node in [n for n in sums if lengths.since_parting(*_operands(n)) == (0, 0)]:
             sums.remove(node)
             work.keep(node, "sum", "no layer lies in either branch: it is arithmetic (a rotation), not a residual")
@@ -111,7 +117,7 @@ def _replace(work: Workspace, node: fx.Node, weights: list[float], shortcut: int
         gone = terms[weights.index(0.0)]
         what = "remove shortcut" if weights.index(0.0) == shortcut else "remove residual branch"
         work.record(node, what, f"weight 0: {gone.name} is dropped", before, kept.name)
-        node.replace_all_uses_with(kept)
+        read_instead(node, kept, stopped(node, kept))
         return
     signed = [math.copysign(w, sign) for w, sign in zip(weights, _signs(node), strict=True)]
     graph = work.graph.module.graph

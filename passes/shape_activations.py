@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 from torch import fx, nn
-from torch._ops import OpOverload
 
 from kgraph.canonical import aten, operation_name
 from kgraph.denominators import is_denominator
 from kgraph.errors import InputError, KGraphError
+from kgraph.gradient_stops import stop, stopped_between, without_stops
 from kgraph.maps import Pointwise
 from kgraph.methods import DKS, TAT, Method
 from kgraph.modules import FunctionModule, ShapedActivation
 from kgraph.nonlinear import Region, known_value
-from kgraph.passes.base import Pass, Workspace, find_module, owner_path
+from kgraph.passes.activation_modules import activation_of, lost_stop
+from kgraph.passes.base import Pass, Workspace, owner_path
 from kgraph.passes.derivatives import derivative_beside, is_exponential
 from kgraph.shaping import ShapedConstants, shape_activation
 from kgraph.shaping.leaky import leaky_centred
@@ -268,43 +268,17 @@ def _set_slope(work: Workspace, region: Region, constants: ShapedConstants) -> S
     return _solved("leaky_relu", negative_slope=held) if constants.output_shift == 0 else leaky_centred(held)
 
 
-def activation_of(work: Workspace, region: Region) -> nn.Module:
-    """The region as a module: the user's own where it is one, an operation, or a small graph."""
-    node = region.end
-    own = find_module(work.graph.root, site_of(node).path)
-    if own is not None and _is_whole_call(region, own):
-        return copy.deepcopy(own)
-    if len(region.nodes) == 1 and isinstance(node.target, OpOverload) and node.args[0] is region.source:
-        return FunctionModule(node.target, *node.args[1:], **node.kwargs)
-    return _as_graph(region)
-
-
-def _is_whole_call(region: Region, own: nn.Module) -> bool:
-    plain = next(own.children(), None) is None and next(own.parameters(recurse=False), None) is None
-    keys = {site_of(n).key for n in region.nodes}
-    untouched = all(n.meta.get("group_size") == len(region.nodes) for n in region.nodes)
-    inplace = getattr(own, "inplace", False)
-    return plain and len(keys) == 1 and untouched and not inplace
-
-
-def _as_graph(region: Region) -> nn.Module:
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {region.source: graph.placeholder("u")}
-    copies |= {weight: graph.placeholder(f"slope_{i}") for i, weight in enumerate(region.learnable)}
-    for node in region.nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        copies[node].meta = {}
-    graph.output(copies[region.end])
-    return fx.GraphModule(region.module, graph)
-
-
 def swap_activation(work: Workspace, region: Region, shaped: ShapedActivation) -> None:
     """Call the shaped activation instead; a learnable slope is handed to it and keeps its name in the state dict."""
     node = region.end
     graph = work.graph.module.graph
     with graph.inserting_before(node):
         call = graph.call_module(_place(work, region, shaped), (region.source, *region.learnable))
-    call.meta = {k: v for k, v in node.meta.items() if k != "group_size"}
+    call.meta = {k: v for k, v in without_stops(node.meta).items() if k != "group_size"}
+    if (line := stopped_between(region.source, node, region.nodes)) is not None:
+        stop(call, region.source, line)
+    elif lost := lost_stop(work, region):
+        work.unmet.append(f"{node.name}: {lost}")
     node.replace_all_uses_with(call)
 
 

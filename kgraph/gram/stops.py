@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
 from kgraph.canonical import aten
 from kgraph.capture import Graph
@@ -21,13 +23,17 @@ from kgraph.inputs import Inputs
 from kgraph.rules.sampled import for_mode
 from kgraph.untouched import untouched
 
-_STOPS = {torch.detach, Tensor.detach, Tensor.detach_, torch._C._set_grad_enabled, Tensor.data.__get__}  # type: ignore[attr-defined]
-_NOISE = 1e-2
+_STOPS = {
+    *(torch.detach, Tensor.detach, Tensor.detach_, Tensor.register_hook),
+    torch._C._set_grad_enabled,
+    Tensor.data.__get__,  # type: ignore[attr-defined]
+}
+NOISE = 1e-2
 """Relative difference of two gradients: far over float32 rounding, far under what a stop takes away."""
 
 
-class _Watch(TorchFunctionMode):
-    """Notes whether anything that stops gradients is called."""
+class Watch(TorchFunctionMode):
+    """Notes whether anything that stops or changes gradients is called."""
 
     seen = False
 
@@ -43,12 +49,16 @@ def refuse_stops(graph: Graph, multipliers: Mapping[str, object]) -> None:
         RuleError: a parameter's gradient is stopped somewhere, or another one is written by hand: its part in the NTK
             is not what the graph says.
     """
-    if graph.module not in _unlike:
-        _unlike[graph.module] = _differing(graph)
-    for name, why in _unlike[graph.module].items():
+    for name, why in _cached(graph).items():
         if multipliers.get(name, 1.0) != 0.0:
             what = f"the model {why.format(name)}, which kernels do not follow"
             raise RuleError(what, hint="kgraph.nngp leaves the NTK out, kgraph.empirical_ntk measures it")
+
+
+def _cached(graph: Graph) -> dict[str, str]:
+    if graph.module not in _unlike:
+        _unlike[graph.module] = _differing(graph)
+    return _unlike[graph.module]
 
 
 _unlike: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
@@ -62,11 +72,11 @@ def _differing(graph: Graph) -> dict[str, str]:
     model, inputs = graph.root, graph.inputs
     if any(p.is_meta for p in model.parameters()):
         return {}
-    state = _state(model)
-    with _evaluated(model), torch.enable_grad():
-        with _Watch() as watch:
+    state = state_of(model)
+    with evaluated(model), torch.enable_grad():
+        with Watch() as watch:
             output = _output(model, state, inputs)
-        by_hand = output is not None and _written_by_hand(output)
+        by_hand = output is not None and bool(written_by_hand(output))
         if output is None or not (watch.seen or by_hand):
             return {}
         own, told = _gradients(model, inputs), _gradients(model, inputs, graph)
@@ -74,41 +84,46 @@ def _differing(graph: Graph) -> dict[str, str]:
     found = {}
     for name, mine in own.items():
         said = told.get(name, mine)  # a tied parameter may go by another name
-        if float((mine - said).norm()) > _NOISE * max(float(mine.norm()), float(said.norm())):
+        if float((mine - said).norm()) > NOISE * max(float(mine.norm()), float(said.norm())):
             found[name] = why
     return found
 
 
-def _written_by_hand(output: Tensor) -> bool:
-    """Whether a backward that somebody wrote stands between the output and the parameters."""
-    queue, seen = [output.grad_fn], {None, output.grad_fn}
+def written_by_hand(output: Tensor) -> Counter[type]:
+    """The ``autograd.Function`` s between an output and what it is computed from, as often as they are called."""
+    queue, seen, found = [output.grad_fn], {None, output.grad_fn}, Counter[type]()
     for at in queue:
-        if isinstance(at, torch.autograd.function.BackwardCFunction):
-            return True
+        if isinstance(at, torch.autograd.function.BackwardCFunction) and not _is_checkpoint(type(at)):
+            found[type(at)] += 1
         new = {before for before, _ in at.next_functions} - seen if at is not None else set()
         seen |= new
         queue += new
-    return False
+    return found
 
 
-def by_hand(graph: Graph) -> tuple[str, ...]:
-    """Names of the parameters whose gradient goes through a backward that somebody wrote, and differs by it."""
-    if any(p.is_meta for p in graph.root.parameters()):
-        return ()
-    with _evaluated(graph.root), torch.enable_grad():
-        output = _output(graph.root, _state(graph.root), graph.inputs)
-    return tuple(_differing(graph)) if output is not None and _written_by_hand(output) else ()
+def _is_checkpoint(backward: type) -> bool:
+    return getattr(backward, "_forward_cls", None) is CheckpointFunction
+
+
+def not_followed(graph: Graph) -> tuple[dict[str, str], str]:
+    """Names of the parameters whose gradient is not that of the graph, and what stands before each; what to say."""
+    found = _cached(graph)
+    if not found:
+        return {}, ""
+    by_hand = _BY_HAND in found.values()
+    what = "a backward written by hand stands" if by_hand else "a stop of gradients (detach or no_grad) stands"
+    return found, f"no NTK: {what} before {', '.join(list(found)[:3])} (kgraph.empirical_ntk)"
 
 
 @contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
+def evaluated(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, where both forwards draw no random numbers; all that a run advances is put back."""
     with untouched(model):
         model.eval()
         yield
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
+def state_of(model: nn.Module) -> dict[str, Tensor]:
     """Copies of parameters (to be differentiated by) and buffers."""
     tensors = {name: p.detach().clone().requires_grad_(p.is_floating_point()) for name, p in model.named_parameters()}
     return {**tensors, **{name: b.detach().clone() for name, b in model.named_buffers()}}
@@ -125,7 +140,7 @@ def _output(model: nn.Module, state: dict[str, Tensor], inputs: Inputs, graph: G
             else:
                 leaves = pytree.tree_leaves((args, kwargs))
                 output = _Operations(graph.module, state).run(*leaves, enable_io_processing=False)
-            return _random_sum(pytree.tree_leaves(output))
+            return random_sum(pytree.tree_leaves(output))
         except RuntimeError:
             return None
 
@@ -156,17 +171,26 @@ class _Operations(fx.Interpreter):
 
 def _gradients(model: nn.Module, inputs: Inputs, graph: Graph | None = None) -> dict[str, Tensor]:
     """Gradient of that sum by every parameter; nothing where there is none."""
-    state = _state(model)
+    state = state_of(model)
     total = _output(model, state, inputs, graph)
     wanted = {name: state[name] for name, _ in model.named_parameters() if state[name].requires_grad}
     if total is None or not wanted:
         return {}
+    return differentiated(total, wanted)
+
+
+def differentiated(total: Tensor, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of a sum; nothing where autograd refuses (reentrant checkpoints, which run the forward once more)."""
     if not total.requires_grad:
         return {name: torch.zeros_like(p) for name, p in wanted.items()}
-    return dict(zip(wanted, torch.autograd.grad(total, list(wanted.values()), materialize_grads=True), strict=True))
+    try:
+        found = torch.autograd.grad(total, list(wanted.values()), materialize_grads=True)
+    except RuntimeError:
+        return {}
+    return dict(zip(wanted, found, strict=True))
 
 
-def _random_sum(outputs: Iterable[Any]) -> Tensor:
+def random_sum(outputs: Iterable[Any]) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     total = torch.zeros(())
     for x in outputs:

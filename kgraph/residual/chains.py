@@ -18,9 +18,9 @@ from torch import fx
 from kgraph.canonical import aten, operation_name
 from kgraph.modules import WeightedSum
 from kgraph.residual.branches import IDENTITY, Branch, BranchReader, IsRandom
+from kgraph.residual.sums import SUMS, straight_through
 from kgraph.site import shape_of, site_of
 
-_SUMS = (aten.add.Tensor, aten.sub.Tensor)
 _HIDDEN = ("addcmul", "lerp", "addmm", "baddbmm", "addbmm", "addr", "addmv")
 """Operations with a sum inside."""
 _VIEWS = ("reshape", "view", "flatten", "unsqueeze", "squeeze")
@@ -155,7 +155,7 @@ def _place(node: fx.Node) -> str:
 class _Finder(BranchReader):
     def is_sum(self, node: fx.Node) -> bool:
         weighted = isinstance(self.submodule(node), WeightedSum)
-        if not weighted and node.target not in _SUMS:
+        if not weighted and node.target not in SUMS:
             return False
         terms = node.args if weighted else node.args[:2]
         return node not in self.interior and len(terms) > 1 and all(self.is_random(term) for term in terms)
@@ -180,6 +180,8 @@ class _Finder(BranchReader):
 
     def block(self, node: fx.Node) -> Block | str:
         """The block that ends in this sum, or why it is none ("" for arithmetic without layers)."""
+        if straight_through(node) is not None:
+            return "its terms cancel (straight-through): it has the value of one of them"
         terms = self._terms(node, 1.0)
         for i, (shortcut, weight) in enumerate(terms):
             source, factor, stops = self._stripped(shortcut)
