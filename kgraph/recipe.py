@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-
-import torch
-from torch import fx
 
 from kgraph.analysis import Ledger
 from kgraph.canonical import operation_name
 from kgraph.capture import Graph
 from kgraph.checks import choice, flag, weight_of_shortcut
 from kgraph.errors import TargetError
-from kgraph.kernel import SAME, Kernel, Pairs
-from kgraph.methods import DKS, TAT, Method
-from kgraph.modules import ShapedActivation
-from kgraph.nonlinear import Region, find_regions
+from kgraph.methods import DKS, Method
 from kgraph.passes.base import Pass, Pipeline, Workspace
 from kgraph.passes.per_location_norm import InsertPerLocationNorm
 from kgraph.passes.reinitialize import Reinitialize
 from kgraph.passes.remove_norms import RemoveNorms
 from kgraph.passes.rescale import Rescale
 from kgraph.passes.scale_residuals import ScaleResiduals, reweight
-from kgraph.passes.shape_activations import ShapeActivations, is_kinked, is_leaky, keep_unshaped, kept_reason
-from kgraph.products import bounding_weight, unbounded
+from kgraph.passes.shape_activations import ShapeActivations, is_kinked, is_leaky, keep_unshaped
+from kgraph.products import bounding_weight
+from kgraph.promises import check, compare, is_free
 from kgraph.propagate import Propagation
 from kgraph.subnetworks import Subnetworks, find_subnetworks
 from kgraph.targets import ShapingTargets, solve_kind, solve_targets
@@ -34,9 +28,6 @@ DEFAULT_WEIGHT = 0.8
 SHAPED_MODE = "eval"
 """Without norms the modes differ by dropout only, whose noise is no part of the kernel's shape."""
 _RAISED = (DEFAULT_WEIGHT, 0.9, 0.95, 0.98)
-_Q_TOLERANCE = 1e-6
-_SAMPLED_TOLERANCE = 0.05
-_PLAN_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -79,11 +70,6 @@ class Outcome:
     propagation: Propagation
 
 
-def is_free(region: Region) -> bool:
-    """Whether the recipe shapes this nonlinear layer."""
-    return not kept_reason(region)
-
-
 def prepare(graph: Graph, shortcut_weight: float) -> Workspace:
     """Remove norms and weight residual sums: the graph whose subnetworks the targets are about."""
     work = Workspace(graph, SHAPED_MODE)
@@ -103,9 +89,9 @@ def rewrite(graph: Graph, plan: Plan, first: Propagation | None = None) -> Outco
         keep_unshaped(work, work.regions())
         Rescale().apply(work)
     graph.module.recompile()
-    _check(work, method)
+    check(work, method)
     if targets is not None:
-        _compare(work, method)
+        compare(work, method)
     return Outcome(graph, weight, targets, work.ledger(repr(plan.method)), work.propagation())
 
 
@@ -182,138 +168,3 @@ def _without_products(work: Workspace, method: Method, failure: TargetError) -> 
     except TargetError as error:
         work.unmet.append(str(error))
         return None
-
-
-def _check(work: Workspace, method: Method) -> None:
-    """Say where q is not 1 at a nonlinear layer's input, and which node is the cause; check the maximal slope."""
-    kernels = work.kernels()
-    regions = find_regions(work.graph.module, kernels.__contains__)
-    gates = {node for region in regions if region.gate for node in region.nodes}
-    cause = _Causes(work, gates)
-    causes: dict[fx.Node, list[Region]] = {}
-    for region in regions:
-        if region.source in kernels and not region.gate and _off(work, region.source):
-            causes.setdefault(cause.of(region.source), []).append(region)
-    for node, found in causes.items():
-        q = float(kernels[node].merged.q) if node in kernels else float("nan")
-        first = float(kernels[found[0].source].merged.q)
-        listed = ", ".join(r.end.name for r in found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-        work.unmet.append(
-            f"q is not 1 at the input of {listed} (q = {first:.4g}): {node.name} ({operation_name(node)}) "
-            f"has q = {q:.4g}, {_reason(node)}"
-        )
-    own = find_subnetworks(work.graph, work.propagation(), free=is_free)
-    if line := unbounded(own):
-        work.unmet.append(line)
-    if isinstance(method, DKS):
-        largest = own.max_slope()
-        if largest.value > method.zeta * (1 + 1e-6):
-            work.unmet.append(f"max slope is {largest.value:.6g} > zeta = {method.zeta:g} in the subnetwork {largest}")
-
-
-def _compare(work: Workspace, method: Method) -> None:
-    """Say what the local maps promise at the output and what the propagation finds there, where they differ.
-
-    The targets are about local maps at q = 1 of Gaussian inputs, and pooling counts as keeping c.
-    """
-    own = find_subnetworks(work.graph, work.propagation(), free=lambda region: False)
-    leaky = isinstance(method, TAT) and any(is_leaky(region) for region in own.regions if is_free(region))
-    planned = own.c_values() if leaky else own.slopes()
-    found = {node: _measure(kernel, leaky) for node, kernel in work.kernels().items()}
-    apart = {node for node in planned if node in found and _differ(planned[node], found[node])}
-    output = next(node for node in work.nodes if node.op == "output")
-    final = next((node for node in output.all_input_nodes if node in apart), None)
-    if final is None:
-        return
-    first = next((n for n in planned if n in apart and not any(b in apart for b in n.all_input_nodes)), final)
-    quantity, definition = _definition(method, leaky)
-    shaped = isinstance(work.module(first), ShapedActivation)
-    why = "its input is not Gaussian" if shaped else f"{operation_name(first)} changes c by itself"
-    work.notes.append(
-        f"{quantity} from input to output is planned to be {planned[final]:.4g}, and the analysis finds "
-        f"{found[final]:.4g} at {final.name}; they part first at {first.name}: {why}{_not_gaussian(work, own)}. "
-        f"{definition} is about local maps of Gaussian inputs, with pooling counted as keeping c"
-    )
-
-
-def _not_gaussian(work: Workspace, own: Subnetworks) -> str:
-    kernels = work.kernels()
-    sources = [region.source for region in own.regions if not region.gate and region.source in kernels]
-    other = sum(not all(part.gaussian for part in kernels[source].parts) for source in sources)
-    return f"; the inputs of {other} of {len(sources)} activations are not Gaussian" if other else ""
-
-
-def _definition(method: Method, leaky: bool) -> tuple[str, str]:
-    if isinstance(method, DKS):
-        return "the slope C'(1)", f"The target zeta = {method.zeta:g}"
-    if leaky:
-        return "C(0)", f"The target eta = {method.eta:g}"
-    return "the slope C'(1)", f"The target tau = {method.tau:g}"
-
-
-def _measure(kernel: Kernel, leaky: bool) -> float:
-    part = kernel.merged
-    value = part.cov[Pairs().cosines.index(0.0), SAME] if leaky else part.slope[Pairs.UNIT, SAME]
-    return float(value / part.q) if float(part.q) > 0 else math.nan
-
-
-def _differ(planned: float, found: float) -> bool:
-    """By more than one percent; a c value near 0 by more than .01."""
-    return abs(found - planned) > _PLAN_TOLERANCE * max(abs(planned), 1.0 if abs(planned) < _PLAN_TOLERANCE else 0.0)
-
-
-def _off(work: Workspace, node: fx.Node) -> bool:
-    kernel = work.kernels()[node]
-    return abs(float(kernel.merged.q) - 1) > (_SAMPLED_TOLERANCE if kernel.how.level >= 2 else _rounding(work))
-
-
-def _rounding(work: Workspace) -> float:
-    """What q may differ by: half precision rounds a weight by up to eps / 2, and with it q by up to eps."""
-    halves = {p.dtype for p in work.graph.root.parameters()} & {torch.float16, torch.bfloat16}
-    return max([_Q_TOLERANCE, *(torch.finfo(one).eps for one in halves)])
-
-
-class _Causes:
-    """The earliest node upstream whose inputs still have q = 1 (a gate's own q is not meant to be 1)."""
-
-    def __init__(self, work: Workspace, gates: set[fx.Node]) -> None:
-        self.work, self.gates, self.known = work, gates, dict[fx.Node, fx.Node]()
-
-    def of(self, node: fx.Node) -> fx.Node:
-        """Follow the first input that is off, up to one whose cause is known."""
-        way = [node]
-        while way[-1] not in self.known and (before := self._before(way[-1])) is not None:
-            way.append(before)
-        found = self.known.get(way[-1], way[-1])
-        self.known |= dict.fromkeys(way, found)
-        return found
-
-    def _before(self, node: fx.Node) -> fx.Node | None:
-        sources = _sources(node, self.work.kernels())
-        return next((n for n in sources if n not in self.gates and _off(self.work, n)), None)
-
-
-def _sources(node: fx.Node, kernels: dict[fx.Node, Kernel]) -> list[fx.Node]:
-    """Kernels a node's q comes from: through lists (chunk, split), and through attention the values only."""
-    inputs = list(node.all_input_nodes)
-    if operation_name(node) == "scaled_dot_product_attention":
-        inputs = [n for n in node.args[2:3] if isinstance(n, fx.Node)]
-    found: list[fx.Node] = []
-    for before in inputs:
-        found += [before] if before in kernels else _sources(before, kernels)
-    return found
-
-
-def _reason(node: fx.Node) -> str:
-    name = operation_name(node)
-    reasons = {
-        "scaled_dot_product_attention": "attention averages positions; how much depends on the data",
-        "matmul": "attention averages positions; how much depends on the data",
-        "lstm": "recurrent cells keep their own initialization",
-        "gru": "recurrent cells keep their own initialization",
-        "placeholder": "the input itself",
-        "cat": "its operands have different q",
-    }
-    if node.op == "call_module":
-        return "its local Q map does not give q = 1 here"
-    return reasons.get(name, "the operation changes q by itself")

@@ -19,10 +19,11 @@ from torch import Tensor, fx, nn
 from kgraph import algebra
 from kgraph.canonical import operation_name
 from kgraph.checks import flag, positive
-from kgraph.kernel import Kernel
+from kgraph.kernel import SAME, Kernel, Pairs
 from kgraph.modules import Scale, ShapedActivation
 from kgraph.nonlinear import Region
 from kgraph.passes.base import Pass, Workspace
+from kgraph.passes.input_causes import cause
 from kgraph.propagate import propagate
 
 _CHANGERS = {
@@ -79,8 +80,9 @@ class Rescale(Pass):
         given = {name for node in found for name in _given(work, node, found.keys())}
         if given:
             work.notes.append(_follows(work, found, given))
+        kernels = walked.kernels() if found else {}
         for node, q in found.items():
-            self._correct(work, node, q, reasons[node])
+            self._correct(work, node, q, _input_reason(work, kernels, node, q) or reasons[node])
 
     def broken(self, work: Workspace) -> str:
         """Sampled values are left out: their noise is no fault of the pass."""
@@ -127,6 +129,18 @@ class Rescale(Pass):
         if name == "add" and _adds_table(work, node):
             return "an added table"
         return _CHANGERS.get(name, "")
+
+
+def _input_reason(work: Workspace, kernels: dict[fx.Node, Kernel], node: fx.Node, q: float) -> str:
+    """What a shaped activation reads instead of a Gaussian of mean 0 and q = 1; "" for another node."""
+    region = next((region for region in work.regions() if region.end is node), None)
+    if region is None or not isinstance(work.module(node), ShapedActivation):
+        return ""
+
+    def read(value: Tensor, _: Tensor) -> float:
+        return float(value[Pairs.SELF, SAME])
+
+    return f"an input that {cause(work, kernels, region, read, 1.0, q)}"
 
 
 def _ends_here(work: Workspace, region: Region, node: fx.Node) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from kgraph.canonical import aten, operation_name
+from kgraph.contractions import contraction_of
 from kgraph.modules import Scale
 from kgraph.nonlinear import Region, find_regions
 
@@ -41,7 +42,8 @@ class Branch:
 
     Attributes:
         end: the term of the sum.
-        kind: "res-1", "res-2", "res-3", "linear", "attention", "gated", "activated" (a nonlinearity follows V).
+        kind: "res-1", "res-2", "res-3", "linear", "attention", "product" (of two activations), "gated", "activated" (a
+            nonlinearity follows V).
         law: which displacement exponent it has, see `kgraph.depth_correlated.displacement_exponent`.
         affine: its affine layers in order; the last is V.
         term: its weight in the sum.
@@ -166,9 +168,12 @@ class BranchReader:
         while node in nodes and self.weight(node) is None:
             if node in self.ends and not self.ends[node].gate:
                 return self._activated(self.ends[node], inner)
-            name, inputs = operation_name(node), self._value_inputs(node, nodes)
-            if name in ("scaled_dot_product_attention", "matmul", "bmm"):
+            inputs = self._value_inputs(node, nodes)
+            contraction = contraction_of(node, lambda n: n in self.carrying)
+            if contraction in ("attention", "logits"):
                 return "attention", "centred", None
+            if contraction == "product":
+                return "product", "positive", None
             if len(inputs) > 1:
                 return ("gated" if node.target is aten.mul.Tensor else "other"), "positive", None
             if not inputs:

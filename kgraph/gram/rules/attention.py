@@ -33,7 +33,7 @@ def scores(context: Context, query: Value, key: Value, scale: float) -> Value:
     shared = place_start(query.axes, len(query.axes) - 2)
     for x in (query, key):
         if roles(x.axes[-2]) != {"p"}:
-            raise CannotFollow("attention over a single position, or over inputs")
+            raise CannotFollow("a product of two activations over a single position, or over inputs")
     places = (*q.places[:shared], q.places[shared], k.places[shared])
     axes: Axes = (*lead, query.axes[-2], key.axes[-2])
     heads = max(1, size_of(tuple(t for axis in lead for t in axis if t[0] == "c")))
