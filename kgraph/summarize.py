@@ -7,7 +7,7 @@ import math
 from torch import fx
 
 from kgraph.analysis import Analysis, NodeKernel
-from kgraph.canonical import operation_name
+from kgraph.canonical import aten, operation_name
 from kgraph.capture import Graph
 from kgraph.errors import RuleError
 from kgraph.kernel import DIFF, SAME, Kernel, Pairs
@@ -38,9 +38,20 @@ def summarize(graph: Graph, result: Propagation) -> Analysis:
         seconds=result.seconds,
         max_slope=None,
         max_slope_at="",
-        notes=(*graph.notes, *result.notes),
+        notes=(*graph.notes, *_batch_statistics(graph.module.graph, kernels), *result.notes),
         parametrization=result.parametrization,
     )
+
+
+def _batch_statistics(graph: fx.Graph, kernels: dict[fx.Node, Kernel]) -> list[str]:
+    """Batch normalization without running statistics: by hand, or told to keep none."""
+    norms = [
+        n for n in graph.nodes if n.target is aten.batch_norm.default and n.args[3] is None and n.args[0] in kernels
+    ]
+    if not norms:
+        return []
+    more = f" and {len(norms) - 3} more" if len(norms) > 3 else ""
+    return [f"{', '.join(n.name for n in norms[:3])}{more}: by the statistics of the batch in eval mode too"]
 
 
 def _depths(graph: fx.Graph, kernels: dict[fx.Node, Kernel]) -> dict[fx.Node, int]:

@@ -56,18 +56,9 @@ def export_flat(model: nn.Module, inputs: Inputs, names: list[str], notes: list[
     for node in flat.graph.nodes:  # of regions without gradients, which are inlined: they belong to their module's call
         if "site" not in node.meta and "nn_module_stack" in node.meta:
             node.meta["site"] = read_site(node)
-    _note_batch_statistics(flat.graph, model, notes)
     _share_tensors(flat, model)
     flat.recompile()
     return flat
-
-
-def _note_batch_statistics(graph: fx.Graph, model: nn.Module, notes: list[str]) -> None:
-    """Batch normalization by hand that keeps running statistics: the graph has those of the batch alone."""
-    hand = [node for node in graph.nodes if node.target is aten.batch_norm.default and node.args[3] is None]
-    for path in dict.fromkeys(node.meta["site"].path for node in hand):
-        if dict(model.get_submodule(path).named_buffers(recurse=False)):
-            notes.append(f"{path}: normalizes by hand; analysed by the statistics of the batch in eval mode too")
 
 
 def _export(model: nn.Module, inputs: Inputs, names: list[str], notes: list[str]) -> torch.export.ExportedProgram:

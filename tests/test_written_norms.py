@@ -59,6 +59,7 @@ DENSE: dict[str, tuple[str, Norm]] = {
     "power": ("LayerNorm", lambda x, g, b: _centred(x, -1) * (x.var(-1, keepdim=True) + 1e-5) ** -0.5 * g + b),
     "mean of squares": ("LayerNorm", _squares),
     "folded": ("LayerNorm", _folded),
+    "batch std": ("BatchNorm", lambda x, g, b: (x - x.mean(0)) / (x.std(0, unbiased=False) + 1e-5) * g + b),
     "batch": ("BatchNorm", lambda x, g, b: (x - x.mean(0)) / torch.sqrt(x.var(0, unbiased=False) + 1e-5) * g + b),
 }
 IMAGES: dict[str, tuple[str, Norm]] = {
@@ -294,11 +295,43 @@ class Running(nn.Module):
         return (x - mean) / torch.sqrt(variance + 1e-5)
 
 
+class _WeightStandardized(nn.Linear):
+    """A norm of a weight is none of activations, whatever operation computes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.batch_norm(self.weight[None], None, None, training=True).reshape_as(self.weight)
+        return F.linear(x, weight, self.bias)
+
+
+def test_batch_statistics_in_eval_mode_are_said() -> None:
+    class Told(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(x, None, None, training=True)
+
+    class Hand(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x - x.mean(0)) / torch.sqrt(x.var(0) + 1e-5)
+
+    def model(norm: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Linear(5, WIDTH), norm, nn.ReLU(), nn.Linear(WIDTH, 4)).eval()
+
+    x = torch.randn(8, 5)
+    for norm in (Told(), Hand(), nn.BatchNorm1d(WIDTH, track_running_stats=False)):
+        report = kgraph.analyze(model(norm), x)
+        assert report.analysis.notes == ("batch_norm: by the statistics of the batch in eval mode too",)
+        assert report["batch_norm"].q == pytest.approx(1, abs=1e-3)  # not what the layer before gives
+        record = kgraph.transform(model(norm), "tat", x).kgraph
+        assert record.ledger.counts()["remove BatchNorm"] == 1 and not record.after.analysis.notes
+    for norm in (nn.BatchNorm1d(WIDTH), nn.LayerNorm(WIDTH), _WeightStandardized(WIDTH, WIDTH)):
+        assert not kgraph.analyze(model(norm), x).analysis.notes
+
+
 def test_running_statistics_by_hand() -> None:
     """Both modes and the statistics survive an emission; the transform removes the norm and its bookkeeping."""
     model, x = nn.Sequential(nn.Linear(5, WIDTH), Running(), nn.Tanh(), nn.Linear(WIDTH, 4)), 2 * torch.randn(16, 5)
     graph = capture(model, x)
-    assert any("statistics of the batch" in note for note in graph.notes)
+    (note,) = kgraph.analyze(model.eval(), x).analysis.notes
+    assert note == "batch_norm: by the statistics of the batch in eval mode too"
     emitted = graph.emit().train()
     own = nn.Sequential(nn.Linear(5, WIDTH), Running(), nn.Tanh(), nn.Linear(WIDTH, 4)).train()
     own.load_state_dict(model.state_dict())

@@ -124,9 +124,10 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of parameters (to be differentiated by) and buffers."""
-    tensors = {name: p.detach().clone().requires_grad_(p.is_floating_point()) for name, p in model.named_parameters()}
-    return {**tensors, **{name: b.detach().clone() for name, b in model.named_buffers()}}
+    """Copies of parameters (to be differentiated by, and parameters still: a forward may ask) and buffers."""
+    own = model.named_parameters()
+    copies = {name: nn.Parameter(p.detach().clone(), requires_grad=p.is_floating_point()) for name, p in own}
+    return {**copies, **{name: b.detach().clone() for name, b in model.named_buffers()}}
 
 
 def _output(model: nn.Module, state: dict[str, Tensor], inputs: Inputs, graph: Graph | None = None) -> Tensor | None:
