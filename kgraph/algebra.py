@@ -41,10 +41,17 @@ def scale(part: Part, factor: float) -> Part:
     return replace(scaled, expr=Sum(((factor, part),)))
 
 
-def trained(part: Part, own: Tensor) -> Part:
+_OF_ITSELF = assumed("the tangent of a gain or slope taken as independent of what it stands on")
+
+
+def trained(part: Part, own: Tensor, *, of_itself: bool) -> Part:
     """``part`` behind parameters of its own, whose part in the NTK is ``own``, [P, 2].
 
     The tangent is a term of the expression, a Gaussian without variance: sums and functions of the part carry it on.
+
+    Args:
+        of_itself: whether the tangent is a function of the part (of a gain it is what the gain multiplies), so that
+            functions of the part need more than ``own``.
     """
     if not bool(own.any()):
         return part
@@ -52,7 +59,15 @@ def trained(part: Part, own: Tensor) -> Part:
     if isinstance(part.expr, Gaussian):
         return replace(part, ntk=ntk)
     nothing = torch.zeros_like(part.cov)
-    return replace(part, ntk=ntk, expr=Sum(((1.0, part), (1.0, Part(part.size, nothing, nothing, own)))))
+    tangent = Part(part.size, nothing, nothing, own, how=_OF_ITSELF if of_itself else EXACT)
+    return replace(part, ntk=ntk, expr=Sum(((1.0, part), (1.0, tangent))))
+
+
+def _with_tangents(result: Part, *read: Part) -> Part:
+    """A function of parts: "assumed" where tangents in them depend on the parts."""
+    terms = [term for part in read if isinstance(part.expr, Sum) for _, term in laws.terms_of(part)]
+    depends = any(term.how == _OF_ITSELF and not term.cov.any() for term in terms)
+    return replace(result, how=result.how | _OF_ITSELF) if depends else result
 
 
 def _core(part: Part) -> tuple[float, Part, tuple[tuple[float, Part], ...]]:
@@ -89,7 +104,7 @@ def apply(fn: Pointwise, part: Part) -> Part:
     if not base.gaussian:
         reason = _taken_as_gaussian(base)
         if not reason:
-            return _of_law(target, part.how)
+            return _with_tangents(_of_law(target, part.how), base)
         part = replace(part, how=part.how | assumed(reason))
     try:
         if part.factor is not None:  # an affine image of its base, with an NTK of its own
@@ -247,7 +262,7 @@ def add(left: Part, right: Part, left_weight: float = 1.0, right_weight: float =
 
 def multiply(left: Part, right: Part) -> Part:
     """``left * right`` entry by entry: K' = K_left K_right when independent."""
-    common = _common_function(left, right, lambda u, v: u * v)
+    common = _common_function(left, right, lambda u, v: u * v) or _product_of_cores(left, right)
     if common is not None:
         return common
     product = Part(
@@ -268,7 +283,8 @@ def _settle(result: Part, left: Part, right: Part) -> Part:
     if left.independent(right):
         return result
     if not entangled(left, right):
-        return _of_law(result, result.how)
+        found = _of_law(result, result.how)
+        return _with_tangents(found, left, right) if isinstance(result.expr, Product) else found
     return replace(result, how=result.how | assumed("terms that share random weights are taken as independent"))
 
 
@@ -327,6 +343,18 @@ def _common_core(left: Part, right: Part, left_weight: float, right_weight: floa
         return None
     own = torch.stack([w * w * t.ntk for t, w in tangents.items()]).sum(0)
     return replace(common, ntk=common.ntk + own, expr=Sum(((1.0, common), *((w, t) for t, w in tangents.items()))))
+
+
+def _product_of_cores(left: Part, right: Part) -> Part | None:
+    """The product of two parts that would be functions of one, did not parameters of their own follow."""
+    (a, first, silent), (b, second, other) = _core(left), _core(right)
+    if not (silent or other) or {t for _, t in silent} & {t for _, t in other}:
+        return None
+    common = _common_function(first, second, lambda u, v: a * b * u * v)
+    if common is None:
+        return None
+    own = [w * w * t.ntk * right.cov for w, t in silent] + [w * w * t.ntk * left.cov for w, t in other]
+    return trained(_with_tangents(common, left, right), torch.stack(own).sum(0), of_itself=False)
 
 
 def joint_function(parts: Sequence[Part], combine: Callable[..., Tensor]) -> Part | None:

@@ -13,7 +13,7 @@ from torch.nn import functional
 import kgraph
 from kgraph.canonical import aten
 from kgraph.capture import Graph, capture
-from kgraph.kernel import DIFF, SAME, Apply, Kernel, Pairs
+from kgraph.kernel import DIFF, SAME, Apply, Kernel, Pairs, Product, Sum
 from kgraph.maps import pointwise
 from kgraph.nonlinear import find_regions
 from kgraph.propagate import Propagation, propagate
@@ -74,7 +74,10 @@ def test_one_slope_is_leaky_relu() -> None:
     twin.load_state_dict({k: v for k, v in model.state_dict().items() if k != "act.weight"})
     other = kernel_of(twin, torch.randn(2, 16), "leaky_relu")
     assert torch.equal(kernel.merged.cov, other.merged.cov) and torch.equal(kernel.merged.slope, other.merged.slope)
-    assert isinstance(kernel.merged.expr, Apply) and kernel.merged.expr.fn.closed is not None
+    assert isinstance(kernel.merged.expr, Sum)  # the leaky relu, and the tangent of its slope
+    (_, leaky), (_, tangent) = kernel.merged.expr.terms
+    assert isinstance(leaky.expr, Apply) and leaky.expr.fn.closed is not None
+    assert not tangent.cov.any() and tangent.ntk.any()
     assert kernel.how.name == "exact"
 
 
@@ -116,7 +119,8 @@ def test_channel_groups_meet_their_own_slopes() -> None:
     first, second = kernel.parts
     assert float(first.q) == pytest.approx(0.5 + 0.25**2 / 2, rel=1e-6)
     assert float(second.q) == pytest.approx(9 * float(by_channel(slopes[16:], torch.ones(1).double())[0]), rel=1e-6)
-    assert isinstance(first.expr, Apply) and not isinstance(second.expr, Apply)
+    assert isinstance(first.expr, Sum) and isinstance(first.expr.terms[0][1].expr, Apply)
+    assert isinstance(second.expr, Sum) and isinstance(second.expr.terms[1][1].expr, Product)
 
 
 def test_sum_with_its_own_input() -> None:

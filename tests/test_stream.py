@@ -323,6 +323,22 @@ def test_parameters_in_front_of_sums_stay_in_the_ntk(build: Callable[[int], nn.M
     assert abs(float(measured.mean()) - found) <= 4 * float(measured.std()) / 16 + 1e-6
 
 
+def test_a_slope_that_what_it_stands_on_multiplies_is_not_called_exact() -> None:
+    """x PReLU(x): the slope's tangent is x times the negative part, 1.5 for the .5 of independent factors."""
+
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.PReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.act(x)
+
+    report = kgraph.analyze(Gate(), torch.randn(2, 64))
+    assert report["prelu"].how == "exact" and report["prelu"].ntk == pytest.approx(0.5)
+    assert report.final.how == "assumed" and "tangent" in report.final.note
+
+
 def test_gains_that_a_batch_norm_undoes_are_not_called_exact() -> None:
     class Gained(nn.Module):
         def __init__(self) -> None:
@@ -335,3 +351,19 @@ def test_gains_that_a_batch_norm_undoes_are_not_called_exact() -> None:
 
     assert kgraph.analyze(Gained(), torch.randn(8, 64)).final.how == "assumed"
     assert kgraph.analyze(nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)), torch.randn(8, 64)).final.how == "exact"
+
+
+def test_a_function_of_a_function_is_cut_at_its_own_kink() -> None:
+    """leaky_relu(cos(z) - 1/2) in one step and in two: the kink lies between the nodes of the cosine's law."""
+
+    def bent(y: Tensor) -> Tensor:
+        return nn.functional.leaky_relu(y - 0.5, 0.3)
+
+    whole = stream.mapped(_noise(1.0), Pointwise(lambda z: bent(torch.cos(z))))
+    steps = stream.mapped(stream.mapped(_noise(1.0), Pointwise(torch.cos)), Pointwise(bent))
+    assert steps.mean == pytest.approx(whole.mean, rel=1e-9)
+    assert torch.allclose(steps.cov, whole.cov, rtol=2e-3)
+    assert torch.allclose(steps.tangent("slope"), whole.tangent("slope"), rtol=2e-3, atol=1e-9)
+    z = torch.randn(DRAWS, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(bent(torch.cos(z)).sum(), z)
+    assert _z(gradient.square(), float(steps.tangent("slope")[3])) < ERRORS

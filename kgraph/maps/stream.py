@@ -30,6 +30,7 @@ from kgraph.maps.quadrature import value_and_slope
 
 EQUAL = 1e-13
 """1 - c below which two inputs count as equal."""
+_BISECTIONS = 50
 _KINK, _JUMP = 2.5, 1.5
 """Exponents of the squared Hermite coefficients of a function with a kink, and of its derivative."""
 
@@ -141,7 +142,25 @@ def mapped(law: Law, fn: Pointwise, atoms: Nodes | None = None) -> Law:
         weight = nodes.mass * slope.square() * nodes.own[name][law.equal]
         tangents[name][law.equal] = (new * weight[:, None]) @ new.T
     few = atoms or _behind(fn, nodes.compressed(breaks))
-    return Law(jacobi, pair, tangents, law.equal, lambda _: _behind(fn, nodes), few)
+
+    def cut(further: Breaks) -> Nodes:
+        at = preimages(fn, nodes.points, value, further(float(value.abs().max())))
+        return _behind(fn, law.nodes(lambda _: torch.cat([breaks, at])) if len(at) else nodes)
+
+    return Law(jacobi, pair, tangents, law.equal, cut, few)
+
+
+def preimages(fn: Pointwise, points: Tensor, value: Tensor, levels: Tensor) -> Tensor:
+    """Where ``fn`` crosses the levels, between neighbouring points: bisection, all crossings together."""
+    points, order = points.sort()
+    above = value[order] > levels[:, None]
+    level, left = (above[:, 1:] != above[:, :-1]).nonzero(as_tuple=True)
+    low, high, rising = points[left], points[left + 1], above[level, left + 1]
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        beyond = (fn.fn(middle) > levels[level]) == rising
+        low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
+    return (low + high) / 2
 
 
 def _behind(fn: Pointwise, nodes: Nodes) -> Nodes:

@@ -79,7 +79,7 @@ def _trained(
         gained = own * (read.parts[i].cov if read is not None else torch.ones_like(part.cov))
         if places:
             gained = torch.stack([gained[:, SAME], torch.zeros_like(gained[:, DIFF])], 1)
-        parts.append(algebra.trained(part, gained))
+        parts.append(algebra.trained(part, gained, of_itself=read is not None))
     return result.with_parts(*parts)
 
 

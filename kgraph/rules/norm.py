@@ -84,8 +84,9 @@ def _slices(tensor: Tensor | None, x: Kernel) -> list[Tensor] | None:
 
 def _affine(context: Context, part: Part, weight: Tensor | None, bias: Tensor | None) -> Part:
     result = by_channel(part, weight, bias, f"{context.node.name}.gain")
+    gained = weight is not None and bool(_speed(context, "weight", weight))
     own = _speed(context, "weight", weight) * part.cov + _speed(context, "bias", bias)
-    result = algebra.trained(result, own)
+    result = algebra.trained(result, own, of_itself=gained)
     return _remembered(context, result, weight, bias) if part.gaussian else result
 
 
@@ -219,7 +220,7 @@ def by_running_statistics(
         own = torch.zeros_like(part.cov) + _speed(context, "bias", bias)
         if weight is not None:
             own = own + _speed(context, "weight", weight) * by_channel(part, g, s, "running statistics").cov
-        result = algebra.trained(result, own)
+        result = algebra.trained(result, own, of_itself=weight is not None)
         parts.append(_remembered(context, result, weight, bias) if part.gaussian else result)
     return x.with_parts(*parts)
 

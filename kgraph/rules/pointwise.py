@@ -129,7 +129,9 @@ def shaped_activation(context: Context, module: ShapedActivation, x: Kernel, *we
     shaped = apply_all(shaped_map(module, slopes), x)
     for index in range(len(slopes)):
         own = apply_all(_by_slope(module, slopes, index), x)
-        shaped = shaped.with_parts(*(algebra.trained(p, o.cov) for p, o in zip(shaped.parts, own.parts, strict=True)))
+        shaped = shaped.with_parts(
+            *(algebra.trained(p, o.cov, of_itself=True) for p, o in zip(shaped.parts, own.parts, strict=True))
+        )
     return shaped
 
 

@@ -79,7 +79,7 @@ def _same(slopes: Tensor) -> bool:
 def _one_slope(part: Part, slopes: Moments, trained: float) -> Part:
     """A leaky relu; its parameter adds E[min(u, 0) min(u', 0)] to the NTK."""
     shaped = algebra.apply(leaky(slopes.mean), part)
-    return algebra.trained(shaped, trained * algebra.apply(NEGATIVE_PART, part).cov)
+    return algebra.trained(shaped, trained * algebra.apply(NEGATIVE_PART, part).cov, of_itself=True)
 
 
 def _slopes(part: Part, slopes: Moments, trained: float, root: str) -> Part:
