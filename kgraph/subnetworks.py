@@ -136,7 +136,8 @@ class _CurvatureMaps:
         if region in self.owner.free:
             return self.psi * slope, self.psi * curvature + self.kappa * slope**2
         own = _own_slope(region)
-        return own * slope, own * curvature
+        with np.errstate(invalid="ignore"):  # none behind an infinite slope (log|u|): NaN, which no maximum counts
+            return own * slope, own * curvature
 
     def product(self, x: Value, y: Value) -> Value:
         if not self.owner.products_add:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -20,6 +19,8 @@ _PANEL = 4.25
 _WIDE = 8.5 * 8
 _MAX_HALVINGS = 44
 _MAX_PANELS = 2000
+_FAR = (0, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""Exponents of landmarks: dense where activations bend, and few up to the largest float."""
 _SPANS = (8.5, 12.75, 17.0, 25.5, 38.25)
 """Half ranges tried, in standard deviations: 8.5 unless the function grows exponentially."""
 
@@ -106,10 +107,11 @@ def _heights(fn: Function, kinks: Tensor, reach: float) -> Tensor | None:
 
 
 def _landmarks(reach: float) -> Tensor:
-    """0 and +-2^k for a wide Gaussian: activations bend near 0, between its nodes."""
+    """0 and some +-2^k for a wide Gaussian: activations bend near 0, between its nodes."""
     if reach <= _WIDE:
         return torch.zeros(0, dtype=torch.float64, device="cpu")
-    powers = 2.0 ** torch.arange(0, math.log2(reach), dtype=torch.float64, device="cpu")
+    powers = 2.0 ** torch.tensor(_FAR, dtype=torch.float64, device="cpu")
+    powers = powers[powers < reach]
     return torch.cat([-powers.flip(0), torch.zeros_like(powers[:1]), powers])
 
 
@@ -156,9 +158,9 @@ def _mass(fn: Function, x: Tensor, weight: Tensor, scale: float) -> Tensor:
 
 
 def _bad(whole: Tensor, split: Tensor, total: Tensor) -> Tensor:
-    """Panels whose two integrals disagree; total ``[2, 1]`` is E[phi^2] and E[phi'^2]."""
+    """Panels whose two integrals disagree, or are no numbers; total ``[2, 1]`` is E[phi^2] and E[phi'^2]."""
     allowed = _TOLERANCE * torch.cat([total, total.sqrt()]).repeat(2, 1)
-    return ((whole - split).abs() > allowed).any(0)
+    return ~((whole - split).abs() <= allowed).all(0)
 
 
 def _unresolved(fn: Function, grid: Tensor, cuts: Tensor, scale: float) -> bool:

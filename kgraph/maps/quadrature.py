@@ -24,6 +24,8 @@ NODES = 20
 """Gauss-Legendre nodes a panel: exact to rounding for a Gaussian on panels up to 4.5 deviations wide."""
 _CHUNK = 1 << 18
 """Function values held at once; small enough for the processor's cache."""
+_MOST = 1 << 26
+"""Function values that one row may take: some seconds' work."""
 _FEW = 64
 """Rows up to which looking for equal ones costs less than it saves."""
 _LAYERS = (-7.0, -2.5, 2.5, 7.0)
@@ -141,6 +143,9 @@ def dual(
         roots: ``[2, n]``, sqrt(q1) and sqrt(q2).
         c, s: ``[n]``, correlation and ``sqrt(1 - c^2)``.
         other: the function of z2, where it is another one; the plan must serve both.
+
+    Raises:
+        InputError: phi is cut into too many panels: the work grows with their square.
     """
     fns = fn, fn if other is None else other
     if 1 < len(c) <= _FEW:
@@ -167,6 +172,11 @@ def _dual_rows(fns: _Two, plan: Plan, roots: Tensor, c: Tensor, s: Tensor) -> tu
     outer = len(plan.base) + 2 * breaks + len(_LAYERS) * len(plan.kinks)
     steps = plan.heights is not None
     cost = outer * NODES * (breaks if steps else (len(plan.base) + breaks) * NODES)
+    if cost > _MOST:
+        raise InputError(
+            f"A pointwise function is too fine for integrals under two Gaussians: it is cut at {breaks} points",
+            hint="It may oscillate or bend many times; let this operation be sampled",
+        )
     step = max(1, _CHUNK // cost)
     chunk = _step_chunk if steps else _dual_chunk
     parts = [chunk(fns, plan, roots[:, i : i + step], c[i : i + step], s[i : i + step]) for i in range(0, len(c), step)]
@@ -177,15 +187,19 @@ def _dual_chunk(fns: _Two, plan: Plan, roots: Tensor, c: Tensor, s: Tensor) -> t
     root1, root2 = roots[0, :, None], roots[1, :, None]
     x, weight = gaussian_rule(_outer_edges(plan, root1, root2, c[:, None], s[:, None]))
     first, first_slope = value_and_slope(fns[0], root1 * x)
-    centre = (c[:, None] * root2 * x)[..., None]
-    spread = (s[:, None] * root2)[..., None]
+    step = max(1, _CHUNK // ((len(plan.base) + len(plan.breaks)) * NODES * len(c)))  # many cuts: nodes one by one
+    parts = [_smoothed(fns[1], plan, c[:, None] * root2 * part, s[:, None] * root2) for part in x.split(step, -1)]
+    second, second_slope = (torch.cat(part, -1) for part in zip(*parts, strict=True))
+    return (weight * first * second).sum(-1), (weight * first_slope * second_slope).sum(-1)
+
+
+def _smoothed(fn: Function, plan: Plan, centre: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """``E[phi(centre + spread w)]`` and ``E[phi'(...)]`` for w ~ N(0, 1), at every centre ``[n, N]``."""
+    centre, spread = centre[..., None], spread[..., None]
     inner = with_edges(plan.base, (plan.breaks - centre) / spread.clamp_min(_TINY))
-    w, inner_weight = gaussian_rule(inner)
-    second, second_slope = value_and_slope(fns[1], centre + spread * w)
-    return (
-        (weight * first * (inner_weight * second).sum(-1)).sum(-1),
-        (weight * first_slope * (inner_weight * second_slope).sum(-1)).sum(-1),
-    )
+    w, weight = gaussian_rule(inner)
+    value, slope = value_and_slope(fn, centre + spread * w)
+    return (weight * value).sum(-1), (weight * slope).sum(-1)
 
 
 def _step_chunk(fns: _Two, plan: Plan, roots: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
