@@ -19,6 +19,7 @@ EXACT = {
     "one border, averaged": lambda: nn.Sequential(conv(padding=1), nn.AdaptiveAvgPool2d(1)),
     "one border, flattened": lambda: nn.Sequential(conv(padding=1), nn.Flatten(), nn.Linear(64 * 36, 8)),
     "no padding": lambda: nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU()),
+    "copied, then convolved": lambda: nn.Sequential(nn.Upsample(scale_factor=2), conv()),
     "pieces of channels": lambda: Pieces(),
     "windows side by side, pooled": lambda: nn.Sequential(nn.AvgPool2d(2), nn.MaxPool2d(2)),
     "patches": lambda: nn.Sequential(nn.ConvTranspose2d(64, 64, 2, 2), nn.ReLU()),
@@ -35,6 +36,9 @@ ASSUMED = {
     "windows that overlap, pooled": lambda: nn.Sequential(conv(), nn.MaxPool2d(2)),
     "windows that overlap, strided": lambda: nn.Sequential(conv(), conv(stride=2)),
     "windows cut by a border": lambda: nn.MaxPool2d(3, 1, 1),
+    "mixed, then squared": lambda: Mixed(),
+    "copied, then bent": lambda: nn.Sequential(nn.Upsample(scale_factor=2), nn.ReLU()),
+    "averaged over windows that overlap, then bent": lambda: nn.Sequential(nn.AvgPool2d(2, 1), nn.ReLU()),
     "positions given twice": lambda: nn.Sequential(conv(), Twice(), nn.AdaptiveAvgPool2d(1)),
     "what reads a border added to it": lambda: Again(),
     "interpolated": lambda: nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Tanh()),
@@ -44,6 +48,16 @@ ASSUMED = {
 class Corner(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x[:, :, 0, 0]
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("ring", (torch.eye(6).roll(1, 0) + torch.eye(6)) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.ring @ x
+        return x * x
 
 
 class Pieces(nn.Module):

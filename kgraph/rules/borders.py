@@ -57,11 +57,14 @@ class Borders:
     def __init__(self) -> None:
         self.reasons: dict[fx.Node, str] = {}
         self.near: set[fx.Node] = set()  # tensors whose neighbouring positions are more alike than others
+        self.shared: set[fx.Node] = set()  # of those, tensors whose neighbours hold the same numbers
         self.said: dict[fx.Node, str] = {}
 
     def judged(self, node: fx.Node, value: Any, values: Mapping[fx.Node, Any]) -> Any:
         """The node's value, "assumed" where the operation needs positions that the average does not hold."""
-        before = [self.reasons[n] for n in node.all_input_nodes if n in self.reasons]
+        read = [n for n in node.args if isinstance(n, fx.Node)]  # twice what is multiplied by itself
+        read += [n for n in node.all_input_nodes if n not in read]
+        before = [self.reasons[n] for n in read if n in self.reasons]
         if not isinstance(value, Kernel):
             if before and isinstance(value, (list, tuple)):
                 self.reasons[node] = before[0]
@@ -71,10 +74,15 @@ class Borders:
         if not told and before and _needs_positions(node, len(before), kernels):
             told = [before[0]]
         inside = any(n in self.near for n in node.all_input_nodes)
-        if not told and inside and _reads_windows(node, value):
+        shared = any(n in self.shared for n in node.all_input_nodes)
+        bent = shared and value.positions > 1 and (_is_function(node) or len(read) > len(node.all_input_nodes))
+        if not told and (bent or (inside and _reads_windows(node, value))):
             told = [NEAR]
-        if value.positions > 1 and (inside or _overlaps(node, values)):
+        overlaps = _overlaps(node, values)
+        if value.positions > 1 and (inside or overlaps):
             self.near.add(node)
+        if value.positions > 1 and (shared or (overlaps and not operation_name(node).startswith("conv"))):
+            self.shared.add(node)
         made = _made_by(node, value, kernels, values)
         told += [made] if made in _AT_ONCE else []
         if told:

@@ -49,6 +49,7 @@ def drawn(layer, weight="default", gain=1.0, bias="default"):
 
 
 _OF_CHANNELS = r"nn\.(Linear|Conv|Embedding|RNN|GRU|LSTM|Bilinear|BatchNorm|GroupNorm|InstanceNorm|PReLU)"
+_OVER_POSITIONS = r"nn\.Linear\(\d+, \d+"
 _JUMPING = ("torch.sign", "torch.round", "hardshrink", "threshold", " > 0")
 
 
@@ -123,8 +124,13 @@ class Program:
 
     @property
     def told(self) -> bool:
-        """Whether a layer tells which dimension the channels are; without one, nothing does."""
-        return self.tokens or any(re.search(_OF_CHANNELS, text) for text in self.layers.values())
+        """Whether layers tell which dimension the channels are: one at least, and none that sums over positions.
+
+        Behind a layer over positions, those are what its units are, and kgraph calls the former channels positions.
+        """
+        texts = self.layers.values()
+        told = self.tokens or any(re.search(_OF_CHANNELS, text) for text in texts)
+        return told and not any(re.search(_OVER_POSITIONS, text) for text in texts)
 
     @property
     def jumps(self) -> bool:
