@@ -21,6 +21,7 @@ _OF_THE_LAST = {
     *("rnn_tanh", "rnn_relu", "lstm", "gru"),
 }
 _VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"}
+_CUTS = {"chunk", "split", "split_with_sizes"}
 _TRANSPOSES = {"transpose", "swapaxes", "t", "numpy_T", "mT"}
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "var", "std", "logsumexp", "linalg_vector_norm", "norm"}
 
@@ -64,8 +65,12 @@ def _origin(origins: Origins | None, dim: int, dims: int, otherwise: int) -> int
 def _followed(node: fx.Node, before: fx.Node, origins: Origins | None) -> Origins | None:
     """Origins of the node's dimensions, given those of its operand ``before``; None if they cannot be told."""
     name, shapes = operation_name(node), (_shape(before), _shape(node))
-    if origins is None or shapes[0] is None or shapes[1] is None or len(shapes[0]) != len(origins):
+    if name in _CUTS:  # a list of parts, each laid out as the whole
+        return origins
+    if origins is None or shapes[1] is None:
         return None
+    if shapes[0] is None or len(shapes[0]) != len(origins):
+        return origins if name == "getitem" and len(shapes[1]) == len(origins) else None
     order = list(range(len(origins)))
     if name in _VIEWS:
         return _regrouped(origins, shapes[0], shapes[1])

@@ -81,6 +81,10 @@ def test_an_order_taken_back_is_refused() -> None:
 READ: dict[str, tuple[Callable[[Net, Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "tokens of an image": (lambda m, x: m.w(m.n(F.relu(x).flatten(2).transpose(1, 2)).mean(1)), lambda x: x),
     "channels last": (lambda m, x: m.w(m.n(F.relu(x)).mean((1, 2))), lambda x: x.permute(0, 2, 3, 1)),
+    "a part of the positions": (
+        lambda m, x: m.w(m.n(torch.cat(F.relu(x).flatten(2).transpose(1, 2).chunk(2, 1), 1)).mean(1)),
+        lambda x: x,
+    ),
     "at once": (lambda m, x: m.w(m.n(F.relu(x.permute(0, 2, 3, 1).reshape(-1, 2, 8, 8))).mean((1, 2))), lambda x: x),
 }
 
@@ -95,6 +99,13 @@ def test_an_input_has_its_channels_where_the_first_layer_reads_them(
     torch.testing.assert_close(found, z @ z.T / 8)
     wrong = F.layer_norm(F.relu(IMAGES), (4,)).mean((2, 3))
     assert not torch.allclose(found, wrong @ wrong.T / 8, rtol=0.01)
+
+
+def test_a_half_of_an_inputs_channels() -> None:
+    """Behind a cut of the channels of tokens; a layer reads them, so they are the channels."""
+    model = net(lambda m, x: m.w(x.flatten(2).transpose(1, 2).chunk(2, 2)[1]).mean(1), w=layer(4))
+    z = IMAGES[:, 4:].mean((2, 3))
+    torch.testing.assert_close(kgraph.nngp(model, IMAGES), z @ z.T / 4)
 
 
 def test_pooled_inputs_are_read_channel_by_channel() -> None:
