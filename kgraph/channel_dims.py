@@ -20,6 +20,7 @@ _OF_THE_LAST = {
     *("linear", "addmm", "matmul", "bilinear", "layer_norm", "rms_norm"),
     *("rnn_tanh", "rnn_relu", "lstm", "gru"),
 }
+_OF_THE_FIRST = ("conv", "batch_norm", "group_norm", "instance_norm")
 _VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"}
 _CUTS = {"chunk", "split", "split_with_sizes"}
 _TRANSPOSES = {"transpose", "swapaxes", "t", "numpy_T", "mT"}
@@ -29,29 +30,36 @@ _REDUCTIONS = {"mean", "sum", "amax", "amin", "var", "std", "logsumexp", "linalg
 def channel_dim(node: fx.Node, dims: int) -> int:
     """Dimension of the input ``node`` that the first layer sums over: 1 before a convolution, the last before a
     linear layer, each as it lay in the input; without moves that can be followed, as it lies in what the layer reads.
+
+    Where linear layers come first and a convolution behind them reads another dimension of the input as its channels,
+    those it is: the linear layers sum over positions.
     """
     origins: dict[fx.Node, Origins | None] = {node: tuple(frozenset({d}) for d in range(dims))}
     queue = [node]
+    by_linear: int | None = None
     for current in queue:
         name, known = operation_name(current), origins[current]
-        if name.startswith(("conv", "batch_norm", "group_norm", "instance_norm")) and dims > 2:
-            return _origin(known, 1, dims, otherwise=1)
+        if name.startswith(_OF_THE_FIRST) and dims > 2 and (by_linear is None or name.startswith("conv")):
+            return _origin(known, 1, dims, otherwise=1 if by_linear is None else by_linear)
         if name in _OF_THE_LAST or dims == 1:
-            return _origin(known, -1, dims, otherwise=dims - 1)
+            by_linear = by_linear if by_linear is not None else _origin(known, -1, dims, otherwise=dims - 1)
+            if known is None or name != "linear" or dims < 3:
+                return by_linear
+            origins[current] = (*known[:-1], frozenset())
         if name == "einsum" and (summed := _summed_dim(current, set(origins), dims)) is not None:
-            return summed
+            return summed if by_linear is None else by_linear
         for user in current.users:
             if user not in origins:
-                origins[user] = known if _reads(user, dims) else _followed(user, current, known)
+                before = origins[current]
+                origins[user] = before if _reads(user, dims) else _followed(user, current, before)
                 queue.append(user)
-    return 1 if dims > 1 else 0
+    return by_linear if by_linear is not None else 1 if dims > 1 else 0
 
 
 def _reads(node: fx.Node, dims: int) -> bool:
     """Whether a node is a layer, whose operand's dimensions are asked for."""
     name = operation_name(node)
-    convolves = name.startswith(("conv", "batch_norm", "group_norm", "instance_norm")) and dims > 2
-    return convolves or name in _OF_THE_LAST
+    return (name.startswith(_OF_THE_FIRST) and dims > 2) or name in _OF_THE_LAST
 
 
 def _origin(origins: Origins | None, dim: int, dims: int, otherwise: int) -> int:

@@ -108,6 +108,17 @@ def test_a_half_of_an_inputs_channels() -> None:
     torch.testing.assert_close(kgraph.nngp(model, IMAGES), z @ z.T / 4)
 
 
+def test_a_layer_over_positions_in_front_of_a_convolution() -> None:
+    """The convolution tells the channels: y = W (P x), and the kernel is that of the positions' sums P x."""
+    x = IMAGES.flatten(2)
+    mix, conv = layer(16, 16), nn.Conv1d(8, 32, 1, bias=False)
+    found = kgraph.kernels(net(lambda m, x: m.c(m.p(x))[..., 0], p=mix, c=conv), x, with_ntk=False)
+    with torch.no_grad():
+        z, gain = mix(x)[..., 0], 8 * conv.weight.square().mean()
+    torch.testing.assert_close(found.nngp, gain * z @ z.T / 8)
+    assert found.how == "assumed"
+
+
 def test_pooled_inputs_are_read_channel_by_channel() -> None:
     z = IMAGES.sigmoid().amax((2, 3))
     found = kgraph.nngp(net(lambda m, x: m.w(x.sigmoid().amax((2, 3))), w=layer(8)), IMAGES)
