@@ -159,11 +159,11 @@ def compare(model: str, data: Data, steps: int, every: int, seed: int) -> tuple[
 def main(arguments: list[str] | None = None) -> list[Curve]:
     """Train the three networks, print the table, save the picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="ResNet-26, 32x32 images, 8 steps")
+    parser.add_argument("--quick", action="store_true", help="ResNet-26, 32x32 images, 6 steps")
     parser.add_argument("--seeds", type=int, default=1, help="run with seeds 0, 1, ...")
     parser.add_argument("--figure", type=Path, default=FIGURE)
     options = parser.parse_args(arguments)
-    model, size, steps, every = ("resnet26", 32, 8, 4) if options.quick else ("resnet50", 64, 120, 10)
+    model, size, steps, every = ("resnet26", 32, 6, 3) if options.quick else ("resnet50", 64, 120, 10)
     data, curves = digits(upsampled(size)), []
     for seed in range(options.seeds):
         found, reports = compare(model, data, steps, every, seed)

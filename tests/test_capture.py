@@ -163,10 +163,14 @@ def test_only_deep_models_are_traced() -> None:
         assert front_end_of(capture(chain(DEEP // 2 + 1), X.to("meta"))) == "export"  # nothing to verify
 
 
+SMALL = 40
+"""Module calls that count as many here: a failed export takes seconds at the real number."""
+
+
 class DeepBranch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.end = Residual(DEEP // 2), Branch()
+        self.body, self.end = Residual(SMALL // 2), Branch()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.end(self.body(x))
@@ -174,11 +178,11 @@ class DeepBranch(nn.Module):
 
 def test_deep_models_fall_back_and_say_so() -> None:
     with pytest.raises(CaptureError) as caught:
-        capture(DeepBranch(), X)
+        capture(DeepBranch(), X, deep=SMALL)
     file = Path(inspect.getfile(Branch))
     line = next(i for i, text in enumerate(file.read_text().splitlines(), 1) if text.endswith("# the line"))
     assert f"{file.name}:{line}" in str(caught.value)
-    graph = capture(nn.Sequential(Residual(DEEP // 2), Constant()), X)
+    graph = capture(nn.Sequential(Residual(SMALL // 2), Constant()), X, deep=SMALL)
     assert front_end_of(graph) == "export"
     assert any("symbolic tracing failed: the forward uses a tensor" in note for note in graph.notes)
 

@@ -29,7 +29,7 @@ def chain(widths: list[int], phi: type[nn.Module] = nn.Tanh) -> nn.Sequential:
 @pytest.fixture(scope="module")
 def derived() -> dict[str, kgraph.MeasuredFluctuations]:
     """S3_ddntk_n16's setting."""
-    options: dict[str, Any] = {"draws": 100, "ddntk": [f"linear_{depth - 1}" for depth in DEPTHS], **CRITICAL}
+    options: dict[str, Any] = {"draws": 60, "ddntk": [f"linear_{depth - 1}" for depth in DEPTHS], **CRITICAL}
     model = chain([16] * 21)
     return {key: kgraph.measure_fluctuations(model, distribution=law, **options) for key, law in LAWS.items()}  # type: ignore[arg-type]
 

@@ -32,7 +32,7 @@ ANALYZED = [
     "llama",
 ]
 MEASURED = ["mlp", "cnn", "dcgan_generator", "unet", "resnet18", "convnext_atto", "mixer_s32", "bert", "gpt2", "llama"]
-SHAPED = ["cnn", "unet", "resnet18", "mobilenetv3_small", "convnext_tiny", "bert", "gpt2", "llama"]
+SHAPED = ["cnn", "unet", "resnet18", "mobilenetv3_small", "convnext_atto", "bert", "gpt2", "llama"]
 
 
 def disagreements(model, inputs, mode: str) -> list[tuple[str, str, float, float, float]]:

@@ -127,6 +127,15 @@ def timm_model(name: str, size: int = 64, **options: Any) -> Built:
     return timm.create_model(name, pretrained=False, **options), torch.randn(2, 3, size, size)
 
 
+def vgg16() -> Built:
+    """timm's VGG-16 at a quarter of its width; its classifier needs 7 x 7 features, hence 224 x 224 pixels."""
+    from timm.models.vgg import VGG
+
+    stages = [(16, 2), (32, 2), (64, 3), (128, 3), (128, 3)]
+    cfg = [layer for width, count in stages for layer in (*[width] * count, "M")]
+    return VGG(cfg, mlp_ratio=0.125), torch.randn(2, 3, 224, 224)
+
+
 def bert() -> Built:
     from transformers import BertConfig, BertModel
 
@@ -293,8 +302,8 @@ ZOO: dict[str, Callable[[], Built]] = {
     "unet_bilinear": lambda: unet(mode="bilinear"),
     "resnet18": lambda: timm_model("resnet18"),
     "resnet50": lambda: timm_model("resnet50"),
-    "vgg16": lambda: timm_model("vgg16", 224),  # its classifier needs 7 x 7 features
-    "densenet121": lambda: timm_model("densenet121"),
+    "vgg16": vgg16,
+    "densenet121": lambda: timm_model("densenet121", block_config=(3, 6, 12, 8)),  # half its layers
     "mobilenetv3_small": lambda: timm_model("mobilenetv3_small_100"),
     "efficientnet_b0": lambda: timm_model("efficientnet_b0"),
     "convnext_atto": lambda: timm_model("convnext_atto"),
@@ -303,7 +312,7 @@ ZOO: dict[str, Callable[[], Built]] = {
     "mixer_s32": lambda: timm_model("mixer_s32_224", img_size=64),
     "resnetv2_50": lambda: timm_model("resnetv2_50"),
     "nf_resnet50": lambda: timm_model("nf_resnet50"),
-    "swin_tiny": lambda: timm_model("swin_tiny_patch4_window7_224", 112, img_size=112),
+    "swin_tiny": lambda: timm_model("swin_tiny_patch4_window7_224", 112, img_size=112, depths=(2, 2, 2, 2)),
     "poolformer_s12": lambda: timm_model("poolformer_s12"),
     "bert": bert,
     "gpt2": gpt2,
