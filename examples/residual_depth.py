@@ -219,10 +219,10 @@ def _save(figure: Figure, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> tuple[dict[str, dict[float, ChainDepth]], Map, list[Curve]]:
     """Run all studies, print their numbers, save the pictures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="40 layers, few draws, 30 steps")
+    parser.add_argument("--quick", action="store_true", help="24 layers, few draws, 30 steps")
     parser.add_argument("--figures", type=Path, default=FIGURES)
     options = parser.parse_args(arguments)
-    length, draws, networks, steps = (40, 2, 1, 30) if options.quick else (1000, 20, 2, 100)
+    length, draws, networks, steps = (24, 2, 1, 30) if options.quick else (1000, 20, 2, 100)
     layers = curves(length, draws)
     draw_curves(layers, options.figures / "residual_depth_layers.png")
     found = exponent_map(length, networks)

@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> list[Curve]:
     parser.add_argument("--seeds", type=int, default=1, help="run with seeds 0, 1, ...")
     parser.add_argument("--figure", type=Path, default=FIGURE)
     options = parser.parse_args(arguments)
-    model, size, steps, every = ("resnet26", 32, 6, 3) if options.quick else ("resnet50", 64, 120, 10)
+    model, size, steps, every = ("resnet26", 32, 6, 6) if options.quick else ("resnet50", 64, 120, 10)
     data, curves = digits(upsampled(size)), []
     for seed in range(options.seeds):
         found, reports = compare(model, data, steps, every, seed)
