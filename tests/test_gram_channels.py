@@ -200,3 +200,13 @@ def test_entry_by_entry_through_groups_of_channels(name: str) -> None:
     scale = float(both.diagonal().max())
     torch.testing.assert_close(both, (parts[0] + parts[1]) / 2, rtol=0, atol=0.02 * scale)
     assert not torch.allclose(parts[0], parts[1], rtol=0, atol=0.05 * scale)
+
+
+def test_heads_cut_through_groups_of_channels_are_refused_with_advice() -> None:
+    """Two laws side by side, cut into heads that each hold one of them."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return m.w(torch.cat([m.a(x), F.relu(m.b(x))], 1).unflatten(1, (2, 32)).flatten(1))
+
+    with pytest.raises(kgraph.errors.RuleError, match=r"reshape through groups of channels.*kgraph\.empirical_ntk"):
+        kgraph.nngp(net(forward, a=layer(8), b=layer(8), w=layer(64)), X)

@@ -45,7 +45,7 @@ def sample(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any], reas
     """
     values = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Value)]
     if context.node.target in MOVES:  # what the result's dimensions mean cannot be told from their sizes
-        raise context.error(f"cannot follow {reason}")
+        raise context.error(f"cannot follow {reason}", _MEASURED)
     if any(len(v.groups) > 1 for v in values):
         return _group_by_group(context, args, kwargs, reason)
     parameters = _parameters(context, args, kwargs)
@@ -63,6 +63,7 @@ def sample(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any], reas
     return Value(((channels, Drawn(places, roots, how, fields, run)),), axes)
 
 
+_MEASURED = "kgraph.empirical_ntk measures the NTK of the model as it is"
 _ANY = 64
 """Channels that entry-by-entry operations are run on at a time, however many there are."""
 
@@ -79,7 +80,7 @@ def _group_by_group(context: Context, args: tuple[Any, ...], kwargs: dict[str, A
     if not is_pointwise(context.node.target) or tensors or len(values) > 2:
         raise context.error(
             f"no exact kernel rule ({reason}), and its operands have several groups of channels",
-            "Apply the operation before channels are put side by side, or use kgraph.empirical_ntk",
+            f"Apply the operation before channels are put side by side; {_MEASURED}",
         )
     parts, axes, split = aligned(values[0], values[-1])
     assert split is not None
