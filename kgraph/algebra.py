@@ -308,11 +308,12 @@ def as_function(part: Part) -> tuple[Pointwise, Part]:
 
 
 def _as_scaled_function(part: Part) -> tuple[Pointwise, Part]:
-    if isinstance(part.expr, Sum) and len(part.expr.terms) == 1:
-        ((factor, term),) = part.expr.terms
-        fn, base = as_function(term)
-        return fn.affine(output_scale=factor), base
-    return as_function(part)
+    factor = 1.0
+    while isinstance(part.expr, Sum) and len(part.expr.terms) == 1:
+        ((weight, part),) = part.expr.terms
+        factor *= weight
+    fn, base = as_function(part)
+    return (fn if factor == 1.0 else fn.affine(output_scale=factor)), base
 
 
 def _common_function(left: Part, right: Part, combine: Callable[[Tensor, Tensor], Tensor]) -> Part | None:

@@ -43,9 +43,14 @@ class Values:
     leaves: frozenset[Part]
 
     def standard_error(self) -> float:
-        """Relative standard error of the q value, from blocks of the point set (each block is itself balanced)."""
-        blocks = self.first.square().reshape(_BLOCKS, -1).mean(1)
-        return float(blocks.std() / (_BLOCKS**0.5 * blocks.mean().clamp_min(1e-300)))
+        """Largest standard error of the covariances, relative to q, from blocks of the point set.
+
+        Each block is itself balanced.
+        """
+        second = self.second[:, SAME].reshape(-1, len(self.first)) if self.second.ndim > 1 else self.second[None]
+        rows = torch.cat([(self.first * second), self.first.square()[None]])
+        blocks = rows.reshape(len(rows), _BLOCKS, -1).mean(2)
+        return float(blocks.std(1).max() / (_BLOCKS**0.5 * blocks[-1].mean().clamp_min(1e-300)))
 
 
 @lru_cache(maxsize=1)

@@ -29,7 +29,12 @@ def once(part: Part, key: Hashable, make: Callable[[Part], Part]) -> Part:
 
 def rebuild(part: Part, key: Hashable, change: Callable[[Part], Part]) -> Part:
     """``change`` applied to the part and to every part that it is made of."""
-    return once(part, key, lambda p: change(replace(p, expr=_rebuilt_expression(p, key, change))))
+
+    def rebuilt(part: Part) -> Part:
+        result = change(replace(part, expr=_rebuilt_expression(part, key, change)))
+        return result if part.factor is None else result.times(part.factor)
+
+    return once(part, key, rebuilt)
 
 
 def _rebuilt_expression(part: Part, key: Hashable, change: Callable[[Part], Part]) -> Expr:

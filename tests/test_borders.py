@@ -36,6 +36,8 @@ ASSUMED = {
     "windows that overlap, pooled": lambda: nn.Sequential(conv(), nn.MaxPool2d(2)),
     "windows that overlap, strided": lambda: nn.Sequential(conv(), conv(stride=2)),
     "windows cut by a border": lambda: nn.MaxPool2d(3, 1, 1),
+    "the largest of a border": lambda: nn.Sequential(conv(padding=1), nn.AdaptiveMaxPool2d(1)),
+    "the largest of a border, by hand": lambda: nn.Sequential(conv(padding=1), Largest()),
     "mixed, then squared": lambda: Mixed(),
     "copied, then bent": lambda: nn.Sequential(nn.Upsample(scale_factor=2), nn.ReLU()),
     "averaged over windows that overlap, then bent": lambda: nn.Sequential(nn.AvgPool2d(2, 1), nn.ReLU()),
@@ -48,6 +50,11 @@ ASSUMED = {
 class Corner(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x[:, :, 0, 0]
+
+
+class Largest(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.amax((2, 3))
 
 
 class Mixed(nn.Module):

@@ -108,3 +108,54 @@ def test_a_batch_norm_behind_a_drawn_node_has_an_ntk() -> None:
             return self.norm(self.conv(x).sort(-1)[0])
 
     assert math.isfinite(kgraph.analyze(Sorted(), torch.randn(2, 3, 6, 6), mode="train").final.ntk)
+
+
+class Attends(nn.Module):
+    """Attention of tokens to themselves, without projections: a token meets its own square, of size sqrt(width)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(x @ x.mT / math.sqrt(x.shape[-1]), -1) @ x
+
+
+class SortsTwice(nn.Module):
+    """What was drawn is drawn on: the second maximum of four positions, by two operations without rules."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x.sort(1)[0].cumsum(1)[:, 2:].diff(dim=1))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Identity()
+
+
+class Normalizes(nn.Module):
+    """Directions of channels: q is 1 in every draw, the cosines are not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.normalize(x.flip(1).sort(-1)[0], dim=-1) * x.shape[-1] ** 0.5
+
+
+@pytest.mark.parametrize("model", [Attends(), SortsTwice(), Normalizes()], ids=lambda m: type(m).__name__)
+def test_sampled_numbers_are_within_four_printed_errors(model: nn.Module) -> None:
+    """q and c(1/2) of the operations themselves, on many inputs."""
+    torch.manual_seed(0)
+    shape = (400, 4, 128)
+    a, b = torch.randn(shape), torch.randn(shape)
+    a = a / a.square().mean(2, keepdim=True).sqrt()
+    b = b - (a * b).mean(2, keepdim=True) * a
+    b = 0.5 * a + 0.75**0.5 * b / b.square().mean(2, keepdim=True).sqrt()
+    row = kgraph.analyze(nn.Sequential(Last(), model), torch.randn(2, 4, 128)).final
+    assert row.how == "sampled"
+    error = float(row.note.removeprefix("+-"))
+    one, two = model(a), model(b)
+    q = torch.stack([one.square().mean((1, 2)), two.square().mean((1, 2))]).mean(0)
+    cov = (one * two).mean((1, 2))
+    assert abs(float(q.mean()) / row.q - 1) < 4 * (error + float(q.std() / q.mean()) / 20)
+    assert abs(float(cov.mean() / q.mean()) - row.c[1]) < 4 * (error + float(cov.std() / q.mean()) / 20) + 4 / 128
+
+
+class Last(nn.Module):
+    """Tells that the last dimension holds the channels, and changes nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, (x.shape[-1],), eps=0.0)

@@ -323,6 +323,22 @@ def test_parameters_in_front_of_sums_stay_in_the_ntk(build: Callable[[int], nn.M
     assert abs(float(measured.mean()) - found) <= 4 * float(measured.std()) / 16 + 1e-6
 
 
+def test_the_tangent_of_a_gain_survives_a_cut() -> None:
+    """A norm, tanh, half of the channels, tanh: as much NTK as without the cut."""
+
+    class Cut(nn.Module):
+        def __init__(self, cuts: bool) -> None:
+            super().__init__()
+            self.norm, self.cuts = nn.LayerNorm(64), cuts
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(2 * self.norm(x))
+            return torch.tanh(x.chunk(2, 1)[0] if self.cuts else x)
+
+    whole, half = (kgraph.analyze(Cut(cuts), torch.randn(2, 64)).final for cuts in (False, True))
+    assert half.ntk == pytest.approx(whole.ntk, rel=1e-9)
+
+
 def test_a_slope_that_what_it_stands_on_multiplies_is_not_called_exact() -> None:
     """x PReLU(x): the slope's tangent is x times the negative part, 1.5 for the .5 of independent factors."""
 

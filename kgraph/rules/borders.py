@@ -36,6 +36,7 @@ _AT_ONCE = (TAPS, COPIED, WINDOWS, BETWEEN)
 """Of these the average over pairs of positions is wrong already, not only what is made of it."""
 _LINEAR = {"add", "sub", "rsub", "neg", "mul", "div", "dropout", "feature_dropout", "where", "pad"}
 _PER_POSITION = {"layer_norm", "rms_norm", "softmax", "log_softmax", "scaled_dot_product_attention"}
+_PER_POSITION |= {"amax", "amin", "max", "min", "logsumexp", "norm", "linalg_vector_norm", "std", "var", "sort", "topk"}
 _VIEWS = {
     "view",
     "reshape",
@@ -65,11 +66,13 @@ class Borders:
         read = [n for n in node.args if isinstance(n, fx.Node)]  # twice what is multiplied by itself
         read += [n for n in node.all_input_nodes if n not in read]
         before = [self.reasons[n] for n in read if n in self.reasons]
+        kernels = [values[n] for n in node.all_input_nodes if isinstance(values[n], Kernel)]
         if not isinstance(value, Kernel):
             if before and isinstance(value, (list, tuple)):
                 self.reasons[node] = before[0]
+                if kernels and _needs_positions(node, len(before), kernels):
+                    self.said[node] = before[0]
             return value
-        kernels = [values[n] for n in node.all_input_nodes if isinstance(values[n], Kernel)]
         told = [self.said[n] for n in node.all_input_nodes if n in self.said]
         if not told and before and _needs_positions(node, len(before), kernels):
             told = [before[0]]
@@ -114,7 +117,7 @@ def _needs_positions(node: fx.Node, uneven: int, kernels: list[Kernel]) -> bool:
         return uneven > 1 or (name == "div" and len(kernels) > 1)
     if name in _CUTS:
         return _cuts_positions(node, kernels)
-    return _is_function(node) or name in _PER_POSITION or name.startswith("max_pool")
+    return _is_function(node) or name in _PER_POSITION or name.startswith(("max_pool", "adaptive_max_pool"))
 
 
 def _cuts_positions(node: fx.Node, kernels: list[Kernel]) -> bool:

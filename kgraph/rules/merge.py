@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -120,19 +121,30 @@ def div(context: Context, x: Operand, y: Operand) -> Kernel:
 
 @rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 def where(context: Context, condition: Operand, x: Operand, y: Operand) -> Kernel:
-    """One function where all three are functions of one tensor (or numbers); else drawn."""
-    operands = (condition, x, y)
+    return _entrywise(context, lambda c, one, other: torch.where(c.bool(), one, other.to(one)), condition, x, y)
+
+
+@rule(
+    *(aten.maximum.default, aten.minimum.default, aten.fmax.default, aten.fmin.default, aten.max.other, aten.min.other),
+    *(aten.gt.Tensor, aten.ge.Tensor, aten.lt.Tensor, aten.le.Tensor),
+    *(aten.hypot.default, aten.atan2.default, aten.logaddexp.default),
+)
+def of_two(context: Context, x: Operand, y: Operand) -> Kernel:
+    return _entrywise(context, context.node.target, x, y)  # type: ignore[arg-type]
+
+
+def _entrywise(context: Context, fn: Callable[..., Tensor], *operands: Operand) -> Kernel:
+    """One function where all operands are functions of one tensor (or numbers); else drawn."""
     kernels = [operand for operand in operands if isinstance(operand, Kernel)]
     numbers = all(isinstance(o, Kernel) or not isinstance(o, Tensor) or o.numel() == 1 for o in operands)
     if not numbers or any(k.axes != kernels[0].axes or len(k.parts) != len(kernels[0].parts) for k in kernels):
         return context.sample()
 
-    def chosen(*fields: Tensor) -> Tensor:
+    def combined(*fields: Tensor) -> Tensor:
         found = iter(fields)
-        c, one, other = (next(found) if isinstance(o, Kernel) else torch.as_tensor(o) for o in operands)
-        return torch.where(c.bool(), one, other.to(one))
+        return fn(*(next(found) if isinstance(o, Kernel) else torch.as_tensor(o) for o in operands))
 
-    parts = [algebra.joint_function(group, chosen) for group in zip(*(k.parts for k in kernels), strict=True)]
+    parts = [algebra.joint_function(group, combined) for group in zip(*(k.parts for k in kernels), strict=True)]
     known = [part for part in parts if part is not None]
     return kernels[0].with_parts(*known) if len(known) == len(parts) else context.sample()
 

@@ -7,6 +7,7 @@ another one out of sight, nor with a layer that is run: such nodes are run as we
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +17,15 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from kgraph import algebra
-from kgraph.kernel import Kernel, Part
+from kgraph.draws import leaves_of
+from kgraph.kernel import Kernel, Part, Samples
 from kgraph.rules.table import TURNED, parameter_of
 
 LARGEST = 40
 """Nodes of a region; past them the rest is taken as independent, and said so."""
+
+MOST_AGAIN = 12
+"""Nodes of a region up to which drawn nodes in front of it are run again; past them they are drawn as Gaussian."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +63,34 @@ def _to_run(
     """The latest drawn node that cannot be drawn by itself."""
     weights = {name for node in region for name in weights_of(node, values)}
     found = [n for n in frontier if _discrete(n) or any(_reads(part, weights) for part in parts_of(values[n]))]
+    if len(region) < MOST_AGAIN:  # no Gaussian field stands for what was drawn
+        found += [n for n in frontier if any(of_draws(part) for part in parts_of(values[n]))]
     for i, one in enumerate(frontier):
         for two in frontier[i + 1 :]:
-            pairs = ((a, b) for a in parts_of(values[one]) for b in parts_of(values[two]))
-            if any(algebra.entangled(a, b) for a, b in pairs):
+            if _share_numbers(values[one], values[two]):
                 found.append(max(one, two, key=order.__getitem__))
     return max(found, key=order.__getitem__, default=None)
+
+
+def _share_numbers(one: Any, two: Any) -> bool:
+    """Whether two values hold common random numbers that draws of each by itself would not: a tensor turned around."""
+    for left, right in itertools.product(kernels_of(one), kernels_of(two)):
+        alike = left.axes == right.axes and left.split == right.split
+        for a, b in itertools.product(left.parts, right.parts):
+            if algebra.entangled(a, b) or not (alike or a.independent(b)):
+                return True
+    return False
 
 
 def weights_of(node: fx.Node, values: Mapping[fx.Node, Any]) -> list[str]:
     """Names of the known tensors that a node reads, as rules name their roots."""
     known = [n for n in node.all_input_nodes if isinstance(values.get(n), Tensor)]
     return [parameter_of(n)[0] for n in known]
+
+
+def of_draws(part: Part) -> bool:
+    """Whether the law of a part is known by draws of single entries alone, not as a field."""
+    return any(isinstance(leaf.expr, Samples) for leaf in leaves_of(part))
 
 
 def _reads(part: Part, weights: set[str]) -> bool:

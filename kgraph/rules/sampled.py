@@ -29,7 +29,7 @@ from kgraph.kernel import SAME, Kernel, Pairs, Part
 from kgraph.modes import mode_argument
 from kgraph.roots import Root, Roots
 from kgraph.rules.measured import Measured, matched, result_axes
-from kgraph.rules.region import Region, find_region, kernels_of, weights_of
+from kgraph.rules.region import Region, find_region, kernels_of, of_draws, weights_of
 from kgraph.rules.runs import Outcome, Point, Runs
 from kgraph.site import site_of
 
@@ -140,7 +140,7 @@ class Sampler:
         roots |= Roots({Root(name) for n in region.nodes if _is_layer(n) for name in weights_of(n, self.values)})
         channels = next((size for axis in axes for role, size in axis if role == "c"), 1)
         mean = {name: torch.stack([f[name] for f in fields]).mean(0) for name in fields[0]}
-        error = _relative_error(torch.stack([f["cov"][Pairs.SELF, SAME] for f in fields]))
+        error = _relative_error(torch.stack([f["cov"][:, SAME] for f in fields]))
         how = max((k.how for k in inputs), key=lambda h: (h.level, h.error)).drawn(error)
         if region.entangled:
             how = how | assumed(f"{operation_name(node)}: its operands share random weights")
@@ -148,6 +148,10 @@ class Sampler:
         first, second = (torch.cat([law[i] for law in laws], -1)[..., :COUNT] for i in (0, 1))
         first, second = matched(first, second, mean["cov"], float(mean["mean"]))
         reason = next((why for k in inputs for part in k.parts if (why := unknown_law(part))), "")
+        if any(of_draws(part) for k in inputs for part in k.parts):
+            reason = reason or "Gaussian fields of the moments that were drawn"
+        if self.mode == "train" and any(n.target is aten.batch_norm.default for n in region.nodes):
+            reason = reason or "statistics over a batch of the few inputs that were drawn"
         how = how | assumed(reason) if reason else how
         like = Part(channels, mean["cov"], mean["slope"], mean["ntk"], float(mean["mean"]), roots)
         drawn = algebra.empirical(like, first, second, mean["slope"], mean["ntk"], roots)
@@ -157,9 +161,13 @@ class Sampler:
 
 
 def _relative_error(estimates: Tensor) -> float:
-    """Of the mean of independent estimates: two errors cover what two of a known deviation would (Student's law)."""
+    """Of means of independent estimates [repeats, P], the largest, relative to q.
+
+    Two errors cover what two of a known deviation would (Student's law).
+    """
     factor = _two_sigmas(len(estimates) - 1) / 2
-    return factor * float(estimates.std() / (len(estimates) ** 0.5 * estimates.mean().abs().clamp_min(1e-300)))
+    q = estimates[:, Pairs.SELF].mean().abs().clamp_min(1e-300)
+    return factor * float(estimates.std(0).max() / (len(estimates) ** 0.5 * q))
 
 
 @lru_cache

@@ -178,7 +178,8 @@ def judge(
         return verdict
     found = _found(program, subject, rows, width, networks, seed=0)
     verdict.compared = sum(c.how in TRUSTED for c in found)
-    verdict.sampled = [c for c in found if program.steady and c.how == "sampled" and c.quantity in CALIBRATED]
+    fair = program.steady and not program.tabled
+    verdict.sampled = [c for c in found if fair and c.how == "sampled" and c.quantity in CALIBRATED]
     suspects = [c for c in found if c.wrong and c.how in TRUSTED]
     for seed, factor, more in AGAIN if twice else ():
         if suspects:

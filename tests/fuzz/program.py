@@ -133,6 +133,11 @@ class Program:
         return told and not any(re.search(_OVER_POSITIONS, text) for text in texts)
 
     @property
+    def tabled(self) -> bool:
+        """Whether few random numbers are used entry by entry: kgraph takes those there are, the oracle's differ."""
+        return "settled(torch.randn(" in self.text
+
+    @property
     def jumps(self) -> bool:
         """Whether a function in it may jump."""
         return any(name in self.text for name in _JUMPING)
