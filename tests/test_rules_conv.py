@@ -75,3 +75,18 @@ def test_the_ntk_is_that_of_the_network() -> None:
     ratio = ntk_ratio(images(lambda u, c: c(torch.relu(u)).mean((2, 3)), layer()), IMAGE)
     assert ratio.value == pytest.approx(1.0, abs=4 * ratio.error + 8 / IMAGE.width)
     assert ratio.error < 0.15
+
+
+def test_the_ntk_of_a_padded_convolution_counts_taps() -> None:
+    """3 (22 / 8)^2 + 1: a dimension's three taps meet 22 of 24 positions; summed gradients of one network."""
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(3, 64, 3, padding=1), torch.randn(1, 3, 8, 8)
+    x = x / x.square().mean(1, keepdim=True).sqrt()
+    found = kgraph.analyze(layer, x).final.ntk
+    y = layer(x)[0, 0].flatten()
+    squares = [
+        sum(g.square().sum() for g in torch.autograd.grad(entry, list(layer.parameters()), retain_graph=True))
+        for entry in y
+    ]
+    assert found == pytest.approx(3 * (22 / 8) ** 2 + 1, rel=1e-12)
+    assert found == pytest.approx(float(torch.stack(squares).mean()), rel=1e-5)

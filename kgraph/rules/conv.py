@@ -94,11 +94,12 @@ def _convolve(
         for i in range(dims)
     ]
     taps, met = _tap_variances(weight, transposed, groups), _outer(counts)
-    same, different = float((taps * met).sum()), float((taps * _met_by_two(met, math.prod(sizes_out))).sum())
+    twice = _met_by_two(met, math.prod(sizes_out))
+    same, different = float((taps * met).sum()), float((taps * twice).sum())
     out_channels = context.shape[-dims - 1]
     sb2, mean = bias_moments(bias)
     channels = weight.shape[0] // groups if transposed else weight.shape[1]
-    fan_in = max(1, round(channels * float(met.sum())))
+    fan_in = channels * float(met.sum())
     speeds = context.speed("weight"), context.speed("bias")
     name = context.argument_name(1)
     layer = Affine(1.0, sb2, mean, fan_in, bias is not None, name, speeds, bias_law(bias, mean))
@@ -106,7 +107,8 @@ def _convolve(
 
     def summed(part: Part) -> Part:
         arriving = without_shared_channels(part) if mixes else part
-        result = _summed_taps(context, arriving, layer, same, different, out_channels)
+        again = float(twice.sum() / met.sum().clamp_min(1e-300))
+        result = _summed_taps(context, arriving, layer, (same, different, again), out_channels)
         return result if groups == 1 or channels >= FEW else _of_few(part, result, channels, layer.root)
 
     part = once(x.merged, context.signature, summed)
@@ -127,17 +129,17 @@ def _of_few(part: Part, result: Part, channels: int, root: str) -> Part:
     return replace(result, expr=Unknown(f"Gaussian sums of {number} each (a grouped convolution)"))
 
 
-def _summed_taps(context: Context, part: Part, layer: Affine, same: float, different: float, size: int) -> Part:
-    gains = torch.empty(2, dtype=torch.float64)
-    gains[SAME], gains[DIFF] = same, different
+def _summed_taps(context: Context, part: Part, layer: Affine, shares: tuple[float, float, float], size: int) -> Part:
+    """``shares``: sw2 of the taps met at one position and at two, and how many taps two meet for one of one."""
+    gains, seen = torch.empty(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    gains[SAME], gains[DIFF], seen[DIFF] = shares
     arriving = replace(part, cov=part.cov * gains, slope=part.slope * gains, ntk=part.ntk * gains)
     result = affine_part(context, arriving, layer, size)
     if context.parametrization == "ntk":
         return result
     # the gradient by a weight sums inputs, not inputs times weights: fan_in K instead of fan_in (sw2 K)
     own_weight, own_bias = layer.ntk_gains(context.parametrization)
-    own = own_weight * part.cov + own_bias
-    return replace(result, ntk=own + arriving.ntk)
+    return replace(result, ntk=own_weight * seen * part.cov + own_bias + arriving.ntk)
 
 
 def paddings_of(padding: Sizes | str, taps: Sequence[int], dilations: Sequence[int]) -> list[int]:

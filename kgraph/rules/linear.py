@@ -28,7 +28,7 @@ class Affine:
         weight: sw2 = fan_in E[W^2], the factor on K.
         bias: sb2 = E[b^2].
         bias_mean: E[b].
-        fan_in: inputs of one output unit.
+        fan_in: inputs of one output unit, over positions their mean.
         root: name of the weight.
         speeds: how fast weight and bias move, as a factor on their own parts of the NTK: 0 for what is not trained.
         law: of the biases, where it is no Gaussian's.
@@ -37,7 +37,7 @@ class Affine:
     weight: float
     bias: float
     bias_mean: float
-    fan_in: int
+    fan_in: float
     has_bias: bool
     root: str
     speeds: tuple[float, float] = (1.0, 1.0)
