@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
@@ -106,6 +106,14 @@ def propagate(
     return Propagation(values, walk.pairs, mode, seconds, parametrization, notes)
 
 
+def reread(graph: Graph, known: Propagation, nodes: Iterable[fx.Node]) -> dict[fx.Node, Any]:
+    """Values of some of a graph's calls by their rules as they are now, where those of all before are ``known``."""
+    walk = _Walk(graph, known.pairs, known.mode, known.parametrization)
+    walk.values |= known.values
+    with torch.no_grad():
+        return {node: walk.value(node) for node in nodes}
+
+
 def _frozen(graph: Graph, count_frozen: bool) -> tuple[str, ...]:
     frozen = [name for name, p in graph.root.named_parameters() if not p.requires_grad]
     if count_frozen or not frozen:
@@ -139,8 +147,7 @@ class _Walk:
         for node in self.graph.module.graph.nodes:
             if node.op == "output":
                 continue
-            with located(node):
-                value = getattr(self, f"_{node.op}")(node)
+            value = self.value(node)
             value = self.borders.judged(node, value, self.values)
             if isinstance(value, Kernel):
                 value = still_infinite(value, [self.values[n] for n in node.all_input_nodes])
@@ -148,6 +155,11 @@ class _Walk:
                 value = self._adjusted(node, value, self.adjust)
             self.values[node] = value
         return self.values
+
+    def value(self, node: fx.Node) -> Any:
+        """By the node's rule, from the values before it."""
+        with located(node):
+            return getattr(self, f"_{node.op}")(node)
 
     def _adjusted(self, node: fx.Node, value: Kernel, adjust: Adjust) -> Kernel:
         """A kernel scaled after its rule: draws that run the operation itself scale their results alike."""

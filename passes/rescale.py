@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from kgraph import algebra
@@ -24,8 +25,10 @@ from kgraph.modules import Scale, ShapedActivation
 from kgraph.nonlinear import Region
 from kgraph.passes.base import Pass, Workspace
 from kgraph.passes.input_causes import cause
-from kgraph.propagate import propagate
+from kgraph.propagate import Propagation, propagate, reread
 
+_ROUNDING = 1e-9
+"""What two ways to the same kernel may differ by, q being 1."""
 _CHANGERS = {
     "max_pool1d": "max pooling",
     "max_pool2d": "max pooling",
@@ -62,6 +65,7 @@ class Rescale(Pass):
     def rewrite(self, work: Workspace) -> None:
         reasons = self._candidates(work)
         found: dict[fx.Node, float] = {}
+        plain: dict[fx.Node, Kernel] = {}
         unknown: list[fx.Node] = []
 
         def adjust(node: fx.Node, kernel: Kernel, values: dict[fx.Node, Any]) -> Kernel:
@@ -70,19 +74,21 @@ class Rescale(Pass):
                 unknown.append(node)
             if node not in reasons or not 0 < q < math.inf or abs(q - 1) <= self.tolerance:
                 return kernel
-            found[node] = q
+            found[node], plain[node] = q, kernel
             return kernel.with_parts(*(algebra.scale(part, q**-0.5) for part in kernel.parts))
 
         walked = propagate(work.graph, mode=work.mode, adjust=adjust)
         work.unmet += [f"{node.name}: its q value is not known, and not restored to 1" for node in unknown]
-        if not found:
-            work.adopt(walked)
         given = {name for node in found for name in _given(work, node, found.keys())}
         if given:
             work.notes.append(_follows(work, found, given))
         kernels = walked.kernels() if found else {}
         for node, q in found.items():
             self._correct(work, node, q, _input_reason(work, kernels, node, q) or reasons[node])
+        corrected = _corrected(work, walked, plain)
+        if corrected is not None:
+            work.touch()
+            work.adopt(corrected)
 
     def broken(self, work: Workspace) -> str:
         """Sampled values are left out: their noise is no fault of the pass."""
@@ -141,6 +147,36 @@ def _input_reason(work: Workspace, kernels: dict[fx.Node, Kernel], node: fx.Node
         return float(value[Pairs.SELF, SAME])
 
     return f"an input that {cause(work, kernels, region, read, 1.0, q)}"
+
+
+def _corrected(work: Workspace, walked: Propagation, plain: dict[fx.Node, Kernel]) -> Propagation | None:
+    """The kernels of the corrected graph: those of the walk that corrected on its way, for nothing else has changed.
+
+    ``plain`` are the kernels before correction. What was put in is read anew by its rule; None where that differs.
+    """
+    values: dict[fx.Node, Any] = {}
+    put_in: list[fx.Node] = []
+    for node in work.nodes:
+        source = node.args[0] if isinstance(work.module(node), Scale) else None
+        if node not in walked.values and isinstance(source, fx.Node) and source in plain:
+            values[node], values[source] = walked.values[source], plain[source]
+            put_in.append(node)
+        elif node in walked.values:
+            values[node] = walked.values[node]
+    put_in += [node for node in plain if isinstance(work.module(node), ShapedActivation)]
+    found = replace(walked, values=values)
+    again = reread(work.graph, found, put_in)
+    return found if all(_alike(again[node], values[node]) for node in put_in) else None
+
+
+def _alike(one: Kernel, other: Kernel) -> bool:
+    """Up to rounding."""
+    pairs = [
+        (getattr(a, name), getattr(b, name))
+        for a, b in zip(one.parts, other.parts, strict=True)
+        for name in ("cov", "slope", "ntk")
+    ]
+    return all(torch.allclose(a, b, rtol=_ROUNDING, atol=_ROUNDING, equal_nan=True) for a, b in pairs)
 
 
 def _ends_here(work: Workspace, region: Region, node: fx.Node) -> bool:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from kgraph import algebra
 from kgraph.draws import leaves_of
 from kgraph.kernel import Kernel, Part, Samples
+from kgraph.modules import Scale
 from kgraph.rules.table import TURNED, parameter_of
 
 LARGEST = 40
@@ -40,7 +41,7 @@ class Region:
 def find_region(node: fx.Node, values: Mapping[fx.Node, Any], order: dict[fx.Node, int]) -> Region:
     """The region behind ``node``'s value; ``order`` are the places of the graph's nodes."""
     region, frontier = [node], random_inputs(node, values)
-    while len(region) < LARGEST:
+    while _size(region) < LARGEST:
         late = _to_run(region, frontier, values, order)
         if late is None:
             return Region(_sorted(region, order), tuple(frontier), False)
@@ -53,6 +54,16 @@ def find_region(node: fx.Node, values: Mapping[fx.Node, Any], order: dict[fx.Nod
     return Region(_sorted(region, order), tuple(frontier), True)
 
 
+def _size(region: list[fx.Node]) -> int:
+    """Nodes but for the constants that a transform put in: a region reaches as far with them as without."""
+    return sum(not _is_constant(node) for node in region)
+
+
+def _is_constant(node: fx.Node) -> bool:
+    owner = node.graph.owning_module
+    return node.op == "call_module" and owner is not None and isinstance(owner.get_submodule(str(node.target)), Scale)
+
+
 def _sorted(nodes: list[fx.Node], order: dict[fx.Node, int]) -> tuple[fx.Node, ...]:
     return tuple(sorted(nodes, key=order.__getitem__))
 
@@ -63,7 +74,7 @@ def _to_run(
     """The latest drawn node that cannot be drawn by itself."""
     weights = {name for node in region for name in weights_of(node, values)}
     found = [n for n in frontier if _discrete(n) or any(_reads(part, weights) for part in parts_of(values[n]))]
-    if len(region) < MOST_AGAIN:  # no Gaussian field stands for what was drawn
+    if _size(region) < MOST_AGAIN:  # no Gaussian field stands for what was drawn
         found += [n for n in frontier if any(of_draws(part) for part in parts_of(values[n]))]
     for i, one in enumerate(frontier):
         for two in frontier[i + 1 :]:
