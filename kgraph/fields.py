@@ -6,6 +6,8 @@ members are independent. Parts that are expressions of the same Gaussian part ge
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,8 @@ class FieldDraws:
         self._values: dict[tuple[Part, Shape], tuple[Tensor, Tensor]] = {}
         self._tangents: dict[tuple[Part, Shape, str, int], tuple[Tensor, Tensor]] = {}
         self._gradients: dict[tuple[Part, Shape], Gradients] = {}
+        self._sides: dict[tuple[Part, Shape, int], tuple[Tensor, Tensor]] = {}
+        self._slopes: dict[tuple[Part, Shape, int | None], Tensor] = {}
 
     def values(self, part: Part, shape: Shape, positions: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
         """Fields at input a, ``shape``, and at input b of every pair, ``[P, *shape]``."""
@@ -118,23 +122,37 @@ class FieldDraws:
             return self.tangents(arg, shape, positions, name, row)
 
         match part.expr:
-            case Apply(fn, arg):
-                first, second = self._at(arg, shape, positions, row)
-                one, two = inner(arg)
-                return value_and_derivative(fn, first)[1] * one, value_and_derivative(fn, second)[1] * two
+            case Apply(_, arg):
+                slopes, d = self._slopes_at(part, shape, positions, row), inner(arg)
+                return _both([slopes, d], lambda i: slopes[i] * d[i])
             case Sum(terms):
                 pushed = [(weight, inner(term)) for weight, term in terms]
-                return sum(w * t[0] for w, t in pushed), sum(w * t[1] for w, t in pushed)  # type: ignore[return-value]
+                return _both([t for _, t in pushed], lambda i: sum(w * t[i] for w, t in pushed))  # type: ignore[arg-type, return-value]
             case Product(left, right):
                 u, v = self._at(left, shape, positions, row), self._at(right, shape, positions, row)
                 du, dv = inner(left), inner(right)
-                return du[0] * v[0] + u[0] * dv[0], du[1] * v[1] + u[1] * dv[1]
+                return _both([u, v, du, dv], lambda i: du[i] * v[i] + u[i] * dv[i])
             case _:
                 return self._direction(getattr(part, name)[row], shape, positions)
 
     def _at(self, part: Part, shape: Shape, positions: tuple[bool, ...], row: int) -> tuple[Tensor, Tensor]:
-        first, second = self.values(part, shape, positions)
-        return first, second[row]
+        """Fields at a and at b of one pair; one and the same tensor where b is a."""
+        key = (part, shape, row)
+        if key not in self._sides:
+            first, second = self.values(part, shape, positions)
+            self._sides[key] = first, first if torch.equal(first, second[row]) else second[row]
+        return self._sides[key]
+
+    def _slopes_at(self, part: Part, shape: Shape, positions: tuple[bool, ...], row: int) -> tuple[Tensor, Tensor]:
+        """Derivatives of a function of another part at a and at b of one pair."""
+        assert isinstance(part.expr, Apply)
+        first, second = self._at(part.expr.arg, shape, positions, row)
+        if (part, shape, None) not in self._slopes:
+            self._slopes[part, shape, None] = value_and_derivative(part.expr.fn, first)[1]
+        side = None if second is first else row
+        if (part, shape, side) not in self._slopes:
+            self._slopes[part, shape, side] = value_and_derivative(part.expr.fn, second)[1]
+        return self._slopes[part, shape, None], self._slopes[part, shape, side]
 
     def _direction(self, kernel: Tensor, shape: Shape, positions: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
         shared = kernel[DIFF] if any(positions) else torch.zeros_like(kernel[DIFF])
@@ -167,6 +185,12 @@ class FieldDraws:
             case _:
                 first, second = self.values(part, shape, positions)
                 return {part: (torch.ones_like(first), torch.ones_like(second))}
+
+
+def _both(made_of: Sequence[tuple[Tensor, Tensor]], result: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
+    """``result`` at a and at b; once, where all that it is made of is one and the same at both."""
+    first = result(0)
+    return first, first if all(at_a is at_b for at_a, at_b in made_of) else result(1)
 
 
 def _added(terms: list[tuple[tuple[Tensor, Tensor], Gradients]]) -> Gradients:

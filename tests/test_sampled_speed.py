@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import kgraph
-from kgraph import draws
+from kgraph import draws, fields
 from kgraph.kernel import Apply, Gaussian, Pairs, Part, Product, Sum
 from kgraph.maps import Pointwise
 from kgraph.rules import runs
@@ -120,4 +120,37 @@ def test_shared_branches_are_visited_once(monkeypatch: pytest.MonkeyPatch) -> No
         part = Part(1, cov, cov, cov, expr=Sum(((1.0, part), (0.1, product))))
     assert draws.leaves_of(part) == {leaf}
     assert visits <= 2 * 5 * depth
+    draws.restart()
+
+
+def test_equal_inputs_are_differentiated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An input and itself: one derivative of a function for slope and NTK, at both sides; a pair apart takes two."""
+    count, inner = 0, fields.value_and_derivative
+
+    def counted(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        return inner(*args)
+
+    monkeypatch.setattr(fields, "value_and_derivative", counted)
+    q = torch.ones(len(Pairs().inputs), 2, dtype=torch.float64)
+    q[:, 1] = 0.0
+    q[0, 0] = 0.5
+    leaf = Part(1, q, q, q, expr=Gaussian())
+    squashed = Part(1, q, q, q, expr=Apply(Pointwise(torch.tanh), leaf))
+    part = Part(1, q, q, q, expr=Product(squashed, Part(1, q, q, q, expr=Sum(((2.0, squashed), (0.5, leaf))))))
+    drawn = fields.FieldDraws(0)
+    rows = len(q)
+    for name, row in (("slope", rows + Pairs.UNIT), ("ntk", rows + Pairs.SELF)):
+        at_a, at_b = drawn.tangents(part, (4, 6), (False, False), name, row)
+        assert at_a is at_b
+    assert count == 1
+    at_a, at_b = drawn.tangents(part, (4, 6), (False, False), "slope", 0)
+    assert count == 2
+    assert not torch.equal(at_a, at_b)
+    u, (first, second) = torch.tanh, drawn.values(leaf, (4, 6), (False, False))
+    direction = drawn.tangents(leaf, (4, 6), (False, False), "slope", 0)
+    for tangent, at, along in ((at_a, first, direction[0]), (at_b, second[0], direction[1])):
+        by_hand = (1 - u(at) ** 2) * (4 * u(at) + 0.5 * at) + 0.5 * u(at)
+        torch.testing.assert_close(tangent, by_hand * along)
     draws.restart()
