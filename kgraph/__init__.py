@@ -19,6 +19,7 @@ from kgraph.errors import (
     TargetError,
 )
 from kgraph.gram import Kernels, NodeGram, kernels, nngp, ntk
+from kgraph.input_moments import InputMoments
 from kgraph.kernel_comparison import KernelComparison, NodeComparison, compare
 from kgraph.meanfield import MeanField, PhaseDiagram, critical_point, mean_field, phase_diagram
 from kgraph.methods import DKS, TAT
@@ -48,6 +49,7 @@ __all__ = [
     "FileError",
     "Fluctuations",
     "InputError",
+    "InputMoments",
     "Isometry",
     "KGraphError",
     "KernelComparison",

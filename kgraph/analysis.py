@@ -78,6 +78,8 @@ class Analysis:
     parametrization: str = "standard"
     """What the NTK is with respect to: "standard" (the parameters that PyTorch trains) or "ntk" (unit normal
     parameters with the variance as a factor)."""
+    inputs: str = ""
+    """Second moments of the inputs, "" for white noise of q = 1."""
 
     def __getitem__(self, name: str) -> NodeKernel:
         """The node called `name`, or an InputError that names the nearest ones."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kgraph.analysis import Ledger
 from kgraph.capture import Graph, capture, check_model, unread
+from kgraph.channel_dims import channel_dim
 from kgraph.checks import choice, flag, mode_of, seeded, weight_of_shortcut, with_finite_values
 from kgraph.emitted import EmittedModule
 from kgraph.errors import InputError, ModelError
@@ -19,13 +20,14 @@ from kgraph.export import OnnxExport
 from kgraph.export import export_onnx as _export_onnx
 from kgraph.gradients import read_gradients
 from kgraph.gram.stops import not_followed
+from kgraph.input_moments import InputMoments, plainly_not_white
 from kgraph.inputs import resolve_inputs
 from kgraph.log_determinants import false_log_determinants, find_log_determinants
 from kgraph.methods import DKS, TAT, Method
 from kgraph.modes import depends_on_mode
 from kgraph.passes.fold_parametrizations import fold_hooks, fold_parametrizations, has_hooks
 from kgraph.passes.remove_norms import NORMS
-from kgraph.propagate import Propagation, propagate
+from kgraph.propagate import Propagation, probes_of, propagate, real_inputs
 from kgraph.recipe import Outcome, Plan, is_free, prepare, rewrite
 from kgraph.record import LoadWatch, TransformRecord
 from kgraph.report import Report
@@ -49,6 +51,7 @@ def analyze(
     mode: str | None = None,
     parametrization: str = "standard",
     count_frozen: bool = False,
+    inputs: str | InputMoments = "white",
 ) -> Report:
     """Kernel report of a model as it is: q, c, slope and NTK at every node.
 
@@ -60,20 +63,45 @@ def analyze(
         parametrization: of the NTK: "standard" (the parameters as PyTorch trains them) or "ntk".
         count_frozen: whether parameters with ``requires_grad=False`` have their part in the NTK too; else they have
             none.
+        inputs: what they are taken for: "white" noise (q = 1, positions unrelated), "data" (the second moments of
+            ``example_inputs``, a batch as the model will see it: at one position and at two, of one input and of two)
+            or `InputMoments`. Pairs of inputs then lie between two of the batch and one with itself.
 
     Raises:
         ModelError, InputError, CaptureError: see `kgraph.errors`.
     """
     check_model(model)
+    if not isinstance(inputs, InputMoments):
+        choice("inputs", inputs, ("white", "data"))
     flag("count_frozen", count_frozen)
     mode = mode_of(model, mode)
     choice("positions", positions, ("exchangeable",))
     choice("parametrization", parametrization, ("standard", "ntk"))
     graph = _captured(model, example_inputs)
+    pairs = probes_of(graph, inputs)
+    graph.notes += _of_inputs(graph, inputs)
     result = propagate(
-        graph, mode=mode, positions=positions, parametrization=parametrization, count_frozen=count_frozen
+        graph, mode=mode, pairs=pairs, positions=positions, parametrization=parametrization, count_frozen=count_frozen
     )
     return _report(graph, result, not_followed(graph)[1])
+
+
+def _of_inputs(graph: Graph, inputs: str | InputMoments) -> list[str]:
+    """Where inputs are plainly no white noise and are taken for it, or are token ids and have no moments."""
+    real = real_inputs(graph)
+    if inputs == "data" and not real:
+        return ["the inputs are no numbers: tokens are taken to differ, whatever inputs= says"]
+    if inputs != "white":
+        return []
+    lines = []
+    for node, x in real.items():
+        try:
+            moments = InputMoments.of(x, channel_dim(node, x.ndim))
+        except InputError:  # examples that give the shapes alone
+            continue
+        if plainly_not_white(moments, x.numel()):
+            lines.append(f"{node.name} is analysed as white noise and has {moments}: inputs='data' takes it as it is")
+    return lines
 
 
 def _captured(model: nn.Module, example_inputs: object) -> Graph:

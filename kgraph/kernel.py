@@ -10,6 +10,7 @@ and the background pair, two unrelated members of a batch (what BatchNorm subtra
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kgraph.how import EXACT, How
+from kgraph.input_moments import InputMoments
 from kgraph.maps import Pointwise
 from kgraph.maps.tangent import TrainedFactor
 from kgraph.roots import Roots
@@ -26,13 +28,14 @@ SAME, DIFF = 0, 1
 
 @dataclass(frozen=True)
 class Pairs:
-    """Probe pairs: inputs with q = 1 and a set cosine.
+    """Probe pairs: inputs with a set cosine, white with q = 1 or of second moments by name of the input.
 
     Rows: one per cosine in ``cosines``, then c = 1, then (a, a), then the background pair.
     """
 
     cosines: tuple[float, ...] = (0.0, 0.5, 0.9)
     data_cosine: float = 0.0
+    moments: Mapping[str, InputMoments] = field(default_factory=dict)
 
     UNIT, SELF, BACKGROUND = -3, -2, -1
 

@@ -18,7 +18,8 @@ from kgraph.canonical import aten, operation_name
 from kgraph.capture import Graph
 from kgraph.channel_dims import channel_dim
 from kgraph.checks import choice
-from kgraph.kernel import SAME, Apply, Kernel, Pairs, Part, Product, Samples, Sum
+from kgraph.input_moments import WHITE, InputMoments, covariances
+from kgraph.kernel import SAME, Apply, Gaussian, Kernel, Pairs, Part, Product, Samples, Sum, Unknown
 from kgraph.roots import Root, Roots
 from kgraph.rules import Context, Sampler, find_rule, speeds
 from kgraph.rules.borders import Borders
@@ -172,6 +173,8 @@ class _Walk:
     def _placeholder(self, node: fx.Node) -> Any:
         value = next(self.inputs)
         if isinstance(value, Tensor) and value.is_floating_point():
+            if not self.pairs.moments.get(node.name, WHITE).white:
+                self.borders.related(node)
             return input_kernel(node, tuple(value.shape), self.pairs)
         if isinstance(value, Tensor):
             self.tokens.add(node)
@@ -266,14 +269,38 @@ def _one_random(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def input_kernel(node: fx.Node, shape: tuple[int, ...], pairs: Pairs) -> Kernel:
-    """Inputs of q = 1 with the set cosines; positions uncorrelated."""
-    c = pairs.inputs
-    cov = torch.stack([c, torch.zeros_like(c)], 1)
-    slope = torch.zeros_like(cov)
-    slope[:, SAME] = 1.0
+    """Inputs with the set cosines: of q = 1 and unrelated positions, unless their moments are given."""
+    moments = pairs.moments.get(node.name, WHITE)
+    cov, slope = covariances(moments, pairs.inputs, pairs.data_cosine)
     channel = channel_dim(node, len(shape))
     axes = tuple(
         ((("b" if i == 0 else "c" if i == channel else "p"), size),) if size > 1 else () for i, size in enumerate(shape)
     )
     roots = Roots({Root(node.name)})  # what is made of an input is not independent of it
-    return Kernel((Part(shape[channel], cov, slope, torch.zeros_like(cov), roots=roots),), axes)
+    expr = Unknown("Gaussian of the inputs' second moments") if node.name in pairs.moments else Gaussian()
+    return Kernel((Part(shape[channel], cov, slope, torch.zeros_like(cov), roots=roots, expr=expr),), axes)
+
+
+def real_inputs(graph: Graph) -> dict[fx.Node, Tensor]:
+    """Inputs of floating-point numbers, with the values that the graph was captured with."""
+    places = [node for node in graph.module.graph.nodes if node.op == "placeholder"]
+    given = zip(places, pytree.tree_leaves(tuple(graph.inputs)), strict=True)
+    return {n: v for n, v in given if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 1 and not v.is_meta}
+
+
+def probes_of(graph: Graph, inputs: str | InputMoments) -> Pairs:
+    """Pairs of white inputs, or of inputs with given moments, or ("data") with those of the graph's own.
+
+    Raises:
+        InputError: the graph's inputs have no moments (one input, or all the same).
+    """
+    real = real_inputs(graph)
+    if isinstance(inputs, InputMoments):
+        moments = dict.fromkeys((node.name for node in real), inputs)
+    elif inputs == "data":
+        moments = {node.name: InputMoments.of(value, channel_dim(node, value.ndim)) for node, value in real.items()}
+    else:
+        return Pairs()
+    base = next(iter(moments.values()), WHITE).c
+    cosines = tuple(base + share * (1 - base) for share in Pairs().cosines)
+    return Pairs(cosines, base, moments)

@@ -40,6 +40,7 @@ def summarize(graph: Graph, result: Propagation) -> Analysis:
         max_slope_at="",
         notes=(*graph.notes, *_batch_statistics(graph.module.graph, kernels), *result.notes),
         parametrization=result.parametrization,
+        inputs="; ".join(f"{name} of {moments}" for name, moments in result.pairs.moments.items()),
     )
 
 

@@ -114,6 +114,17 @@ BAD: dict[str, dict[str, Sequence[Any]]] = {
         "mode": WORD,
         "parametrization": [None, *WORD],
         "count_frozen": [None, *FLAG],
+        "inputs": [None, *WORD],
+    },
+    "InputMoments": {
+        "q": [None, *POSITIVE],
+        "c": [None, *NUMBER, INF, 1.0, 1.5, -1.5],
+        "c_within": [None, *NUMBER, INF, 1.5],
+        "c_apart": [None, *NUMBER, INF, -2.0],
+    },
+    "InputMoments.of": {
+        "x": [None, 0, "a", X[:1], X * 0, X * NAN, torch.ones(3, 4), torch.ones(3, 4).long(), torch.ones(4), *BASIC],
+        "channel": ["1", NAN, True, 0, 9, -1, None, *BASIC],
     },
     "transform": {
         "model": MODEL,
@@ -337,6 +348,7 @@ def graph() -> Any:
 @cache
 def result(of: str) -> Any:
     made: dict[str, Callable[[], Any]] = {
+        "InputMoments": lambda: kgraph.InputMoments(),
         "Report": lambda: kgraph.analyze(SMALL, X),
         "Comparison": lambda: kgraph.transform(SMALL, "tat", X).kgraph.comparison,
         "KernelComparison": lambda: kgraph.compare(SMALL, X, draws=2),
@@ -355,6 +367,7 @@ def result(of: str) -> Any:
 
 ANALYSIS = kgraph.analyze(SMALL, X).analysis
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "InputMoments.of": {"x": X},
     "critical_point": {"activation": "tanh", "q": 0.5},
     "mean_field": {"activation": "tanh", "sigma_w2": 1.5},
     "phase_diagram": {"activation": "tanh", "sigma_w": [1.0, 1.5], "sigma_b": [0.1, 0.2]},

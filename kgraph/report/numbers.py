@@ -35,7 +35,7 @@ def cosine(value: float) -> str:
 
 def plain(value: float) -> str:
     """A setting such as an input cosine: "0", "0.5", "0.9"."""
-    return f"{value:g}"
+    return f"{value:.4g}"
 
 
 def elide(text: str, width: int) -> str:

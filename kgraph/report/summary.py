@@ -27,6 +27,7 @@ def model_line(analysis: Analysis) -> str:
     parts = [
         f"{analysis.model} ({analysis.mode} mode): {count(len(analysis.nodes), 'node')}",
         f"{count(layers, 'nonlinear layer')} deep",
+        *([f"inputs with {analysis.inputs}"] if analysis.inputs else []),
         f"kernel in {_seconds(analysis.seconds)}",
         *unsure,
     ]

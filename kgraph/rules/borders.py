@@ -61,6 +61,11 @@ class Borders:
         self.shared: set[fx.Node] = set()  # of those, tensors whose neighbours hold the same numbers
         self.said: dict[fx.Node, str] = {}
 
+    def related(self, node: fx.Node) -> None:
+        """Say that an input's neighbouring positions are alike, as those of images are."""
+        self.near.add(node)
+        self.shared.add(node)
+
     def judged(self, node: fx.Node, value: Any, values: Mapping[fx.Node, Any]) -> Any:
         """The node's value, "assumed" where the operation needs positions that the average does not hold."""
         read = [n for n in node.args if isinstance(n, fx.Node)]  # twice what is multiplied by itself

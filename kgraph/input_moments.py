@@ -1,0 +1,108 @@
+"""What an analysis takes its inputs for: white noise, or second moments measured on the user's own batch.
+
+    q          mean square of an entry
+    c          cosine of two inputs at one position
+    c_within   cosine of two positions of one input
+    c_apart    cosine of two positions of two inputs
+
+all about zero, averaged over channels, inputs and positions. White inputs have q = 1 and the cosines asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kgraph.errors import InputError
+
+_PLAINLY = 0.3
+_SIGMAS = 5.0
+
+
+@dataclass(frozen=True)
+class InputMoments:
+    """Second moments of an input: q, and cosines in [-1, 1].
+
+    Raises:
+        InputError: a number that no input can have.
+    """
+
+    q: float = 1.0
+    c: float = 0.0
+    c_within: float = 0.0
+    c_apart: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("q", "c", "c_within", "c_apart"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+                raise InputError(f"InputMoments: {name} is {value!r}", hint="Pass a finite number")
+        if self.q <= 0:
+            raise InputError(f"InputMoments: q is {self.q!r}", hint="A mean square is above 0")
+        if not -1 <= self.c < 1 or not -1 <= self.c_within <= 1 or not -1 <= self.c_apart <= 1:
+            raise InputError(
+                f"InputMoments: cosines {self.c!r}, {self.c_within!r}, {self.c_apart!r} are not in [-1, 1]",
+                hint="Two inputs need a cosine below 1 to be two",
+            )
+
+    @classmethod
+    def of(cls, x: Tensor, channel: int = 1) -> InputMoments:
+        """Measured on a batch ``x`` [N, ...] whose channels lie in dimension ``channel``; N at least 2.
+
+        Raises:
+            InputError: no batch of numbers, one input, inputs that are all the same, or nothing but zeros.
+        """
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
+            raise InputError("moments are those of a tensor [N, ...] of floating-point numbers", hint="Pass a batch")
+        if not isinstance(channel, int) or isinstance(channel, bool) or not 0 < channel < x.ndim:
+            raise InputError(f"channel is {channel!r}", hint=f"Pass a dimension from 1 to {x.ndim - 1}")
+        if not bool(x.isfinite().all()):
+            raise InputError("the inputs hold NaN or infinite numbers", hint="Pass finite ones")
+        n = x.shape[0]
+        if n < 2:
+            raise InputError("second moments of inputs need a batch of at least 2", hint="Pass more inputs")
+        flat = x.detach().double().movedim(channel, -1).reshape(n, -1, x.shape[channel])  # [N, positions, channels]
+        places = flat.shape[1]
+        q = float(flat.square().mean())
+        if q == 0:
+            raise InputError("the inputs are zero everywhere", hint="Pass inputs as the model will see them")
+        entries, total, one = flat.numel(), flat.sum(0), flat.sum(1)
+        same_place = float(total.square().sum()) - q * entries  # pairs of inputs at one position
+        same_input = float(one.square().sum()) - q * entries  # pairs of positions of one input
+        apart = float(one.sum(0).square().sum()) - q * entries - same_place - same_input
+        c = same_place / (entries * (n - 1)) / q
+        if c >= 1 - 1e-12:
+            raise InputError("the inputs are all the same", hint="Pass different inputs")
+        pairs = max(places - 1, 1)
+        return cls(q, c, same_input / (entries * pairs) / q, apart / (entries * (n - 1) * pairs) / q)
+
+    @property
+    def white(self) -> bool:
+        return not (self.c_within or self.c_apart)
+
+    def __str__(self) -> str:
+        within = f", of two positions {self.c_within:.3g}" if self.c_within else ""
+        apart = f" (of two inputs {self.c_apart:.3g})" if self.c_apart else ""
+        return f"q {self.q:.3g}, cosine of two inputs {self.c:.3g}{within}{apart}"
+
+
+WHITE = InputMoments()
+
+
+def plainly_not_white(moments: InputMoments, entries: int) -> bool:
+    """Whether cosines are beyond what white noise of so many entries has."""
+    allowed = _PLAINLY + _SIGMAS / math.sqrt(max(entries, 1))
+    return max(abs(moments.c), abs(moments.c_within), abs(moments.c_apart)) > allowed
+
+
+def covariances(moments: InputMoments, cosines: Tensor, base: float) -> tuple[Tensor, Tensor]:
+    """Covariance and its derivative by the cosine, [P, 2] (same position, another one), of pairs on the way from two
+    inputs as they come (cosine ``base``) to one and the same (cosine 1)."""
+    share = (cosines - base) / (1 - base)
+    two, one = torch.tensor([[moments.c, moments.c_apart], [1.0, moments.c_within]], dtype=torch.float64)
+    cov = moments.q * (two + share[:, None] * (one - two))
+    slope = moments.q * (one - two) / (1 - base)
+    return cov, slope.expand(len(cosines), 2).clone()
