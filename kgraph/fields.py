@@ -21,17 +21,20 @@ Gradients = dict[Part, tuple[Tensor, Tensor]]
 
 
 class FieldDraws:
-    """Draws of parts as fields; one object is one joint draw.
+    """Draws of parts as fields; one object is one joint draw, or several at once.
 
     Args:
-        seed: of the generator; the global one is not touched.
+        seed: of the generator; the global one is not touched. Of several, each has a generator of its own, and the
+            first dimension of all shapes counts them: the numbers are those of each draw by itself.
         elsewhere: append rows P..2P in which input b is seen at other positions than a (with the same random
             numbers, so that rows of equal covariance get equal draws).
     """
 
-    def __init__(self, seed: int = 0, *, elsewhere: bool = False) -> None:
+    def __init__(self, seed: int | Sequence[int] = 0, *, elsewhere: bool = False) -> None:
         self.elsewhere = elsewhere
-        self.generator = torch.Generator().manual_seed(seed)
+        self.several = not isinstance(seed, int)
+        seeds = [seed] if isinstance(seed, int) else seed
+        self.generators = [torch.Generator().manual_seed(one) for one in seeds]
         self._values: dict[tuple[Part, Shape], tuple[Tensor, Tensor]] = {}
         self._tangents: dict[tuple[Part, Shape, str, int], tuple[Tensor, Tensor]] = {}
         self._gradients: dict[tuple[Part, Shape], Gradients] = {}
@@ -59,7 +62,9 @@ class FieldDraws:
 
     def _normal(self, shape: Shape, positions: tuple[bool, ...], *, common: bool) -> Tensor:
         size = tuple(1 if common and place else s for s, place in zip(shape, positions, strict=True))
-        return torch.randn(size, generator=self.generator, dtype=torch.float64)
+        own = size[1:] if self.several else size
+        drawn = [torch.randn(own, generator=generator, dtype=torch.float64) for generator in self.generators]
+        return torch.stack(drawn) if self.several else drawn[0]
 
     def _draw(self, part: Part, shape: Shape, positions: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
         match part.expr:

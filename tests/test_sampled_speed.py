@@ -154,3 +154,31 @@ def test_equal_inputs_are_differentiated_once(monkeypatch: pytest.MonkeyPatch) -
         by_hand = (1 - u(at) ** 2) * (4 * u(at) + 0.5 * at) + 0.5 * u(at)
         torch.testing.assert_close(tangent, by_hand * along)
     draws.restart()
+
+
+def test_several_draws_are_those_of_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit, and every part is visited once for all of them."""
+    cov = torch.tensor([[1.0, 0.2], [1.0, 0.2], [0.4, 0.1]], dtype=torch.float64)
+    leaf = Part(1, cov, cov, cov, expr=Gaussian())
+    squashed = Part(1, cov, cov, cov, expr=Apply(Pointwise(torch.tanh), leaf))
+    part = Part(1, cov, cov, cov, expr=Product(squashed, leaf))
+    visits, inner = 0, fields.FieldDraws._draw
+
+    def counted(*args: Any) -> Any:
+        nonlocal visits
+        visits += 1
+        return inner(*args)
+
+    monkeypatch.setattr(fields.FieldDraws, "_draw", counted)
+    together = fields.FieldDraws(range(5))
+    first, second = together.values(part, (5, 2, 3), (False, True, False))
+    tangents = together.tangents(part, (5, 2, 3), (False, True, False), "ntk", 2)
+    assert visits == 3
+    for seed in range(5):
+        alone = fields.FieldDraws(seed)
+        own = alone.values(part, (2, 3), (True, False))
+        assert torch.equal(own[0], first[seed])
+        assert torch.equal(own[1], second[:, seed])
+        for one, several in zip(alone.tangents(part, (2, 3), (True, False), "ntk", 2), tangents, strict=True):
+            assert torch.equal(one, several[seed])
+    draws.restart()

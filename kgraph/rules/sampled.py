@@ -9,6 +9,7 @@ others they are not a number: each row costs two more runs.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -76,25 +77,24 @@ class Sampler:
         """One joint draw a seed: the region at a and at b of every pair, and along the directions that are read."""
         count = len(self.pairs.inputs)
         directions = [("slope", count + Pairs.UNIT), *(("ntk", count + row) for row in self.ntk_rows)]
+        known = {row for _, row in directions}
+        draws = FieldDraws(seeds)
+        fields = [_field(draws, self.values[n], None) for n in region.frontier]
+        tangents = {d: [_field(draws, self.values[n], d) for n in region.frontier] for d in directions}
         along, plain = [], []
-        for seed in seeds:
-            draws = FieldDraws(seed)
-            fields = [_field(draws, self.values[n], None) for n in region.frontier]
-            known = {row for _, row in directions}
-            plain += [self._point(fields, seed, 1, row) for row in range(count) if row not in known]
-            for direction in directions:
-                tangents = [_field(draws, self.values[n], direction) for n in region.frontier]
-                for side in (0, 1):
-                    tangent = tuple(_of_pairs(t, lambda pair, i=side: pair[i]) for t in tangents)
-                    along.append(replace(self._point(fields, seed, side, direction[1]), tangent=tangent))
+        for place, seed in enumerate(seeds):
+            plain += [self._point(fields, place, seed, 1, row) for row in range(count) if row not in known]
+            for direction, side in itertools.product(directions, (0, 1)):
+                tangent = tuple(_of_pairs(t, lambda pair, i=side, k=place: pair[i][k]) for t in tangents[direction])
+                along.append(replace(self._point(fields, place, seed, side, direction[1]), tangent=tangent))
         values, derived = iter(runs.at(plain)), iter(runs.at(along))
         return [self._gather(values, [(d, next(derived), next(derived)) for d in directions], runs.tree) for _ in seeds]
 
-    def _point(self, fields: list[Any], seed: int, side: int, row: int) -> Point:
+    def _point(self, fields: list[Any], place: int, seed: int, side: int, row: int) -> Point:
         """Random masks: one input has one, any two runs of a pair have two."""
         count = len(self.pairs.inputs)
         own = 1 + row if side and row != count + Pairs.SELF else 0
-        return Point(_at(fields, side, row), (seed, own))
+        return Point(_at(fields, place, side, row), (seed, own))
 
     def _gather(
         self, plain: Iterator[Outcome], along: list[tuple[Direction, Outcome, Outcome]], tree: pytree.TreeSpec | None
@@ -199,9 +199,9 @@ def _of_pairs(value: Any, change: Callable[[tuple[Tensor, Tensor]], Tensor]) -> 
     return pytree.tree_map(change, value, is_leaf=_is_pair)
 
 
-def _at(fields: list[Any], side: int, row: int) -> tuple[Any, ...]:
-    """All fields at input a, or at input b of one pair."""
-    return tuple(_of_pairs(f, lambda pair: pair[1][row] if side else pair[0]) for f in fields)
+def _at(fields: list[Any], place: int, side: int, row: int) -> tuple[Any, ...]:
+    """All fields of one draw at input a, or at input b of one pair."""
+    return tuple(_of_pairs(f, lambda pair: pair[1][row, place] if side else pair[0][place]) for f in fields)
 
 
 def _field(draws: FieldDraws, value: Any, direction: Direction | None) -> Any:
@@ -218,13 +218,14 @@ def _field(draws: FieldDraws, value: Any, direction: Direction | None) -> Any:
 
 
 def _part_field(draws: FieldDraws, kernel: Kernel, part: Part, direction: Direction | None) -> tuple[Tensor, Tensor]:
-    sizes, places = [], []
+    """``[draws, *shape]`` at a, and ``[P, draws, *shape]`` at b of every pair (of one along a direction)."""
+    sizes, places = [len(draws.generators)], [False]
     for dim, axis in enumerate(kernel.axes):
         factors = (("c", part.size),) if dim == kernel.split else axis
         for role, size in factors:
             sizes.append(size)
             places.append(role == "p")
-    shape = tuple(part.size if i == kernel.split else size for i, size in enumerate(kernel.shape))
+    shape = (sizes[0], *(part.size if i == kernel.split else size for i, size in enumerate(kernel.shape)))
     if direction is not None:
         first, second = draws.tangents(part, tuple(sizes), tuple(places), *direction)
         return first.reshape(shape), second.reshape(shape)
