@@ -25,7 +25,7 @@ from kgraph.inputs import resolve_inputs
 from kgraph.log_determinants import false_log_determinants, find_log_determinants
 from kgraph.methods import DKS, TAT, Method
 from kgraph.modes import depends_on_mode
-from kgraph.passes.fold_parametrizations import fold_hooks, fold_parametrizations, has_hooks
+from kgraph.passes.fold_parametrizations import constraints, fold_hooks, fold_parametrizations, has_hooks
 from kgraph.passes.remove_norms import NORMS
 from kgraph.propagate import Propagation, probes_of, propagate, real_inputs
 from kgraph.recipe import Outcome, Plan, is_free, prepare, rewrite
@@ -177,6 +177,7 @@ def transform(
     inputs = resolve_inputs(model, example_inputs)
     mode = _mode(model)
     owned = model if inplace else _copied(model)
+    constrained = [f"{name} is held by a parametrization, which is folded and lost" for name in constraints(owned)]
     folded = fold_parametrizations(owned)
     graph = capture(owned, inputs)
     left_out, flows = unread(graph), find_log_determinants(owned, inputs)
@@ -191,7 +192,7 @@ def transform(
     after = _report(outcome.graph, found, gradients.no_ntk)
     shaped = outcome.graph.emit()
     _set_modes(shaped, model)
-    lost = (*gradients.lost, *gradients.lost_by(shaped))
+    lost = (*constrained, *gradients.lost, *gradients.lost_by(shaped))
     ledger = replace(ledger, unmet=(*ledger.unmet, *lost, *false_log_determinants(shaped, inputs, flows)))
     watch = LoadWatch().over(shaped)
     used = chosen[0] if len(chosen) == 1 else chosen

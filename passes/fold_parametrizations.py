@@ -32,6 +32,22 @@ def fold_parametrizations(model: nn.Module) -> list[str]:
     return folded + fold_hooks(model)
 
 
+def constraints(model: nn.Module) -> list[str]:
+    """Parametrizations that are no norms of torch's own: what they hold a weight to is lost with them."""
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+        for name, chain in module.parametrizations.items()  # type: ignore[union-attr]
+        if any(not _is_norm(one) for one in chain)
+    ]
+
+
+def _is_norm(parametrization: nn.Module) -> bool:
+    of_torch = type(parametrization).__module__ == "torch.nn.utils.parametrizations"
+    return of_torch and "Norm" in type(parametrization).__name__
+
+
 def _give_own_class(module: nn.Module) -> None:
     """A class of the module's own: torch makes one per parametrized module, copies share it, and folding empties it."""
     shared = type(module)

@@ -19,6 +19,7 @@ from kgraph.canonical import aten, operation_name
 from kgraph.checks import choice, flag
 from kgraph.initializers import reinitialize_weight_
 from kgraph.passes.base import Pass, Workspace
+from kgraph.passes.computed_weights import is_moved, is_normalization
 from kgraph.rules.linear import mean_square
 from kgraph.site import shape_of
 
@@ -229,10 +230,10 @@ def _number(work: Workspace, value: object) -> float | None:
 
 
 def direct_weight(work: Workspace, node: fx.Node, at: int) -> fx.Node | None:
-    """The parameter node of a layer; a weight computed from one parameter of its shape is replaced by it.
+    """The parameter node of a layer; a weight normalized from one parameter of its shape is replaced by it.
 
     Weight standardization is such a computation: it would normalize the new weight away. A buffer (a fixed filter, a
-    fixed projection) is part of the model and no weight.
+    fixed projection) is part of the model and no weight, and so is what computes a weight otherwise (a mask).
     """
     weight = node.args[at]
     if not isinstance(weight, fx.Node):
@@ -244,6 +245,10 @@ def direct_weight(work: Workspace, node: fx.Node, at: int) -> fx.Node | None:
     same = [n for n in origins if tuple(work.tensor(n).shape) == shape]
     if len(same) != 1:
         return None
+    if is_moved(weight, same[0]):
+        return same[0]
+    if not is_normalization(work, weight, same[0]):
+        return None
     node.args = tuple(same[0] if i == at else a for i, a in enumerate(node.args))
     node.meta.pop("group_size", None)  # no longer what the user's module computes: stays functional
     why = "it would normalize the new weight away"
@@ -251,10 +256,21 @@ def direct_weight(work: Workspace, node: fx.Node, at: int) -> fx.Node | None:
     return same[0]
 
 
-def keep_weight(work: Workspace, node: fx.Node, what: str = "no parameter, nor computed from one alone") -> None:
-    """Say that a layer's weight was not drawn: it is a buffer, or computed from several tensors."""
+def keep_weight(work: Workspace, node: fx.Node, what: str = "") -> None:
+    """Say that a layer's weight was not drawn: it is a buffer, or computed, and not by a normalization."""
+    what = what or _computation(work, node)
     work.keep(node, "weight", f"it is {what}")
     work.unmet.append(f"{node.name}: its weight is {what}, and was not drawn")
+
+
+def _computation(work: Workspace, node: fx.Node) -> str:
+    """How the weight of a layer comes about."""
+    weight = next((a for a in node.args[1:] if isinstance(a, fx.Node) and not work.is_random(a)), None)
+    origins = [] if weight is None else [n for n in _ancestors(weight) if n.op == "get_attr"]
+    names = [str(n.target) for n in origins if isinstance(work.tensor(n), nn.Parameter)]
+    if weight is None or weight.op == "get_attr" or not names:
+        return "no parameter, nor computed from one alone"
+    return f"computed from {', '.join(names[:3])} ({operation_name(weight)}), which is kept"
 
 
 def _ancestors(node: fx.Node) -> list[fx.Node]:
