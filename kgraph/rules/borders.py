@@ -207,6 +207,8 @@ def _overlaps(node: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
     else:
         return name.startswith("upsample")
     steps = _listed(_argument(node, "stride", 1)) or taps
+    if name.startswith("conv_transpose"):
+        return max(steps, default=1) > 1  # some positions share taps, others do not
     steps = steps * len(taps) if len(steps) == 1 else steps
     return any(k > s for k, s in zip(taps, steps, strict=False))
 

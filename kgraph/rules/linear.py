@@ -91,7 +91,33 @@ def of_rows(context: Context, index: int, weight: Tensor) -> How:
     readers = [user for n in (same_tensor(source) if isinstance(source, fx.Node) else ()) for user in n.users]
     if any(operation_name(user).startswith("embedding") for user in readers):
         return assumed("a head tied to the embedding, whose logit of the token itself is not counted")
-    return assumed("independent channels, though rows of the weight repeat") if repeats(weight) else EXACT
+    if repeats(weight):
+        return assumed("independent channels, though rows of the weight repeat")
+    if isinstance(source, fx.Node) and source.op != "get_attr":
+        return _of_computed(source, weight)
+    return EXACT
+
+
+def _of_computed(source: fx.Node, weight: Tensor) -> How:
+    """What is assumed of a weight that the forward computes: entries about zero, and not their own mirror images."""
+    mean, square = (0.0, 0.0) if weight.is_meta else (real_mean(weight), mean_square(weight))
+    if mean**2 * weight[0].numel() > _SHARE_OF_MEAN * square:
+        return assumed("weights about zero, though the mean of what the forward computes is not")
+    queue, found = [source], set[fx.Node]()
+    while queue:
+        one = queue.pop()
+        if one not in found:
+            found.add(one)
+            queue += one.all_input_nodes
+    sums = any(operation_name(one) in ("add", "sub", "rsub") for one in found)
+    if sums and any(operation_name(one) in _MIRRORS for one in found):
+        return assumed("a weight and its mirror image taken as new weights")
+    return EXACT
+
+
+_SHARE_OF_MEAN = 5e-3
+"""Of a unit's q in the mean of its weights: (sum_j w_j)^2 against the sum of their squares."""
+_MIRRORS = {"t", "transpose", "permute", "numpy_T", "mT", "flip", "rot90", "roll"}
 
 
 def repeats(weight: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -92,9 +93,20 @@ def _name(context: Context, index: int) -> str:
     return context.argument_name(index)
 
 
+def _crossed(x: Kernel, y: Kernel) -> bool:
+    """Whether each is repeated along a dimension of the other's: u_i - u_j, where pairs that share an index differ."""
+    width = min(len(x.axes), len(y.axes))
+    sizes = [(_size(a), _size(b)) for a, b in zip(x.axes[-width:], y.axes[-width:], strict=True)]
+    return any(a > b for a, b in sizes) and any(a < b for a, b in sizes)
+
+
+def _size(axis: tuple[tuple[str, int], ...]) -> int:
+    return math.prod(size for _, size in axis)
+
+
 def _pairwise(context: Context, x: Kernel, y: Kernel, combine: Any) -> Kernel:
     pairs, axes, split = aligned(x, y)
-    if any(algebra.entangled(left, right) for left, right in pairs):
+    if _crossed(x, y) or any(algebra.entangled(left, right) for left, right in pairs):
         return context.sample()
     parts = tuple(combine(left, right) for left, right in pairs)
     return Kernel(parts, axes, split if len(parts) > 1 else None)
