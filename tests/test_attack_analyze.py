@@ -73,3 +73,12 @@ def test_a_tensor_against_itself_over_two_axes(name: str) -> None:
     error = float(row.note.removeprefix("+-")) if row.how == "sampled" and row.note else 0.0
     allowed = 4 * (error + float(q.std() / q.mean()) / 200**0.5) + 4 / WIDTH
     assert row.how == "assumed" or abs(float(q.mean()) / row.q - 1) < allowed, (row.how, row.q, float(q.mean()))
+
+
+def test_an_ntk_that_draws_do_not_give_is_no_number() -> None:
+    """W^T W x: its parameters' directions are not drawn, and 0 would be a lie."""
+    torch.manual_seed(0)
+    report = kgraph.analyze(Net(lambda x, a, b: through(a.weight.t(), torch.relu(a(x)))), torch.randn(2, WIDTH))
+    assert report.final.how in ("sampled", "assumed")
+    assert report.final.ntk != report.final.ntk
+    assert report["linear"].ntk > 0

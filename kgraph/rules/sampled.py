@@ -32,6 +32,7 @@ from kgraph.roots import Root, Roots
 from kgraph.rules.measured import Measured, matched, result_axes
 from kgraph.rules.region import Region, find_region, kernels_of, of_draws, weights_of
 from kgraph.rules.runs import Outcome, Point, Runs
+from kgraph.rules.speeds import is_parameter
 from kgraph.site import site_of
 
 Values = dict[fx.Node, Any]
@@ -132,6 +133,9 @@ class Sampler:
             known[node] = result
         return result
 
+    def _known(self, node: fx.Node) -> bool:
+        return isinstance(self.values.get(node), Tensor)
+
     def _kernel(self, node: fx.Node, region: Region, measured: list[Measured]) -> Kernel:
         inputs = [k for n in region.frontier for k in kernels_of(self.values[n])]
         axes = result_axes(tuple(measured[0].first.shape), inputs, site_of(node).shape)
@@ -144,6 +148,8 @@ class Sampler:
         how = max((k.how for k in inputs), key=lambda h: (h.level, h.error)).drawn(error)
         if region.entangled:
             how = how | assumed(f"{operation_name(node)}: its operands share random weights")
+        if any(is_parameter(n) for one in region.nodes for n in one.all_input_nodes if self._known(n)):
+            mean["ntk"] = torch.full_like(mean["ntk"], math.nan)  # directions of the parameters are not drawn
         laws = [m.law(axes, -(-COUNT // len(measured))) for m in measured]
         first, second = (torch.cat([law[i] for law in laws], -1)[..., :COUNT] for i in (0, 1))
         first, second = matched(first, second, mean["cov"], float(mean["mean"]))
