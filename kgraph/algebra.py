@@ -275,7 +275,15 @@ def multiply(left: Part, right: Part) -> Part:
         expr=Product(left, right),
         how=left.how | right.how,
     )
+    if _reads(left, right) or _reads(right, left):
+        return replace(product, how=product.how | assumed("sums of few channels taken as independent of the channels"))
     return _settle(product, left, right)
+
+
+def _reads(one: Part, other: Part) -> bool:
+    """Whether entries of a part are made of few of another's."""
+    leaves = (leaf.expr for leaf in leaves_of(one))
+    return any(isinstance(expr, Unknown) and not expr.reads.disjoint(other.roots) for expr in leaves)
 
 
 def _settle(result: Part, left: Part, right: Part) -> Part:

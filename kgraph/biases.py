@@ -70,8 +70,13 @@ def gauss_rule(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def bias_of(part: Part) -> Bias | None:
     """The bias in a Gaussian part (or in a sum of some) that shows; the largest where several do."""
-    found = [bias for bias in _biases(part) if abs(bias.excess) > _SHOWS * float(part.q - part.mean**2) ** 2]
-    return max(found, key=lambda bias: abs(bias.excess), default=None)
+    bias = any_bias_of(part)
+    return bias if bias is not None and abs(bias.excess) > _SHOWS * float(part.q - part.mean**2) ** 2 else None
+
+
+def any_bias_of(part: Part) -> Bias | None:
+    """The same, whether it shows or not: averages of positions have it, and less besides."""
+    return max(_biases(part), key=lambda bias: abs(bias.excess), default=None)
 
 
 def _biases(part: Part) -> list[Bias]:

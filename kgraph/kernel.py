@@ -121,10 +121,12 @@ class Gaussian:
 class Unknown:
     """Only the part's second moments are known (channels of several laws, averages of positions).
 
-    What reads no more than those is exact; where a law is needed it is taken as Gaussian, for ``reason``.
+    What reads no more than those is exact; where a law is needed it is taken as Gaussian, for ``reason``. Entries that
+    are made of few others are not independent of those: products with what shares ``reads`` are assumed to be.
     """
 
     reason: str
+    reads: Roots = field(default_factory=Roots)
 
 
 Expr = Gaussian | Apply | Sum | Product | Samples | Mask | Unknown

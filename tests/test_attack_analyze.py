@@ -82,3 +82,49 @@ def test_an_ntk_that_draws_do_not_give_is_no_number() -> None:
     assert report.final.how in ("sampled", "assumed")
     assert report.final.ntk != report.final.ntk
     assert report["linear"].ntk > 0
+
+
+class OfItsInput(nn.Module):
+    """A depthwise convolution times what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(64, 64, 1, groups=64)
+        nn.init.normal_(self.conv.weight)
+        nn.init.constant_(self.conv.bias, 0.3)  # pyright: ignore
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * x
+
+
+def test_a_channel_is_not_independent_of_what_it_is_made_of() -> None:
+    """E[(w x + b)^2 x^2] = 3 w^2 + b^2 for 1 + b^2."""
+    torch.manual_seed(0)
+    model = OfItsInput()
+    row = kgraph.analyze(model, torch.randn(2, 64, 4)).final
+    assert row.how == "assumed" and "channels" in row.note
+    drawn = float(model(torch.randn(400, 64, 4)).detach().square().mean())
+    assert drawn > 2 * row.q
+
+
+def test_uniform_biases_survive_an_average() -> None:
+    """tanh of means of positions: a bias is one number at all of them."""
+    torch.manual_seed(0)
+    conv = nn.Conv1d(512, 512, 1)
+    nn.init.normal_(conv.weight, std=512**-0.5)
+    nn.init.uniform_(conv.bias, -2.0, 2.0)  # pyright: ignore
+    row = kgraph.analyze(nn.Sequential(conv, nn.AvgPool1d(8), nn.Tanh()), torch.randn(2, 512, 32)).final
+    with torch.no_grad():
+        drawn = float(torch.tanh(nn.functional.avg_pool1d(conv(torch.randn(32, 512, 32)), 8)).square().mean())
+    variance = 1 / 8 + 4 / 3
+    z = torch.randn(10**6, generator=torch.Generator().manual_seed(0)) * variance**0.5
+    assert row.q == pytest.approx(drawn, rel=0.01)
+    assert row.q != pytest.approx(float(torch.tanh(z).square().mean()), rel=0.01)  # were it Gaussian
+
+
+@pytest.mark.parametrize(("tokens", "how"), [(6, "assumed"), (64, "quadrature")])
+def test_few_positions_are_no_gaussian(tokens: int, how: str) -> None:
+    """A layer over positions: all channels share the weights of a unit, whose sum of squares varies by 2 / tokens."""
+    layers = nn.Linear(tokens, tokens, bias=False), nn.Tanh(), nn.Conv1d(64, 64, 1)
+    report = kgraph.analyze(nn.Sequential(*layers), torch.randn(2, 64, tokens))
+    assert (report["linear"].how, report["tanh"].how) == ("exact", how)

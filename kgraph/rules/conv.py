@@ -19,11 +19,8 @@ from kgraph.canonical import aten
 from kgraph.entries import once, said
 from kgraph.how import EXACT, assumed
 from kgraph.kernel import DIFF, SAME, Kernel, Part, Unknown
-from kgraph.rules.linear import Affine, affine_part, bias_moments, of_rows, without_shared_channels
+from kgraph.rules.linear import FEW, Affine, affine_part, bias_moments, of_rows, without_shared_channels
 from kgraph.rules.table import Context, rule
-
-FEW = 32
-"""Channels of a group below which a sum over them is not taken for Gaussian without saying so."""
 
 
 def tap_counts(
@@ -126,7 +123,7 @@ def _of_few(part: Part, result: Part, channels: int, root: str) -> Part:
         result = replace(
             result, how=result.how | assumed(f"weights of {number} each that are used before count as new")
         )
-    return replace(result, expr=Unknown(f"Gaussian sums of {number} each (a grouped convolution)"))
+    return replace(result, expr=Unknown(f"Gaussian sums of {number} each (a grouped convolution)", part.roots))
 
 
 def _summed_taps(context: Context, part: Part, layer: Affine, shares: tuple[float, float, float], size: int) -> Part:

@@ -14,7 +14,7 @@ from kgraph.biases import bias_law
 from kgraph.canonical import aten, operation_name
 from kgraph.entries import once, said
 from kgraph.how import EXACT, How, assumed
-from kgraph.kernel import DIFF, Axes, Bias, Gaussian, Kernel, Part
+from kgraph.kernel import DIFF, Axes, Bias, Gaussian, Kernel, Part, Unknown
 from kgraph.roots import Root, Roots
 from kgraph.rules.speeds import same_tensor
 from kgraph.rules.table import TURNED, Context, parameter_of, rule
@@ -115,6 +115,8 @@ def _of_computed(source: fx.Node, weight: Tensor) -> How:
     return EXACT
 
 
+FEW = 32
+"""Inputs of a sum below which it is not taken for Gaussian without saying so, where its weights are shared."""
 _SHARE_OF_MEAN = 5e-3
 """Of a unit's q in the mean of its weights: (sum_j w_j)^2 against the sum of their squares."""
 _MIRRORS = {"t", "transpose", "permute", "numpy_T", "mT", "flip", "rot90", "roll"}
@@ -174,7 +176,11 @@ def contract(context: Context, x: Kernel, dims: tuple[int, ...], layer: Affine, 
     size = math.prod(s for axis in axes for role, s in axis if role == "c")
 
     def summed(part: Part) -> Part:
-        return affine_part(context, without_shared_channels(part) if mixes else part, layer, size)
+        result = affine_part(context, without_shared_channels(part) if mixes else part, layer, size)
+        if not mixes or layer.fan_in >= FEW:
+            return result
+        # all channels share the few weights of a unit, whose sum of squares is a number of its own
+        return replace(result, expr=Unknown(f"Gaussian sums over {layer.fan_in:g} positions each"))
 
     return Kernel((once(x.merged, context.signature, summed),), axes)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kgraph import algebra
+from kgraph.biases import any_bias_of
 from kgraph.canonical import aten
 from kgraph.entries import moved, rebuild
 from kgraph.kernel import DIFF, SAME, Axes, Gaussian, Kernel, Part, Unknown
@@ -76,7 +77,9 @@ def mixed(part: Part, factors: Mixing) -> Part:
     moments = {name: factors.of(getattr(part, name)) for name in ("cov", "slope", "ntk")}
     if factors.moves:
         return replace(rebuild(part, ("mixed", factors), lambda piece: _copied(piece, factors)), **moments)
-    expr = Gaussian() if part.gaussian else Unknown("Gaussian after averaging positions")
+    bias = any_bias_of(part) if part.gaussian else None
+    law = Gaussian(bias and bias.times(factors.mean))  # one number at all positions
+    expr = law if part.gaussian else Unknown("Gaussian after averaging positions")
     return replace(part, **moments, mean=part.mean * factors.mean, expr=expr)
 
 
