@@ -133,6 +133,17 @@ class Program:
         return told and not any(re.search(_OVER_POSITIONS, text) for text in texts)
 
     @property
+    def ambiguous(self) -> bool:
+        """Whether the only layers sum over positions, so that those are what kgraph takes for channels."""
+        texts = list(self.layers.values())
+        over = [text for text in texts if re.search(_OVER_POSITIONS, text)]
+        return (
+            bool(over)
+            and not self.tokens
+            and not any(re.search(_OF_CHANNELS, text) for text in texts if text not in over)
+        )
+
+    @property
     def tabled(self) -> bool:
         """Whether few random numbers are used entry by entry: kgraph takes those there are, the oracle's differ."""
         return "settled(torch.randn(" in self.text

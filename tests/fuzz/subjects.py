@@ -51,7 +51,9 @@ def _model(program: Program, width: int) -> nn.Module:
 
 
 def analyzed(program: Program, width: int) -> dict[str, Row]:
-    """`kgraph.analyze`: the last row of every statement's line."""
+    """`kgraph.analyze`: the last row of every statement's line; none where inputs mean something else to it."""
+    if program.ambiguous:
+        return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         report = kgraph.analyze(_model(program, width), example(program, width))
