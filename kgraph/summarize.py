@@ -68,7 +68,9 @@ def _row(node: fx.Node, kernel: Kernel, pairs: Pairs, depth: int, kernels: dict[
     cov: list[list[float]] = part.cov.tolist()
     q = cov[Pairs.SELF][SAME]
     nan = math.nan
+    drawn = kernel.how.name in ("sampled", "assumed")  # draws may exceed what a cosine can be
     cosines = tuple(cov[i][SAME] / q if q > 0 else nan for i in range(len(pairs.cosines)))
+    cosines = tuple(min(max(c, -1.0), 1.0) for c in cosines) if drawn and q > 0 else cosines
     places = cov[Pairs.SELF][DIFF] / q if q > 0 and kernel.positions > 1 else nan
     site = site_of(node)
     return NodeKernel(

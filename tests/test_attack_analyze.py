@@ -128,3 +128,10 @@ def test_few_positions_are_no_gaussian(tokens: int, how: str) -> None:
     layers = nn.Linear(tokens, tokens, bias=False), nn.Tanh(), nn.Conv1d(64, 64, 1)
     report = kgraph.analyze(nn.Sequential(*layers), torch.randn(2, 64, tokens))
     assert (report["linear"].how, report["tanh"].how) == ("exact", how)
+
+
+def test_no_cosine_is_above_one() -> None:
+    """A norm over channels is one number a vector: draws put c at 1.02."""
+    torch.manual_seed(0)
+    report = kgraph.analyze(Net(lambda x, a, b: a(x).norm(dim=1, keepdim=True)), torch.randn(2, WIDTH))
+    assert all(-1 <= c <= 1 for row in report.nodes for c in row.c)
