@@ -21,12 +21,22 @@ _NORMAL = ("randn", "normal")
 def draws_noise(node: fx.Node) -> bool:
     """Whether a node makes random numbers for every input of the batch out of known arguments.
 
-    A draw without the batch dimension is one number for all inputs of a batch: known, like any other constant.
+    A draw without the batch dimension is one number for all inputs of a batch: known, like any other constant. Where
+    the forward holds the batch to a number, a draw of that many rows has that dimension.
     """
     tags, value = getattr(node.target, "tags", ()), node.meta.get("val")
     if torch.Tag.nondeterministic_seeded not in tags or not isinstance(value, Tensor):
         return False
-    return value.is_floating_point() and value.ndim > 0 and isinstance(value.shape[0], torch.SymInt)
+    if not value.is_floating_point() or value.ndim < 2:
+        return value.is_floating_point() and value.ndim > 0 and isinstance(value.shape[0], torch.SymInt)
+    return isinstance(value.shape[0], torch.SymInt) or value.shape[0] == _fixed_batch(node.graph)
+
+
+def _fixed_batch(graph: fx.Graph) -> int | None:
+    """Size of a batch that the forward holds to one number, above 1."""
+    inputs = [n.meta.get("val") for n in graph.nodes if n.op == "placeholder"]
+    sizes = {v.shape[0] for v in inputs if isinstance(v, Tensor) and v.ndim > 0}
+    return next((size for size in sizes if isinstance(size, int) and size > 1 and len(sizes) == 1), None)
 
 
 def noise_kernel(node: fx.Node, channel: int, args: tuple[Any, ...], kwargs: dict[str, Any], pairs: Pairs) -> Kernel:
