@@ -131,7 +131,7 @@ def test_reinitialize_reads_patch_embeddings_and_standardized_weights() -> None:
         def forward(self, x: Tensor) -> Tensor:
             x = torch.tanh(self.patch(x).flatten(2).transpose(1, 2))
             weight = self.leave.weight - self.leave.weight.mean(1, keepdim=True)
-            return nn.functional.linear(x, weight, self.leave.bias)
+            return nn.functional.linear(x, weight / weight.std(1, keepdim=True), self.leave.bias)
 
     work = workspace(Patches(), torch.randn(2, 3, 16, 16))
     Reinitialize().run(work)

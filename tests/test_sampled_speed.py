@@ -72,7 +72,7 @@ def test_together_and_one_by_one_give_the_same_numbers(
     # a draw runs three cosines, one point of the background and, for equal inputs give equal numbers, two derivatives
     assert max(executions.values()) <= 16 * (len(COSINES) + 1 + 2)
     for name in ("q", "c", "slope", "ntk"):
-        assert getattr(alone, name) == pytest.approx(getattr(together, name), rel=1e-9)
+        assert getattr(alone, name) == pytest.approx(getattr(together, name), rel=1e-9, nan_ok=True)
     assert alone.note == together.note
 
 
