@@ -70,12 +70,18 @@ def _with_tangents(result: Part, *read: Part) -> Part:
     return replace(result, how=result.how | _OF_ITSELF) if depends else result
 
 
-def _core(part: Part) -> tuple[float, Part, tuple[tuple[float, Part], ...]]:
-    """A part that only `trained` made a sum: weight and term that it was, and the terms that are tangents alone."""
-    outer = 1.0
+def _unscaled(part: Part) -> tuple[float, Part]:
+    """The part that this one is a multiple of, and the factor."""
+    factor = 1.0
     while isinstance(part.expr, Sum) and len(part.expr.terms) == 1:
         ((weight, part),) = part.expr.terms
-        outer *= weight
+        factor *= weight
+    return factor, part
+
+
+def _core(part: Part) -> tuple[float, Part, tuple[tuple[float, Part], ...]]:
+    """A part that only `trained` made a sum: weight and term that it was, and the terms that are tangents alone."""
+    outer, part = _unscaled(part)
     terms = part.expr.terms if isinstance(part.expr, Sum) else ()
     silent = tuple((w, t) for w, t in terms if isinstance(t.expr, Gaussian) and not bool(t.cov.any()))
     if not silent or len(silent) + 1 != len(terms):
@@ -316,10 +322,7 @@ def as_function(part: Part) -> tuple[Pointwise, Part]:
 
 
 def _as_scaled_function(part: Part) -> tuple[Pointwise, Part]:
-    factor = 1.0
-    while isinstance(part.expr, Sum) and len(part.expr.terms) == 1:
-        ((weight, part),) = part.expr.terms
-        factor *= weight
+    factor, part = _unscaled(part)
     fn, base = as_function(part)
     return (fn if factor == 1.0 else fn.affine(output_scale=factor)), base
 
