@@ -80,6 +80,8 @@ class Analysis:
     parameters with the variance as a factor)."""
     inputs: str = ""
     """Second moments of the inputs, "" for white noise of q = 1."""
+    path: str = ""
+    """What was analysed in place of the mode's own forward, e.g. "forward of eval mode"; "" for that one."""
 
     def __getitem__(self, name: str) -> NodeKernel:
         """The node called `name`, or an InputError that names the nearest ones."""

@@ -52,6 +52,7 @@ class Graph:
         form: how the model's output is put together, where the graph returns it opened.
         left_out: what of the output an emitted module does not return, in words.
         lost: what the model does in train mode only and this graph does not; "" where it does all.
+        training: whether the forward is that of train mode (its dropout and norms follow either mode).
     """
 
     module: fx.GraphModule
@@ -61,6 +62,7 @@ class Graph:
     form: Form | None = None
     left_out: tuple[str, ...] = ()
     lost: str = ""
+    training: bool = True
 
     @property
     def name(self) -> str:
@@ -279,7 +281,7 @@ def _captured(model: nn.Module, inputs: Inputs, notes: list[str], census: Census
         for node in flat.graph.nodes:
             if node.target in DROPOUTS and node.args[2]:
                 node.meta["always"] = True  # drops in eval mode too
-    return Graph(flat, model, inputs, notes, census.form)
+    return Graph(flat, model, inputs, notes, census.form, training=training)
 
 
 def _positional_names(model: nn.Module, count: int) -> list[str]:

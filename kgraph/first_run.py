@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import random
-import sys
-from collections.abc import Callable
 from contextlib import ExitStack
-from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -21,6 +16,7 @@ from kgraph.errors import CaptureError, InputError
 from kgraph.failures import failed
 from kgraph.inputs import Inputs
 from kgraph.outputs import Form, opened
+from kgraph.watched import drawn_elsewhere, failed_derivative, not_held
 
 REPEATED = 8
 """Tracing pays where calls repeat: a new kind of call costs 10 ms, one more of the same kind half a millisecond."""
@@ -92,7 +88,7 @@ def run_once(model: nn.Module, inputs: Inputs) -> Census:
         try:
             output = model(*args, **kwargs)
         except Exception as error:  # whatever the user's forward raises on bad inputs
-            raise does_not_run(model, inputs, error) from error
+            raise (failed_derivative(model, error) or does_not_run(model, inputs, error)) from error
     values, census.form = opened(output)
     if not any(isinstance(value, Tensor) for value in pytree.tree_leaves(values)):
         what = ", ".join(dict.fromkeys(census.form.dropped)) or type(output).__name__
@@ -112,43 +108,12 @@ def does_not_run(model: nn.Module, inputs: Inputs, error: Exception) -> InputErr
     )
 
 
-def foreign_draws(model: nn.Module, inputs: Inputs) -> tuple[str, str] | None:
-    """Whose random numbers, Python's or NumPy's, a forward draws, and the ``file:line`` that calls Python's."""
-    lines: list[str] = []
-
-    def watch(frame: FrameType, event: str, argument: Any) -> None:
-        caller = _caller_of_random(frame, event, argument)
-        if caller is not None:
-            lines.append(f"{caller.f_code.co_filename.rsplit('/', 1)[-1]}:{caller.f_lineno}")
-
-    python, numpy = random.getstate(), np.random.get_state(legacy=False)
-    outer = sys.getprofile()
-    with torch.no_grad():
-        sys.setprofile(watch)
-        try:
-            model(*inputs.args, **inputs.kwargs)
-        finally:
-            sys.setprofile(outer)
-    if random.getstate() != python:
-        return "Python's random", lines[0] if lines else ""
-    if str(np.random.get_state(legacy=False)) != str(numpy):
-        return "NumPy's", ""
-    return None
-
-
-def _caller_of_random(frame: FrameType, event: str, argument: Any) -> FrameType | None:
-    own: Callable[[FrameType], bool] = lambda f: f.f_code.co_filename == random.__file__  # noqa: E731
-    if event == "c_call" and isinstance(getattr(argument, "__self__", None), random.Random) and not own(frame):
-        return frame
-    if event == "call" and own(frame) and frame.f_back is not None and not own(frame.f_back):
-        return frame.f_back
-    return None
-
-
 def not_reproduced(model: nn.Module, inputs: Inputs) -> CaptureError:
     """The error of a graph that computes something else than its model, and why where that is found."""
+    if (reason := not_held(model, inputs)) is not None:
+        return reason
     what = "the captured graph does not reproduce the model's output"
-    foreign = foreign_draws(model, inputs)
+    foreign = drawn_elsewhere(model, inputs)
     if foreign is None:
         return CaptureError(what, hint="A forward that depends on hidden state cannot be captured")
     whose, line = foreign

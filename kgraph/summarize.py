@@ -11,6 +11,7 @@ from kgraph.canonical import aten, operation_name
 from kgraph.capture import Graph
 from kgraph.errors import RuleError
 from kgraph.kernel import DIFF, SAME, Kernel, Pairs
+from kgraph.modes import depends_on_mode
 from kgraph.nonlinear import is_activation
 from kgraph.propagate import Propagation
 from kgraph.site import shape_of, site_of
@@ -40,8 +41,17 @@ def summarize(graph: Graph, result: Propagation) -> Analysis:
         max_slope_at="",
         notes=(*graph.notes, *_batch_statistics(graph.module.graph, kernels), *result.notes),
         parametrization=result.parametrization,
+        path=_path(graph, result.mode),
         inputs="; ".join(f"{name} of {moments}" for name, moments in result.pairs.moments.items()),
     )
+
+
+def _path(graph: Graph, mode: str) -> str:
+    """Which forward stands for one of train mode that was not captured."""
+    if graph.training or mode == "eval":
+        return ""
+    switched = ", dropout and norms of train mode" if depends_on_mode(graph.module.graph) else ""
+    return f"forward of eval mode{switched}"
 
 
 def _batch_statistics(graph: fx.Graph, kernels: dict[fx.Node, Kernel]) -> list[str]:

@@ -20,7 +20,10 @@ from kgraph.canonical import aten, canonicalize
 from kgraph.errors import CaptureError
 from kgraph.inputs import Inputs, batch_size
 from kgraph.site import is_library_file, read_site, source_line
+from kgraph.watched import not_held
 
+_TRANSFORMED = "torch._functorch.predispatch"
+"""Where the calls are defined that torch.export writes in place of a transform of torch.func."""
 DYNAMIC = torch.export.Dim.DYNAMIC
 
 
@@ -34,6 +37,9 @@ def export_flat(model: nn.Module, inputs: Inputs, names: list[str], notes: list[
         CaptureError: no attempt succeeds; names the line.
     """
     program = _export(model, inputs, names, notes)
+    transformed = any(getattr(n.target, "__module__", "") == _TRANSFORMED for n in program.graph.nodes)
+    if transformed and (reason := not_held(model, inputs)) is not None:
+        raise reason
     try:
         flat = program.module(check_guards=False)
     except RuntimeError as error:  # a submodule called as an attribute of every GraphModule
@@ -89,7 +95,7 @@ def _export(model: nn.Module, inputs: Inputs, names: list[str], notes: list[str]
         except Exception as error:  # torch.export raises many kinds; all mean that this front end failed
             first = first or error
     assert first is not None
-    raise _capture_error(model, first)
+    raise not_held(model, inputs) or _capture_error(model, first)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def model_line(analysis: Analysis) -> str:
     ways = Counter(node.how for node in analysis.nodes)
     unsure = [f"{ways[how]} {how}" for how in ("sampled", "assumed") if ways[how]]
     parts = [
-        f"{analysis.model} ({analysis.mode} mode): {count(len(analysis.nodes), 'node')}",
+        f"{analysis.model} ({analysis.path or analysis.mode + ' mode'}): {count(len(analysis.nodes), 'node')}",
         f"{count(layers, 'nonlinear layer')} deep",
         *([f"inputs with {analysis.inputs}"] if analysis.inputs else []),
         f"kernel in {_seconds(analysis.seconds)}",

@@ -37,6 +37,24 @@ def made_like(node: fx.Node, shape: tuple[int, ...], args: tuple[Any, ...], kwar
 _EMPTY = (aten.empty_like.default, aten.new_empty.default)
 
 
+@rule(aten.item.default)
+def item(context: Context, x: Kernel) -> Any:
+    """A Python number has no kernel.
+
+    Raises:
+        RuleError: always.
+    """
+    raise context.error(*OF_INPUT)
+
+
+OF_INPUT = (
+    "the forward takes a Python number (.item(), float()) out of a tensor that depends on the input, and a number has "
+    "no kernel",
+    "Leave it the tensor that it is: drop .item(), or keep the dimension",
+)
+"""What is wrong with it, and what to do."""
+
+
 @rule(*SHAPED_LIKE)
 def constant(context: Context, x: Kernel, *args: Any, **kwargs: Any) -> Any:
     if any(isinstance(value, Kernel) for value in (*args, *kwargs.values())):

@@ -1,0 +1,106 @@
+"""Forwards that kgraph cannot follow are refused in its own words; those that it can follow get the right numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kgraph
+from kgraph.errors import CaptureError, RuleError
+
+WIDTH = 24
+X = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1))
+CALLS = (kgraph.analyze, kgraph.nngp)
+
+
+class Net(nn.Module):
+    """``forward`` of a model with two linear layers."""
+
+    def __init__(self, function: Callable[[Net, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.function = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def energy(net: Net, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    (force,) = torch.autograd.grad(torch.tanh(net.a(x)).sum(), x, create_graph=True)  # a derivative
+    return net.b(force)
+
+
+def energy_by_itself(net: Net, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        torch.tanh(net.a(x)).sum().backward()  # a derivative of its own
+        assert x.grad is not None
+        return net.b(x.grad)
+
+
+NOT_HELD = {
+    "vmap": (lambda net, x: torch.func.vmap(lambda u: torch.tanh(net.a(u)))(x), "applies vmap of torch.func"),
+    "jvp": (lambda net, x: torch.func.jvp(net.a, (x,), (x,))[1], "applies jvp of torch.func"),
+    "grad": (lambda net, x: torch.func.grad(lambda u: net.a(u).exp().sum())(x), "applies grad of torch.func"),
+    "jacobian": (lambda net, x: torch.func.jacrev(net.a)(x[0]).sum(0) * x, "applies vjp of torch.func"),
+    "energy": (energy, "takes derivatives by torch.autograd"),
+    "energy by itself": (energy_by_itself, "takes derivatives by torch.autograd"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_HELD)
+def test_what_no_graph_holds_is_named(name: str) -> None:
+    function, words = NOT_HELD[name]
+    for call in CALLS:
+        with pytest.raises(CaptureError, match=f"Net.forward {words}") as caught:
+            call(Net(function), X)
+        assert caught.value.hint and not any(word in str(caught.value) for word in ("github", "lifted", "hidden"))
+        assert caught.value.source is not None
+        line = Path(__file__).read_text().splitlines()[int(caught.value.source.rpartition(":")[2]) - 1]
+        assert f"torch.func.{name[:3]}" in line or "# a derivative" in line
+
+
+def test_other_failures_keep_their_own_words() -> None:
+    """A branch on a value is not blamed on a derivative that the forward does not take."""
+
+    def branches(net: Net, x: Tensor) -> Tensor:
+        return net.a(x) if x.sum() > 0 else net.b(x)
+
+    with pytest.raises(CaptureError, match="branches on a tensor's value"):
+        kgraph.analyze(Net(branches), X)
+
+
+def test_a_number_taken_out_of_the_input() -> None:
+    model = Net(lambda net, x: net.b(torch.tanh(net.a(x)) * float(net.a(x).mean())))
+    with pytest.raises(RuleError, match=r"takes a Python number.*'item', test_words\.py:\d+.*drop \.item") as caught:
+        kgraph.analyze(model, X)
+    assert "full_like" not in str(caught.value)
+    of_parameters = Net(lambda net, x: net.b(torch.tanh(net.a(x)) * net.a.weight.abs().max().item()))
+    assert kgraph.analyze(of_parameters, X).final.how != "assumed"
+
+
+class OtherInTraining(nn.Module):
+    """Another path in train mode, with or without something that follows the mode on both."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.a, self.b, self.drop = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Dropout(rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.drop(torch.relu(self.a(x)))
+        return h + torch.tanh(self.b(h)) if self.training else h
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_the_first_line_names_the_forward_that_was_analysed(rate: float) -> None:
+    model = OtherInTraining(rate)
+    first = kgraph.analyze(model, X, mode="train").summary[0]
+    assert "(train mode)" not in first and "forward of eval mode" in first
+    assert ("dropout and norms of train mode" in first) == (rate > 0)
+    assert "(eval mode)" in kgraph.analyze(model, X, mode="eval").summary[0]
+    plain = Net(lambda net, x: torch.relu(net.a(x)))
+    assert "(train mode)" in kgraph.analyze(plain, X, mode="train").summary[0]
