@@ -24,7 +24,7 @@ _MOST_TERMS = 8
 
 def bias_law(bias: Tensor | None, mean: float) -> Bias | None:
     """The law of a layer's biases about ``mean``; None where they are few, all alike or as good as Gaussian."""
-    if bias is None or bias.is_meta or bias.numel() < 2 or not any(bias.stride()):
+    if bias is None or bias.is_meta or bias.is_complex() or bias.numel() < 2 or not any(bias.stride()):
         return None
     values = bias.detach().double().flatten()
     square = float(values.square().mean()) - mean**2

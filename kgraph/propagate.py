@@ -210,10 +210,10 @@ class _Walk:
             return known_result(node, args, kwargs, self.tokens)
         args, kwargs = self.unallocated.filled(node, self.values)
         context = self._context(node)
-        rule = find_rule(target)
+        rule = None if is_pointwise(target) and _with_complex(args) else find_rule(target)
         if rule is not None:
             return rule(context, *args, **kwargs)
-        if is_pointwise(target) and _one_random(args, kwargs):
+        if is_pointwise(target) and _one_random(args, kwargs) and not _reads_complex(node, args):
             return unary(context, target, args, kwargs)
         return context.sample()
 
@@ -261,6 +261,17 @@ def _random(args: Any, kwargs: Any) -> bool:
         return True
     nested = [value for value in values if isinstance(value, (list, tuple, dict))]
     return any(isinstance(leaf, Kernel) for leaf in pytree.tree_leaves(nested)) if nested else False
+
+
+def _with_complex(args: tuple[Any, ...]) -> bool:
+    """Whether a known operand is complex."""
+    return any(isinstance(v, complex) or (isinstance(v, Tensor) and v.is_complex()) for v in args)
+
+
+def _reads_complex(node: fx.Node, args: tuple[Any, ...]) -> bool:
+    """Whether complex numbers go in, of which the second moments of a part are too little to know a function."""
+    values = [n.meta.get("val") for n in node.all_input_nodes]
+    return _with_complex(args) or any(isinstance(v, Tensor) and v.is_complex() for v in values)
 
 
 def _one_random(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

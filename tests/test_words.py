@@ -104,3 +104,56 @@ def test_the_first_line_names_the_forward_that_was_analysed(rate: float) -> None
     assert "(eval mode)" in kgraph.analyze(model, X, mode="eval").summary[0]
     plain = Net(lambda net, x: torch.relu(net.a(x)))
     assert "(train mode)" in kgraph.analyze(plain, X, mode="train").summary[0]
+
+
+def complex_layer(net: Net, x: Tensor) -> Tensor:
+    return torch.einsum("bi,ij->bj", net.a(x).to(torch.complex64), net.get_parameter("w"))
+
+
+COMPLEX = {
+    "real part": lambda net, x: complex_layer(net, x).real,
+    "imaginary part": lambda net, x: complex_layer(net, x).imag,
+    "size": lambda net, x: complex_layer(net, x).abs(),
+    "phase": lambda net, x: torch.exp(1j * net.a(x)).real,
+    "constant": lambda net, x: (net.a(x) * (2 - 1j) + 1j).imag,
+}
+
+
+def complex_net(function: Callable[[Net, Tensor], Tensor], seed: int) -> Net:
+    torch.manual_seed(seed)
+    net = Net(function)
+    net.register_parameter("w", nn.Parameter(torch.randn(WIDTH, WIDTH, dtype=torch.complex64) / WIDTH**0.5))
+    nn.init.normal_(net.a.weight, std=WIDTH**-0.5)
+    return net
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_complex_numbers_on_the_way(name: str) -> None:
+    """q of analyze, which reads one draw of the weights, against the mean square over many draws."""
+    x = torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        squares = [complex_net(COMPLEX[name], seed)(x).square().mean() for seed in range(80)]
+    drawn = torch.stack(squares)
+    final = kgraph.analyze(complex_net(COMPLEX[name], 0), X).final
+    one_model = 4 * (2 / WIDTH**2) ** 0.5 * 2**0.5  # of the second moments of two matrices of that size
+    tolerance = (one_model + 4 * 80**-0.5 * float(drawn.std() / drawn.mean())) * float(drawn.mean())
+    sampled = 0.05 * float(drawn.mean())
+    assert final.q == pytest.approx(float(drawn.mean()), abs=tolerance + sampled)
+    assert final.how in ("sampled", "assumed")
+
+
+def test_the_real_part_of_a_complex_layer_on_real_inputs() -> None:
+    """E over models whose weights have the second moments of this one: K = E[Re(w)^2] WIDTH K_a, and K_a = E[a^2] x x'."""
+    net = complex_net(COMPLEX["real part"], 0)
+    found = kgraph.nngp(net, X)
+    spread = [float(t.detach().double().square().mean()) ** 0.5 for t in (net.a.weight, net.a.bias, net.w.real)]  # type: ignore[union-attr, operator]
+    generator, total = torch.Generator().manual_seed(3), []
+    for _ in range(300):
+        a, b, w = (s * torch.randn(n, generator=generator) for s, n in zip(spread, ((256, WIDTH), 256, (64, 256))))
+        y = (X @ a.T + b) @ (w * (WIDTH / 256) ** 0.5).T
+        total.append((y @ y.T / 64).double())
+    drawn = torch.stack(total)
+    assert ((drawn.mean(0) - found).abs() <= 4 * drawn.std(0) / 300**0.5).all()
+    for name in ("imaginary part", "size", "phase"):
+        with pytest.raises(RuleError, match=r"is complex, and there is no kernel rule.*test_words.*kgraph\.analyze"):
+            kgraph.nngp(complex_net(COMPLEX[name], 0), X)

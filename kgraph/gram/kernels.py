@@ -291,7 +291,10 @@ def _run(
     output = Walk(request.graph, engine, request.options, take).run(request.inputs)
     final = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Value)), None)
     if final is None:
-        raise InputError("the model's output does not depend on its inputs", hint="There is no kernel to compute")
+        raise InputError(
+            "the model's output does not depend on its inputs in a way that a kernel could follow",
+            hint="Pass floating-point inputs, or token ids that an embedding reads",
+        )
     missing = [] if isinstance(request.nodes, str) else [name for name in request.nodes if name not in wanted]
     if missing:
         raise InputError(f"the graph has no node {missing[0]!r}", hint="kgraph.analyze lists the names")

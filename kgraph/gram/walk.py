@@ -15,6 +15,7 @@ from kgraph.capture import Graph
 from kgraph.channel_dims import channel_dim
 from kgraph.errors import RuleError
 from kgraph.gram import field as f
+from kgraph.gram.complex_numbers import refuse_complex
 from kgraph.gram.device import away, here
 from kgraph.gram.engine import Engine
 from kgraph.gram.rules import Context, find_rule, sample, several, unary
@@ -125,6 +126,7 @@ class Walk:
             if isinstance(result, Tensor) and not result.is_floating_point():
                 self.tokens.update({node} if self.tokens.intersection(node.all_input_nodes) else ())
             return result
+        refuse_complex(node, self.values)
         rule = find_rule(target)
         if rule is None and is_pointwise(target):
             found = unary(target, args, kwargs) if _one_random(args, kwargs) else several(target, args, kwargs)

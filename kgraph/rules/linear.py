@@ -74,7 +74,7 @@ def real_mean(x: Tensor) -> float:
     A bias drawn around 0 has a mean of its size over sqrt(n); as a shift it would cost every closed form after it. The
     standard error is that of the entries' own spread, by Student's law where they are few; one entry alone is noise.
     """
-    values = x.detach().double()
+    values = (x.real if x.is_complex() else x).detach().double()
     if values.numel() < 2:
         return 0.0
     mean = values.mean()

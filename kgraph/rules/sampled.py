@@ -130,7 +130,7 @@ class Sampler:
                 result = node.target(*args, **kwargs)  # type: ignore[operator]
             if node in self.factors and isinstance(result, Tensor):
                 result = result * self.factors[node]
-            known[node] = result
+            known[node] = result = pytree.tree_map_only(Tensor, _widened, result)  # a cast to 32 bits is the node's own
         return result
 
     def _known(self, node: fx.Node) -> bool:
@@ -190,11 +190,14 @@ def _entries(value: Any) -> int:
 
 
 def _double(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    if value.is_complex():
-        return value.detach().to(torch.complex128)
-    return value.detach().double() if value.is_floating_point() else value
+    return _widened(value.detach()) if isinstance(value, Tensor) else value
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """In 64 bits, where it holds numbers and not indices or truth values."""
+    if tensor.is_complex():
+        return tensor.to(torch.complex128)
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _is_pair(value: Any) -> bool:

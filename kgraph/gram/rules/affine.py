@@ -27,9 +27,11 @@ from kgraph.rules.linear import real_mean
 def second_moment(context: Context, name: str, tensor: Tensor) -> float:
     """E[x^2]: declared for this parameter, or measured on its entries."""
     context.refuse_declared(name, "another tensor is computed from it")
+    if name in context.variances and tensor.is_complex():
+        raise context.error(f"the variance declared of {name!r} has no rule: it is complex", "Set its entries instead")
     if name in context.variances:
         return context.variances[name]
-    x = tensor.detach().double()
+    x = (tensor.real if tensor.is_complex() else tensor).detach().double()  # see `kgraph.gram.complex_numbers`
     return float(x.square().mean()) if x.numel() else 0.0
 
 

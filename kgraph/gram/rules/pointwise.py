@@ -86,6 +86,12 @@ def identity(context: Context, module: nn.Identity, x: Value) -> Value:
     return x
 
 
+@rule(aten.real.default)
+def real(context: Context, x: Value) -> Value:
+    """Fields are real: see `kgraph.gram.complex_numbers`."""
+    return x
+
+
 @rule(*COPIES)
 def copied(context: Context, x: Value, *args: object, **kwargs: object) -> Value:
     """Copies and casts; a type without fractions rounds."""

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from kgraph.canonical import aten
 from kgraph.gram.align import aligned
+from kgraph.gram.complex_numbers import HINT, is_complex
 from kgraph.gram.device import away, here
 from kgraph.gram.field import Drawn, Field
 from kgraph.gram.rules.probing import as_draws, as_tensor, result_axes
@@ -44,6 +45,8 @@ def sample(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any], reas
             of its own in an NTK that is asked for.
     """
     values = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Value)]
+    if is_complex(context.node):
+        raise context.error(f"cannot follow {reason}, whose result is complex", HINT)
     if context.node.target in MOVES:  # what the result's dimensions mean cannot be told from their sizes
         raise context.error(f"cannot follow {reason}", _MEASURED)
     if any(len(v.groups) > 1 for v in values):
