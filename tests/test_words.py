@@ -143,13 +143,14 @@ def test_complex_numbers_on_the_way(name: str) -> None:
 
 
 def test_the_real_part_of_a_complex_layer_on_real_inputs() -> None:
-    """E over models whose weights have the second moments of this one: K = E[Re(w)^2] WIDTH K_a, and K_a = E[a^2] x x'."""
+    """Over models whose weights have the second moments of this one: K = WIDTH E[Re(w)^2] (E[a^2] x x' + E[b^2])."""
     net = complex_net(COMPLEX["real part"], 0)
     found = kgraph.nngp(net, X)
     spread = [float(t.detach().double().square().mean()) ** 0.5 for t in (net.a.weight, net.a.bias, net.w.real)]  # type: ignore[union-attr, operator]
     generator, total = torch.Generator().manual_seed(3), []
+    shapes = ((256, WIDTH), 256, (64, 256))
     for _ in range(300):
-        a, b, w = (s * torch.randn(n, generator=generator) for s, n in zip(spread, ((256, WIDTH), 256, (64, 256))))
+        a, b, w = (s * torch.randn(n, generator=generator) for s, n in zip(spread, shapes, strict=True))
         y = (X @ a.T + b) @ (w * (WIDTH / 256) ** 0.5).T
         total.append((y @ y.T / 64).double())
     drawn = torch.stack(total)
