@@ -4,6 +4,7 @@
     c          cosine of two inputs at one position
     c_within   cosine of two positions of one input
     c_apart    cosine of two positions of two inputs
+    spread     standard deviation of the inputs' own q, in units of q
 
 all about zero, averaged over channels, inputs and positions. White inputs have q = 1 and the cosines asked for.
 """
@@ -19,12 +20,15 @@ from torch import Tensor
 from kgraph.errors import InputError
 
 _PLAINLY = 0.3
+_UNEVEN = 0.1
 _SIGMAS = 5.0
 
 
 @dataclass(frozen=True)
 class InputMoments:
-    """Second moments of an input: q, and cosines in [-1, 1].
+    """Second moments of an input: q, cosines in [-1, 1], and how unlike the inputs' own q are.
+
+    Functions are computed at q: where the inputs differ from it by more than a tenth, the report says "assumed".
 
     Raises:
         InputError: a number that no input can have.
@@ -34,14 +38,17 @@ class InputMoments:
     c: float = 0.0
     c_within: float = 0.0
     c_apart: float = 0.0
+    spread: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("q", "c", "c_within", "c_apart"):
+        for name in ("q", "c", "c_within", "c_apart", "spread"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
                 raise InputError(f"InputMoments: {name} is {value!r}", hint="Pass a finite number")
         if self.q <= 0:
             raise InputError(f"InputMoments: q is {self.q!r}", hint="A mean square is above 0")
+        if self.spread < 0:
+            raise InputError(f"InputMoments: spread is {self.spread!r}", hint="A deviation is 0 or above")
         if not -1 <= self.c < 1 or not -1 <= self.c_within <= 1 or not -1 <= self.c_apart <= 1:
             raise InputError(
                 f"InputMoments: cosines {self.c!r}, {self.c_within!r}, {self.c_apart!r} are not in [-1, 1]",
@@ -77,7 +84,13 @@ class InputMoments:
         if c >= 1 - 1e-12:
             raise InputError("the inputs are all the same", hint="Pass different inputs")
         pairs = max(places - 1, 1)
-        return cls(q, c, same_input / (entries * pairs) / q, apart / (entries * (n - 1) * pairs) / q)
+        spread = float(flat.square().mean((1, 2)).std(correction=0)) / q
+        return cls(q, c, same_input / (entries * pairs) / q, apart / (entries * (n - 1) * pairs) / q, spread)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether inputs differ in their own q by so much that a function's mean over them is not that at the mean."""
+        return self.spread > _UNEVEN
 
     @property
     def white(self) -> bool:
@@ -86,7 +99,8 @@ class InputMoments:
     def __str__(self) -> str:
         within = f", of two positions {self.c_within:.3g}" if self.c_within else ""
         apart = f" (of two inputs {self.c_apart:.3g})" if self.c_apart else ""
-        return f"q {self.q:.3g}, cosine of two inputs {self.c:.3g}{within}{apart}"
+        spread = f" +- {100 * self.spread:.0f} %" if self.uneven else ""
+        return f"q {self.q:.3g}{spread}, cosine of two inputs {self.c:.3g}{within}{apart}"
 
 
 WHITE = InputMoments()

@@ -14,6 +14,7 @@ from kgraph.methods import DKS, TAT, Method
 from kgraph.modules import ShapedActivation
 from kgraph.nonlinear import Region, find_regions
 from kgraph.passes.base import Workspace
+from kgraph.passes.exponentials import is_rate
 from kgraph.passes.input_causes import cause
 from kgraph.passes.shape_activations import is_leaky, kept_reason
 from kgraph.products import unbounded
@@ -37,7 +38,7 @@ def check(work: Workspace, method: Method) -> None:
     cause = _Causes(work, gates)
     causes: dict[fx.Node, list[Region]] = {}
     for region in regions:
-        if region.source in kernels and not region.gate and _off(work, region.source):
+        if region.source in kernels and not region.gate and not is_rate(region) and _off(work, region.source):
             causes.setdefault(cause.of(region.source), []).append(region)
     for node, found in causes.items():
         q = float(kernels[node].merged.q) if node in kernels else float("nan")

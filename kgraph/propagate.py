@@ -173,8 +173,11 @@ class _Walk:
     def _placeholder(self, node: fx.Node) -> Any:
         value = next(self.inputs)
         if isinstance(value, Tensor) and value.is_floating_point():
-            if not self.pairs.moments.get(node.name, WHITE).white:
+            moments = self.pairs.moments.get(node.name, WHITE)
+            if not moments.white:
                 self.borders.related(node)
+            if moments.uneven:
+                self.borders.uneven.add(node)
             return input_kernel(node, tuple(value.shape), self.pairs)
         if isinstance(value, Tensor):
             self.tokens.add(node)

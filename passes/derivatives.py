@@ -9,20 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from kgraph.canonical import aten, operation_name
 from kgraph.nonlinear import Region
 
-_EXPONENTIALS = ("exp", "exp2")
-_LINEAR = ("add", "sub", "rsub", "neg", "mul", "div", "clamp", "clamp_min", "clamp_max")
 _ROUNDING = 1e-9
 """Relative; float64 values of a function on a grid that are an affine function of others to their last digits."""
-
-
-def is_exponential(region: Region) -> bool:
-    """Whether it is exp of a multiple: exp(log s), not a bump such as exp(-u^2)."""
-    if region.end.target is aten.exp.default or operation_name(region.end) in _EXPONENTIALS:
-        return all(node is region.end or _is_linear(node) for node in region.nodes)
-    return False
 
 
 def derivative_beside(region: Region) -> str:
@@ -35,11 +25,6 @@ def derivative_beside(region: Region) -> str:
         if _outputs(other.end) != reached and _computes_derivative(other, region):
             return other.end.name
     return ""
-
-
-def _is_linear(node: fx.Node) -> bool:
-    """By numbers, or a sum with itself; a product of two tensors is not."""
-    return operation_name(node) in _LINEAR and sum(isinstance(a, fx.Node) for a in node.args) == 1
 
 
 def _outputs(node: fx.Node) -> frozenset[fx.Node]:
@@ -83,4 +68,4 @@ def _fits(values: Tensor, basis: Tensor) -> bool:
     return bool(rest.norm() <= _ROUNDING * (1 + values.abs().max()) * len(y) ** 0.5)
 
 
-__all__ = ["derivative_beside", "is_exponential"]
+__all__ = ["derivative_beside"]

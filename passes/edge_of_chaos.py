@@ -36,7 +36,7 @@ from kgraph.passes.reinitialize import (
     runtime_scale,
     single_position,
 )
-from kgraph.rules.linear import mean_square
+from kgraph.rules.weights import mean_square
 
 WeightLaw = Literal["delta-orthogonal", "orthogonal", "gaussian"]
 _RATE = 0.1

@@ -20,7 +20,7 @@ from kgraph.checks import choice, flag
 from kgraph.initializers import reinitialize_weight_
 from kgraph.passes.base import Pass, Workspace
 from kgraph.passes.computed_weights import is_moved, is_normalization
-from kgraph.rules.linear import mean_square
+from kgraph.rules.weights import mean_square
 from kgraph.site import shape_of
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")

@@ -24,6 +24,7 @@ from kgraph.kernel import SAME, Kernel, Pairs
 from kgraph.modules import Scale, ShapedActivation
 from kgraph.nonlinear import Region
 from kgraph.passes.base import Pass, Workspace
+from kgraph.passes.exponentials import is_rate
 from kgraph.passes.input_causes import cause
 from kgraph.propagate import Propagation, propagate, reread
 
@@ -110,11 +111,12 @@ class Rescale(Pass):
         work.record(node, what, f"q = {q:.4g} after {reason}", f"q {q:.4g}", "q 1")
 
     def _candidates(self, work: Workspace) -> dict[fx.Node, str]:
-        """Nodes that may be corrected and lead to an activation, with the reason."""
+        """Nodes that may be corrected and lead to an activation, with the reason; an exponent has its own size."""
         regions = work.regions()
         gates = {region.end for region in regions if region.gate}
         inside = {n for r in regions for n in r.nodes if not _ends_here(work, r, n)}
-        wanted = _upstream([region.source for region in regions])
+        rates = {region.end for region in regions if is_rate(region)}
+        wanted = _upstream([region.source for region in regions if region.end not in rates], rates)
         found = {}
         for node in filter(work.is_random, wanted - inside):
             reason = self._reason(work, node, gates)
@@ -222,12 +224,12 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _upstream(ends: list[fx.Node]) -> set[fx.Node]:
+def _upstream(ends: list[fx.Node], stops: Collection[fx.Node]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     queue = list(ends)
     while queue:
         node = queue.pop()
-        if node not in found:
+        if node not in found and node not in stops:
             found.add(node)
             queue += node.all_input_nodes
     return found

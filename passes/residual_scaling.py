@@ -32,7 +32,7 @@ from kgraph.residual.roles import (
     shared_layers,
     weight_of,
 )
-from kgraph.rules.linear import mean_square
+from kgraph.rules.weights import mean_square
 
 BETA, ALPHA = "residual_beta", "residual_alpha"
 """Node metadata: what a sum was scaled with."""

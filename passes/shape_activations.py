@@ -19,7 +19,8 @@ from kgraph.modules import FunctionModule, ShapedActivation
 from kgraph.nonlinear import Region, known_value
 from kgraph.passes.activation_modules import activation_of, lost_stop
 from kgraph.passes.base import Pass, Workspace, owner_path
-from kgraph.passes.derivatives import derivative_beside, is_exponential
+from kgraph.passes.derivatives import derivative_beside
+from kgraph.passes.exponentials import exponential_of, is_exponential
 from kgraph.shaping import ShapedConstants, shape_activation
 from kgraph.shaping.leaky import leaky_centred
 from kgraph.site import site_of
@@ -192,6 +193,8 @@ def kept_reason(region: Region) -> str:
         return "numbers are drawn with it: it is a probability or a rate, and has its range"
     if is_exponential(region):
         return "it is an exponential: a scale or rate that is made from its logarithm, and no activation"
+    if exponential := exponential_of(region):
+        return f"it bounds the exponent of {exponential}: shifted, a rate of decay may become one of growth"
     if derivative := derivative_beside(region):
         return f"its derivative is computed beside it ({derivative}) for another output, which would be false"
     if not region.everywhere:

@@ -10,7 +10,7 @@ from torch import nn
 
 import kgraph
 from kgraph.errors import InputError, ModelError
-from kgraph.rules.linear import real_mean
+from kgraph.rules.weights import real_mean
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 

@@ -108,6 +108,22 @@ def test_functions_of_images_are_assumed() -> None:
     assert direct.how == "assumed" and "second moments" in direct.note
 
 
+def test_inputs_of_several_sizes_are_assumed_behind_functions() -> None:
+    """The mean of tanh^2 over inputs of q .1 and 10 is not its value at their average; a norm makes them alike."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 64)
+    x = x / x.square().mean(1, keepdim=True).sqrt() * torch.tensor([0.1, 10.0]).repeat(32)[:, None].sqrt()
+    net = nn.Sequential(nn.Linear(64, 512), nn.Tanh(), nn.Linear(512, 64))
+    nn.init.normal_(net[0].weight, std=64**-0.5)
+    report = kgraph.analyze(net, x, inputs="data")
+    assert InputMoments.of(x).spread == pytest.approx(9.9 / 10.1)
+    assert report["linear"].how == "exact" and "98 %" in report.analysis.inputs
+    assert report["tanh"].how == report.final.how == "assumed" and "mean squares" in report["tanh"].note
+    assert abs(float(net[:2](x).detach().square().mean()) / report["tanh"].q - 1) > 0.2
+    normed = kgraph.analyze(nn.Sequential(nn.LayerNorm(64), *net), x, inputs="data")
+    assert normed["tanh"].how == "quadrature"
+
+
 @pytest.mark.parametrize(
     ("call", "word"),
     [
@@ -115,6 +131,7 @@ def test_functions_of_images_are_assumed() -> None:
         (lambda: kgraph.analyze(nn.Linear(4, 4), torch.ones(3, 4), inputs="data"), "all the same"),
         (lambda: kgraph.analyze(nn.Linear(4, 4), torch.zeros(3, 4), inputs="data"), "zero"),
         (lambda: InputMoments(q=-1.0), "q is -1.0"),
+        (lambda: InputMoments(spread=-0.1), "spread"),
         (lambda: InputMoments(c=1.0), "cosines"),
         (lambda: InputMoments(c_within=float("nan")), "c_within"),
         (lambda: InputMoments.of(torch.randn(1, 4)), "at least 2"),

@@ -111,3 +111,48 @@ def test_reports_write_an_infinite_slope() -> None:
     assert '"slope": "inf"' in report.to_json()
     assert "inf" in str(report)
     assert json.loads(report.to_json())
+
+
+class Picked(nn.Module):
+    """A function of two layers that has no rule of its own, between layers."""
+
+    def __init__(self, run: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.head = (nn.Linear(64, 64) for _ in range(3))
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.run(self.a(x), self.b(x)))
+
+
+PICKED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
+    "the largest half": (lambda a, b: torch.where(a >= a.topk(32)[0][..., -1:], a, 0.0), True),
+    "above a threshold": (lambda a, b: torch.where(a > 0.5, a, torch.zeros_like(a)), True),
+    "another's sign": (lambda a, b: a.masked_fill(b < 0, 0.0), True),
+    "the larger, doubled": (lambda a, b: torch.where(a > b, a, 2 * b), True),
+    "ranks": (lambda a, b: a.argsort().argsort().to(a.dtype), True),
+    "the place of the largest": (lambda a, b: nn.functional.one_hot(a.argmax(-1), 64).to(a.dtype) * b, True),
+    "another's order": (lambda a, b: b.gather(-1, a.sort(-1)[1]), True),
+    "the larger": (lambda a, b: torch.where(a > b, a, b), False),
+    "clamped": (lambda a, b: torch.where(a > 0.5, torch.full_like(a, 0.5), a), False),
+    "its own order": (lambda a, b: a.gather(-1, a.sort(-1)[1]), False),
+    "below the largest": (lambda a, b: a - a.max(-1, keepdim=True)[0], False),
+}
+
+
+@pytest.mark.parametrize("name", PICKED)
+def test_drawn_functions_jump_or_not(name: str) -> None:
+    """By the network itself: nearer inputs part by the root of what continuous functions do."""
+    run, jump = PICKED[name]
+    torch.manual_seed(0)
+    net = Picked(run)
+    row = kgraph.analyze(net, torch.randn(4, 64)).final
+    changes = []
+    with torch.no_grad():
+        for shift in (1e-2, 1e-4):
+            torch.manual_seed(1)
+            x, direction = torch.randn(2, 4000, 64)
+            net.double()
+            changes.append((net((x + shift * direction).double()) - net(x.double())).square().mean())
+    assert (float(changes[0] / changes[1]) < 1e3) == jump  # 1e2 or 1e4
+    assert math.isinf(row.slope) == jump

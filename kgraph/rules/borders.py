@@ -30,6 +30,7 @@ BETWEEN = "interpolated positions counted like given ones"
 JOINED = "tokens of several laws counted like one"
 MIXED = "positions mixed in different ways counted like one"
 NEAR = "neighbouring positions counted as little alike as distant ones"
+UNEVEN = "inputs of several mean squares counted as if all had their average"
 CAUSAL = "positions that attend to few others counted like those that attend to many"
 
 _AT_ONCE = (TAPS, COPIED, WINDOWS, BETWEEN)
@@ -37,6 +38,8 @@ _AT_ONCE = (TAPS, COPIED, WINDOWS, BETWEEN)
 _LINEAR = {"add", "sub", "rsub", "neg", "mul", "div", "dropout", "feature_dropout", "where", "pad"}
 _PER_POSITION = {"layer_norm", "rms_norm", "softmax", "log_softmax", "scaled_dot_product_attention"}
 _PER_POSITION |= {"amax", "amin", "max", "min", "logsumexp", "norm", "linalg_vector_norm", "std", "var", "sort", "topk"}
+_ONE_SCALE = {"layer_norm", "rms_norm", "group_norm", "instance_norm"}
+"""Behind these all inputs have one mean square."""
 _VIEWS = {
     "view",
     "reshape",
@@ -59,6 +62,7 @@ class Borders:
         self.reasons: dict[fx.Node, str] = {}
         self.near: set[fx.Node] = set()  # tensors whose neighbouring positions are more alike than others
         self.shared: set[fx.Node] = set()  # of those, tensors whose neighbours hold the same numbers
+        self.uneven: set[fx.Node] = set()  # tensors whose mean square differs from input to input
         self.said: dict[fx.Node, str] = {}
 
     def related(self, node: fx.Node) -> None:
@@ -83,9 +87,12 @@ class Borders:
             told = [before[0]]
         inside = any(n in self.near for n in node.all_input_nodes)
         shared = any(n in self.shared for n in node.all_input_nodes)
-        bent = shared and value.positions > 1 and (_is_function(node) or len(read) > len(node.all_input_nodes))
-        if not told and (bent or (inside and _reads_windows(node, value))):
+        bends = _is_function(node) or len(read) > len(node.all_input_nodes)
+        if not told and ((shared and value.positions > 1 and bends) or (inside and _reads_windows(node, value))):
             told = [NEAR]
+        if any(n in self.uneven for n in node.all_input_nodes) and operation_name(node) not in _ONE_SCALE:
+            self.uneven.add(node)
+            told = told or [UNEVEN] * (bends or operation_name(node) in _PER_POSITION)
         overlaps = _overlaps(node, values)
         if value.positions > 1 and (inside or overlaps):
             self.near.add(node)

@@ -13,10 +13,11 @@ from torch import Tensor, fx
 
 from kgraph.canonical import aten
 from kgraph.kernel import Axes, Kernel
-from kgraph.rules.linear import Affine, contract, last_dim, mean_square, to_positions
+from kgraph.rules.linear import Affine, contract, last_dim, to_positions
 from kgraph.rules.spatial import over_positions
 from kgraph.rules.speeds import is_parameter
 from kgraph.rules.table import TURNED, Context, parameter_of, rule
+from kgraph.rules.weights import mean_square
 
 
 @rule(aten.mm.default, aten.matmul.default)

@@ -15,8 +15,8 @@ from kgraph.canonical import aten
 from kgraph.errors import RuleError
 from kgraph.kernel import DIFF, SAME, Kernel, Part
 from kgraph.roots import Root, Roots
-from kgraph.rules.linear import mean_square
 from kgraph.rules.table import Context, rule
+from kgraph.rules.weights import mean_square
 
 
 @rule(aten.embedding.default)

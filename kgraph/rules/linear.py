@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
-import torch
-from scipy.special import ndtr, stdtrit
 from torch import Tensor, fx
 
 from kgraph.biases import bias_law
@@ -18,6 +15,7 @@ from kgraph.kernel import DIFF, Axes, Bias, Gaussian, Kernel, Part, Unknown
 from kgraph.roots import Root, Roots
 from kgraph.rules.speeds import same_tensor
 from kgraph.rules.table import TURNED, Context, parameter_of, rule
+from kgraph.rules.weights import assumed_of, mean_square, real_mean, repeats
 
 
 @dataclass(frozen=True)
@@ -51,35 +49,11 @@ class Affine:
         return own_weight * self.fan_in, own_bias * self.has_bias
 
 
-def mean_square(tensor: Tensor) -> float:
-    """E[x^2] over all entries, accumulated in float64; a meta tensor has no values and counts as variance 1/fan."""
-    if tensor.is_meta:
-        return tensor.shape[0] / max(tensor.numel(), 1)
-    if tensor.numel() > 1 and not any(tensor.stride()):
-        return float(tensor[(0,) * tensor.ndim]) ** 2  # one number, expanded
-    real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-    return float(torch.linalg.vector_norm(real, dtype=torch.float64)) ** 2 / max(tensor.numel(), 1)
-
-
 def bias_moments(bias: Tensor | None) -> tuple[float, float]:
     """(E[b^2], E[b])."""
     if bias is None or bias.is_meta:
         return 0.0, 0.0
     return mean_square(bias), real_mean(bias)
-
-
-def real_mean(x: Tensor) -> float:
-    """E[x], taken as 0 where it differs from it by no more than sampling noise (five standard errors).
-
-    A bias drawn around 0 has a mean of its size over sqrt(n); as a shift it would cost every closed form after it. The
-    standard error is that of the entries' own spread, by Student's law where they are few; one entry alone is noise.
-    """
-    values = (x.real if x.is_complex() else x).detach().double()
-    if values.numel() < 2:
-        return 0.0
-    mean = values.mean()
-    noise = _five_sigma(values.numel() - 1) * values.std() / math.sqrt(values.numel())
-    return float(mean) if bool(mean.abs() > noise) else 0.0
 
 
 def of_rows(context: Context, index: int, weight: Tensor) -> How:
@@ -93,55 +67,11 @@ def of_rows(context: Context, index: int, weight: Tensor) -> How:
         return assumed("a head tied to the embedding, whose logit of the token itself is not counted")
     if repeats(weight):
         return assumed("independent channels, though rows of the weight repeat")
-    if isinstance(source, fx.Node) and source.op != "get_attr":
-        return _of_computed(source, weight)
-    return EXACT
-
-
-def _of_computed(source: fx.Node, weight: Tensor) -> How:
-    """What is assumed of a weight that the forward computes: entries about zero, and not their own mirror images."""
-    mean, square = (0.0, 0.0) if weight.is_meta else (real_mean(weight), mean_square(weight))
-    if mean**2 * weight[0].numel() > _SHARE_OF_MEAN * square:
-        return assumed("weights about zero, though the mean of what the forward computes is not")
-    queue, found = [source], set[fx.Node]()
-    while queue:
-        one = queue.pop()
-        if one not in found:
-            found.add(one)
-            queue += one.all_input_nodes
-    sums = any(operation_name(one) in ("add", "sub", "rsub") for one in found)
-    if sums and any(operation_name(one) in _MIRRORS for one in found):
-        return assumed("a weight and its mirror image taken as new weights")
-    return EXACT
+    return assumed_of(source if isinstance(source, fx.Node) else None, weight)
 
 
 FEW = 32
 """Inputs of a sum below which it is not taken for Gaussian without saying so, where its weights are shared."""
-_SHARE_OF_MEAN = 5e-3
-"""Of a unit's q in the mean of its weights: (sum_j w_j)^2 against the sum of their squares."""
-_MIRRORS = {"t", "transpose", "permute", "numpy_T", "mT", "flip", "rot90", "roll"}
-
-
-def repeats(weight: Tensor) -> bool:
-    """Whether two rows are one and the same, other than zero (a pixel shuffle's ICNR initialization)."""
-    if weight.is_meta or weight.is_complex() or weight.ndim < 2 or not any(weight.stride()):
-        return False
-    rows = weight.detach().flatten(1)
-    rows = rows[(rows != 0).any(1)]
-    if rows.shape[1] < 2 or not _same_marks(rows.float()):  # cheap; rounding may make two rows look alike
-        return False
-    return _same_marks(rows.double())
-
-
-def _same_marks(rows: Tensor) -> bool:
-    marks = rows @ torch.arange(1, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device).sqrt()
-    return bool((marks.sort()[0].diff() == 0).any())
-
-
-@lru_cache
-def _five_sigma(freedom: int) -> float:
-    """Quantile of Student's law that a normal variable's five standard deviations are."""
-    return float(stdtrit(freedom, ndtr(5.0)))
 
 
 def affine_part(context: Context, part: Part, layer: Affine, size: int) -> Part:

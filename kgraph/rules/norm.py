@@ -21,9 +21,9 @@ from kgraph.how import assumed
 from kgraph.kernel import DIFF, SAME, Gaussian, Kernel, Pairs, Part, Unknown
 from kgraph.maps.tangent import TrainedFactor
 from kgraph.modules import PerLocationNorm
-from kgraph.rules.linear import mean_square
 from kgraph.rules.speeds import is_parameter
 from kgraph.rules.table import Context, rule
+from kgraph.rules.weights import mean_square
 
 _MIXING = ("conv", "linear", "addmm", "matmul", "mm", "bmm", "baddbmm", "einsum", "embedding", "bilinear")
 """Layers: behind them a gain is one of many parameters of every channel."""

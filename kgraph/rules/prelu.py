@@ -22,9 +22,9 @@ from kgraph.constants import Moments, known_part, moments
 from kgraph.how import assumed
 from kgraph.kernel import DIFF, SAME, Gaussian, Kernel, Pairs, Part, Sum
 from kgraph.maps import ClosedForm, Pointwise
-from kgraph.rules.linear import mean_square
 from kgraph.rules.pointwise import NEGATIVE_PART, POSITIVE_PART, leaky
 from kgraph.rules.table import Context, rule
+from kgraph.rules.weights import mean_square
 
 
 @rule(aten.prelu.default)

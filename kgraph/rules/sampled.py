@@ -29,6 +29,7 @@ from kgraph.how import assumed
 from kgraph.kernel import SAME, Kernel, Pairs, Part
 from kgraph.modes import mode_argument
 from kgraph.roots import Root, Roots
+from kgraph.rules.crossings import jumped, may_jump, shifted
 from kgraph.rules.measured import Measured, matched, result_axes
 from kgraph.rules.region import Region, find_region, kernels_of, of_draws, weights_of
 from kgraph.rules.runs import Outcome, Point, Runs
@@ -40,6 +41,7 @@ Direction = tuple[str, int]
 """The kernel ("slope" or "ntk") and the row whose direction is meant."""
 _FEWEST_ENTRIES = 50_000
 _FEWEST_REPEATS, _MOST_REPEATS = 4, 16
+_MOST_NEAR = 400
 _TWO_SIGMAS = 0.97725
 
 
@@ -59,15 +61,21 @@ class Sampler:
         region = find_region(node, self.values, self.order)
         entries = max((_entries(self.values[n]) for n in region.frontier), default=1)
         repeats = max(_FEWEST_REPEATS, min(_MOST_REPEATS, _FEWEST_ENTRIES // max(entries, 1)))
-        measured = self._measure(region, repeats)
+        runs = Runs(self._forward(region), region.nodes)
+        measured = self._measure(region, runs, repeats)
         flat, tree = pytree.tree_flatten(measured[0])
         others = [pytree.tree_leaves(m) for m in measured[1:]]
         kernels = [self._kernel(node, region, [first, *(o[i] for o in others)]) for i, first in enumerate(flat)]
+        if may_jump(region.nodes):
+            found = self._jumps(region, runs, entries)
+            kernels = [
+                k.with_parts(*map(algebra.infinite, k.parts)) if jump or _stepwise(k) else k
+                for k, jump in zip(kernels, found, strict=True)
+            ]
         return pytree.tree_unflatten(kernels, tree)
 
-    def _measure(self, region: Region, repeats: int) -> list[Any]:
+    def _measure(self, region: Region, runs: Runs, repeats: int) -> list[Any]:
         """Moments of every output tensor of joint draws, as trees of `Measured`."""
-        runs = Runs(self._forward(region), region.nodes)
         measured: list[Any] = []
         while len(measured) < repeats:  # of large tensors, one at a time is held
             several = range(len(measured), min(repeats, len(measured) + max(1, runs.together // 4)))
@@ -90,6 +98,19 @@ class Sampler:
                 along.append(replace(self._point(fields, place, seed, side, direction[1]), tangent=tangent))
         values, derived = iter(runs.at(plain)), iter(runs.at(along))
         return [self._gather(values, [(d, next(derived), next(derived)) for d in directions], runs.tree) for _ in seeds]
+
+    def _jumps(self, region: Region, runs: Runs, entries: int) -> list[bool]:
+        """For every output tensor, whether it jumps; few pairs of near inputs have a jump between them."""
+        most = _MOST_NEAR if runs.together > 1 else _MOST_REPEATS
+        seeds = range(max(_FEWEST_REPEATS, min(most, 2 * _FEWEST_ENTRIES // max(entries, 1))))
+        draws, direction = FieldDraws(seeds), ("slope", len(self.pairs.inputs) + Pairs.UNIT)
+        fields = [_field(draws, self.values[n], None) for n in region.frontier]
+        tangents = [_field(draws, self.values[n], direction) for n in region.frontier]
+        points = []
+        for place, seed in enumerate(seeds):
+            tangent = tuple(_of_pairs(t, lambda pair, k=place: pair[0][k]) for t in tangents)
+            points += shifted(replace(self._point(fields, place, seed, 0, 0), tangent=tangent))
+        return jumped(runs.at(points))
 
     def _point(self, fields: list[Any], place: int, seed: int, side: int, row: int) -> Point:
         """Random masks: one input has one, any two runs of a pair have two."""
@@ -164,6 +185,12 @@ class Sampler:
         part = replace(drawn, cov=mean["cov"], mean=float(mean["mean"]), how=how)
         jumps = any(algebra.endless(own) for kernel in inputs for own in kernel.parts)
         return Kernel((algebra.infinite(part) if jumps else part,), axes)
+
+
+def _stepwise(kernel: Kernel) -> bool:
+    """Whether a kernel moves with c although the derivative is 0 everywhere: between two steps there is a jump."""
+    cov = kernel.merged.cov[: Pairs.SELF, SAME]
+    return float(kernel.merged.slope[Pairs.UNIT, SAME]) == 0 and not bool((cov == cov[0]).all())
 
 
 def _relative_error(estimates: Tensor) -> float:

@@ -15,13 +15,14 @@ from kgraph.gram.field import Affine, Field, Layer, Leaf
 from kgraph.gram.places import Relabel
 from kgraph.gram.rules.grouped import MOST_GROUPS, ranges_of
 from kgraph.gram.rules.over_positions import position_layer, sums_positions
-from kgraph.gram.rules.table import Context, parameters_behind, rule
+from kgraph.gram.rules.repeats import draws_of
+from kgraph.gram.rules.table import Context, rule
 from kgraph.gram.shares import layer_speed
 from kgraph.gram.taps import axis_runs, geometry_of, tap_shares
 from kgraph.gram.value import Axes, CannotFollow, Value, channel_range, place_start, places_of, roles, size_of
 from kgraph.how import EXACT, How, assumed
 from kgraph.roots import Root
-from kgraph.rules.linear import real_mean
+from kgraph.rules.weights import real_mean
 
 
 def second_moment(context: Context, name: str, tensor: Tensor) -> float:
@@ -110,7 +111,8 @@ def _linear(
     u, axes = contracted(x, [len(x.axes) - 1])
     context.read_one_way(at[0], along)
     layer = make_layer(context, names, weight, bias, weight.numel() // max(out, 1))
-    how = u.how | _way(context, names[0]) | (_TIED if weight.data_ptr() in context.engine.tables else EXACT)
+    how = u.how | draws_of(context, names[0], weight if along else weight.T)
+    how |= _TIED if weight.data_ptr() in context.engine.tables else EXACT
     result = layer_output(context, u, layer, u.places, how)
     return Value(((out, result),), (*axes[:-1], (("c", out),) if out > 1 else ()))
 
@@ -209,7 +211,8 @@ def _convolve(
     layer = make_layer(context, (context.name(1), context.name(2)), weight, bias, channels * taps.numel(), geometry)
     out = weight.shape[1] * groups if transposed else weight.shape[0]
     at = len(x.axes) - dims - 1
-    results = _by_groups(context, x, at, channels, layer, out)
+    way = draws_of(context, layer.root, weight.transpose(0, 1) if transposed else weight)
+    results = _by_groups(context, x, at, channels, layer, out, way)
     axes = (*contracted(x, [at])[1][:at], (("c", out),), *((("p", s),) for s in sizes))
     return _without_ones(Value(results, axes, at if len(results) > 1 else None))
 
@@ -220,7 +223,7 @@ _TIED = assumed("independent of the table that tokens are looked up in, though i
 
 
 def _by_groups(
-    context: Context, x: Value, dim: int, width: int, layer: Layer, out: int
+    context: Context, x: Value, dim: int, width: int, layer: Layer, out: int, way: How
 ) -> tuple[tuple[int, Field], ...]:
     """A convolution's output: a channel group for every range of channels whose groups read the same law."""
     assert layer.geometry is not None
@@ -231,7 +234,7 @@ def _by_groups(
     results: list[tuple[int, Field]] = []
     for low, high in ranges:
         u, _ = contracted(x if high - low == total else channel_range(x, dim, low, high), [dim])
-        how = u.how | note | _way(context, layer.root)
+        how = u.how | note | way
         if width <= min(_FEW, total - 1) and not isinstance(u, f.Known):
             how |= assumed(f"Gaussian after a convolution of {width} {'channel' if width == 1 else 'channels'} each")
         places = (*u.places[: len(u.places) - len(layer.geometry.sizes)], *layer.geometry.sizes)
@@ -241,13 +244,6 @@ def _by_groups(
         first, last = low * out // total, high * out // total
         results.append((last - first, sliced(whole, first, last, out)))
     return tuple(results)
-
-
-def _way(context: Context, name: str) -> How:
-    """What is taken for granted of a layer's weight."""
-    node = context.named.get(name)
-    fixed = node is not None and not parameters_behind(context, node)
-    return assumed(f"the buffer {name} as independent draws of its own variance") if fixed else EXACT
 
 
 def _without_ones(x: Value) -> Value:

@@ -14,7 +14,7 @@ from kgraph.gram.rules.table import Context, rule
 from kgraph.gram.shares import layer_speed
 from kgraph.gram.value import Value
 from kgraph.roots import Root
-from kgraph.rules.linear import real_mean
+from kgraph.rules.weights import real_mean
 
 
 @rule(aten.embedding.default)

@@ -12,7 +12,7 @@ from kgraph.gram.rules.table import Context, rule
 from kgraph.gram.value import Value
 from kgraph.parent_scale import PARENT_SCALE, ParentScale
 from kgraph.roots import Root
-from kgraph.rules.linear import real_mean
+from kgraph.rules.weights import real_mean
 
 
 @rule(PARENT_SCALE)

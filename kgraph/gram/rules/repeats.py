@@ -12,14 +12,23 @@ import torch
 from torch import Tensor
 
 from kgraph.gram.field import Field
-from kgraph.gram.rules.table import Context
+from kgraph.gram.rules.table import Context, parameters_behind
 from kgraph.gram.value import Value
-from kgraph.how import assumed
+from kgraph.how import EXACT, How, assumed
+from kgraph.rules.weights import assumed_of
 
 
 def warned(context: Context, x: Value) -> Value:
     """The same, called "assumed" where rows of the weight behind it repeat."""
     return x.each(lambda u: _warned(context, u), x.axes, x.split)
+
+
+def draws_of(context: Context, name: str, weight: Tensor) -> How:
+    """What is taken for granted when a layer's weight [out, ...] counts as independent draws about zero."""
+    node = context.named.get(name)
+    own = EXACT if name in context.variances else assumed_of(node, weight)
+    fixed = node is not None and not parameters_behind(context, node)
+    return own | assumed(f"the buffer {name} as independent draws of its own variance") if fixed else own
 
 
 def _warned(context: Context, u: Field) -> Field:

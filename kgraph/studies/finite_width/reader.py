@@ -18,8 +18,8 @@ from kgraph.errors import RuleError
 from kgraph.maps import Pointwise, pointwise
 from kgraph.nonlinear import is_pointwise_node, known_value
 from kgraph.rules.conv import each_axis, paddings_of, tap_counts
-from kgraph.rules.linear import mean_square
 from kgraph.rules.pointwise import is_pointwise
+from kgraph.rules.weights import mean_square
 from kgraph.site import shape_of, site_of
 from kgraph.studies.finite_width.chain import Chain, ChainLayer, Distribution, law_of
 

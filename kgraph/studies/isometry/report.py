@@ -22,7 +22,7 @@ from kgraph.meanfield import JacobianMoments, Moments, depth_scale, fourier_mult
 from kgraph.nonlinear import Region, find_regions
 from kgraph.propagate import Propagation, propagate
 from kgraph.report.numbers import count, elide, short
-from kgraph.rules.linear import mean_square
+from kgraph.rules.weights import mean_square
 from kgraph.site import shape_of, site_of
 from kgraph.studies.isometry.chain import (
     CONVOLUTIONS,

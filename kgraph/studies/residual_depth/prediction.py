@@ -13,7 +13,7 @@ from kgraph.kernel import SAME, Pairs
 from kgraph.propagate import Propagation
 from kgraph.residual.chains import ResidualChain
 from kgraph.residual.roles import fan_in, layers_by_role, stacked, tensor_of, weight_of
-from kgraph.rules.linear import mean_square
+from kgraph.rules.weights import mean_square
 from kgraph.studies.residual_depth.measure import correlated_roles, nodes_of
 
 _LONGEST = 4000

@@ -1,0 +1,96 @@
+"""Weights as draws: their moments, and what is taken for granted when rows count as independent ones about zero."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from scipy.special import ndtr, stdtrit
+from torch import Tensor, fx
+
+from kgraph.canonical import operation_name
+from kgraph.how import EXACT, How, assumed
+
+_SHARE_OF_MEAN = 5e-3
+"""Of a unit's q in the mean of its weights: (sum_j w_j)^2 against the sum of their squares."""
+_MIRRORS = {"t", "transpose", "permute", "numpy_T", "mT", "flip", "rot90", "roll"}
+
+
+def mean_square(tensor: Tensor) -> float:
+    """E[x^2] over all entries, accumulated in float64; a meta tensor has no values and counts as variance 1/fan."""
+    if tensor.is_meta:
+        return tensor.shape[0] / max(tensor.numel(), 1)
+    if tensor.numel() > 1 and not any(tensor.stride()):
+        return float(tensor[(0,) * tensor.ndim]) ** 2  # one number, expanded
+    real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    return float(torch.linalg.vector_norm(real, dtype=torch.float64)) ** 2 / max(tensor.numel(), 1)
+
+
+def real_mean(x: Tensor) -> float:
+    """E[x], taken as 0 where it differs from it by no more than sampling noise (five standard errors).
+
+    A bias drawn around 0 has a mean of its size over sqrt(n); as a shift it would cost every closed form after it. The
+    standard error is that of the entries' own spread, by Student's law where they are few; one entry alone is noise.
+    """
+    values = (x.real if x.is_complex() else x).detach().double()
+    if values.numel() < 2:
+        return 0.0
+    mean = values.mean()
+    noise = _five_sigma(values.numel() - 1) * values.std() / math.sqrt(values.numel())
+    return float(mean) if bool(mean.abs() > noise) else 0.0
+
+
+def assumed_of(source: fx.Node | None, weight: Tensor) -> How:
+    """What is assumed of a weight [out, ...]: entries about zero, and, of a computed one, not their mirror images.
+
+    With a mean m, all channels share m times the sum over the inputs: neither their second moments nor their
+    independence are those of draws about zero.
+    """
+    if off_centre(weight):
+        return assumed("weights about zero, though their mean is not")
+    if source is not None and source.op != "get_attr" and _mirrored(source):
+        return assumed("a weight and its mirror image taken as new weights")
+    return EXACT
+
+
+def off_centre(weight: Tensor) -> bool:
+    """Whether the weights' mean, beyond sampling noise, makes a share of a unit's q."""
+    if weight.is_meta or weight.is_complex() or weight.ndim < 2 or not weight.numel():
+        return False
+    least = _SHARE_OF_MEAN * mean_square(weight) / weight[0].numel()
+    mean = float(weight.detach().mean(dtype=torch.float64))  # cheap: most weights end here
+    return mean**2 > least and real_mean(weight) ** 2 > least
+
+
+def _mirrored(source: fx.Node) -> bool:
+    queue, found = [source], set[fx.Node]()
+    while queue:
+        one = queue.pop()
+        if one not in found:
+            found.add(one)
+            queue += one.all_input_nodes
+    sums = any(operation_name(one) in ("add", "sub", "rsub") for one in found)
+    return sums and any(operation_name(one) in _MIRRORS for one in found)
+
+
+def repeats(weight: Tensor) -> bool:
+    """Whether two rows are one and the same, other than zero (a pixel shuffle's ICNR initialization)."""
+    if weight.is_meta or weight.is_complex() or weight.ndim < 2 or not any(weight.stride()):
+        return False
+    rows = weight.detach().flatten(1)
+    rows = rows[(rows != 0).any(1)]
+    if rows.shape[1] < 2 or not _same_marks(rows.float()):  # cheap; rounding may make two rows look alike
+        return False
+    return _same_marks(rows.double())
+
+
+def _same_marks(rows: Tensor) -> bool:
+    marks = rows @ torch.arange(1, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device).sqrt()
+    return bool((marks.sort()[0].diff() == 0).any())
+
+
+@lru_cache
+def _five_sigma(freedom: int) -> float:
+    """Quantile of Student's law that a normal variable's five standard deviations are."""
+    return float(stdtrit(freedom, ndtr(5.0)))
