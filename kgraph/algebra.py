@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -83,11 +84,16 @@ def _core(part: Part) -> tuple[float, Part, tuple[tuple[float, Part], ...]]:
     """A part that only `trained` made a sum: weight and term that it was, and the terms that are tangents alone."""
     outer, part = _unscaled(part)
     terms = part.expr.terms if isinstance(part.expr, Sum) else ()
-    silent = tuple((w, t) for w, t in terms if isinstance(t.expr, Gaussian) and not bool(t.cov.any()))
-    if not silent or len(silent) + 1 != len(terms):
+    heard = tuple(islice(((w, t) for w, t in terms if not _silent(t)), 2))  # a residual stream has a thousand terms
+    if len(heard) != 1 or len(terms) == 1:
         return outer, part, ()
-    ((weight, term),) = [pair for pair in terms if pair not in silent]
-    return outer * weight, term, tuple((outer * w, t) for w, t in silent)
+    ((weight, term),) = heard
+    return outer * weight, term, tuple((outer * w, t) for w, t in terms if t is not term)
+
+
+def _silent(term: Part) -> bool:
+    """Whether a term is a tangent alone."""
+    return isinstance(term.expr, Gaussian) and not bool(term.cov.any())
 
 
 def shift(part: Part, constant: float) -> Part:
