@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz lint format docs bench clean
+.PHONY: help demo test slow fuzz lint format docs bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -17,8 +17,11 @@ help: ## Show this list
 demo: $(READY)-onnx ## Compile the bundled 50-layer network: demo/report.html, demo/model.onnx
 	$(BIN)/kgraph demo --out demo
 
-test: lint ## Lint, then all tests on all cores (PYTEST_ARGS="-k shaping" selects)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q $(PYTEST_ARGS)
+test: lint ## Lint, then the tests on all cores (PYTEST_ARGS="-k shaping" selects)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -q -m "not slow" $(PYTEST_ARGS)
+
+slow: $(READY)-test ## The full-size tests, which `make test` leaves out
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -q -m slow $(PYTEST_ARGS)
 
 fuzz: $(READY)-test ## Random graphs against plain torch (FUZZ_ARGS="kernels --count 500")
 	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)

@@ -49,11 +49,21 @@ def fixed_seed() -> None:
     torch.manual_seed(SEED)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked ``gpu`` where there is no CUDA device."""
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="no CUDA device")
+FULL_SIZE = [line for line in Path(__file__).with_name("slow.txt").read_text().splitlines() if line[0] != "#"]
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the tests of ``slow.txt``, and skips tests marked ``gpu`` where there is no CUDA device."""
+    found = set()
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        names = {item.nodeid, item.nodeid.partition("[")[0], item.nodeid.partition("::")[0]}.intersection(FULL_SIZE)
+        if names:
+            item.add_marker("slow")
+        found |= names
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    files = {item.nodeid.partition("::")[0] for item in items}
+    lost = [name for name in FULL_SIZE if name.partition("::")[0] in files and name not in found]
+    if lost and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"tests/slow.txt names tests that are not there: {', '.join(lost)}")
