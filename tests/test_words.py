@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kgraph
-from kgraph.errors import CaptureError, RuleError
+from kgraph.errors import CaptureError, InputError, RuleError
 
 WIDTH = 24
 X = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -158,3 +158,58 @@ def test_the_real_part_of_a_complex_layer_on_real_inputs() -> None:
     for name in ("imaginary part", "size", "phase"):
         with pytest.raises(RuleError, match=r"is complex, and there is no kernel rule.*test_words.*kgraph\.analyze"):
             kgraph.nngp(complex_net(COMPLEX[name], 0), X)
+
+
+IDS = torch.tensor([[3, 1, 3, 0, 2], [2, 2, 1, 5, 0], [4, 4, 4, 4, 4]])
+ROWS = 6
+
+
+class Bags(nn.Module):
+    """A bag of tokens, weighted by how large their ids are or not, and a linear layer on what is left of it."""
+
+    def __init__(self, mode: str, padding: int | None, weighted: bool, width: int) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(ROWS, width, mode=mode, padding_idx=padding)
+        self.out, self.weighted = nn.Linear(width, width, bias=False), weighted
+        nn.init.normal_(self.out.weight, std=width**-0.5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        weights = 0.5 + 0.1 * ids.to(self.out.weight.dtype) if self.weighted else None
+        return self.out(torch.relu(self.bag(ids, per_sample_weights=weights)))
+
+
+@pytest.mark.parametrize("mode, padding, weighted", [("mean", 2, False), ("sum", None, True), ("mean", None, False)])
+def test_bags_of_embeddings(mode: str, padding: int | None, weighted: bool) -> None:
+    """Against many draws of the network, and the bag's own kernels against sums over pairs of equal tokens."""
+    width, draws = 256, 150
+    declared = {"bag.weight": 1.0, "out.weight": 1 / width}
+    torch.manual_seed(0)
+    found = kgraph.kernels(Bags(mode, padding, weighted, width), IDS, variances=declared, nodes="all")
+    with torch.no_grad():
+        outputs = [Bags(mode, padding, weighted, width)(IDS).double() for _ in range(draws)]
+    drawn = torch.stack([y @ y.T / width for y in outputs])
+    error = 4 * drawn.std(0) / draws**0.5
+    assert ((drawn.mean(0) - found.output.nngp).abs() <= error).all()
+
+    counted = torch.ones(IDS.shape).double() if padding is None else (IDS != padding).double()
+    shares = counted * (0.5 + 0.1 * IDS) if weighted else counted
+    shares = shares / counted.sum(1, keepdim=True) if mode == "mean" else shares
+    tokens = torch.zeros(len(IDS), ROWS).double().scatter_add_(1, IDS, shares)
+    bag = next(gram for name, gram in found.nodes.items() if name.startswith("getitem"))
+    torch.testing.assert_close(bag.nngp, tokens @ tokens.T)
+    torch.testing.assert_close(bag.ntk, tokens @ tokens.T)
+    assert found.output.how == "exact"
+
+
+def test_bags_that_have_no_rule() -> None:
+    with pytest.raises(RuleError, match="maximum over an embedding bag"):
+        kgraph.nngp(Bags("max", None, False, 8), IDS)
+    with pytest.raises(InputError, match="in a way that a kernel could follow"):
+        kgraph.nngp(OfIds(), IDS)
+
+
+class OfIds(nn.Module):
+    """Token ids read as numbers."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return ids.float().sin()

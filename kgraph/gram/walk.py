@@ -117,7 +117,7 @@ class Walk:
         target: Any = node.target
         if target is aten.sym_size.int and isinstance(args[0], Value):
             return args[0].shape[args[1]]
-        if target is aten.embedding.default and any(n in self.tokens for n in node.all_input_nodes):
+        if target in _LOOKUPS and any(n in self.tokens for n in node.all_input_nodes):
             return self._apply(node, find_rule(target), args, kwargs)
         if not _random(args, kwargs):
             _refuse_noise(node)
@@ -157,6 +157,9 @@ class Walk:
             return rule(context, *args, **kwargs)
         except CannotFollow as reason:
             return sample(context, args, kwargs, str(reason))
+
+
+_LOOKUPS = (aten.embedding.default, aten.embedding_bag.padding_idx)
 
 
 def _refuse_noise(node: fx.Node) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from kgraph.gram.block import Block
 from kgraph.gram.engine import Engine
 from kgraph.gram.field import Field, Leaf, Located
 from kgraph.gram.rules.affine import second_moment
+from kgraph.gram.rules.pool import mixed
 from kgraph.gram.rules.table import Context, rule
 from kgraph.gram.shares import layer_speed
 from kgraph.gram.value import Value
@@ -55,3 +58,37 @@ def _averaged_equality(engine: Engine, ids: Tensor) -> Tensor:
     """Share of equal tokens in the averages that the layout holds: one known channel a token."""
     tokens = torch.nn.functional.one_hot(ids.unique(return_inverse=True)[1]).double().movedim(-1, 1)
     return engine.layout.known(engine.rows, tokens, tokens) * tokens.shape[1]
+
+
+@rule(aten.embedding_bag.padding_idx)
+def embedding_bag(
+    context: Context, table: Tensor, ids: Tensor, offsets: Tensor, _: bool = False, mode: int = 0, *rest: Any
+) -> tuple[Value, None, None, None]:
+    """Sum (mode 0) or mean (1) of the rows of every input's n tokens; ``padding``'s row has no part in them.
+
+    Args:
+        ids: [N n], an input after the other; ``offsets`` [N] are where they begin.
+        rest: whether the table's gradient is sparse, weights of the tokens [N n], whether ``offsets`` holds the end
+            too, and ``padding``.
+    """
+    _sparse, weights, ended, padding = (*rest, *(False, None, False, None)[len(rest) :])
+    padding = -1 if padding is None else int(padding)
+    bags = len(offsets) - bool(ended)
+    if mode > 1 or isinstance(weights, Value):
+        what = "the maximum over" if mode > 1 else "sums weighted by an input of"
+        raise context.error(
+            f"there is no kernel rule for {what} an embedding bag", "Pool the rows of an nn.Embedding by hand"
+        )
+    if not bags or len(ids) % bags or not torch.equal(offsets[:bags], torch.arange(0, len(ids), len(ids) // bags)):
+        raise context.error("there is no kernel rule for bags of unlike length", "Pass ids as [inputs, length], padded")
+    ids = ids.reshape(bags, -1)
+    shares = (ids != padding).double() if padding >= 0 else torch.ones(ids.shape, dtype=torch.float64)
+    if weights is not None:
+        shares = shares * weights.detach().double().reshape(ids.shape)
+    if mode == 1:
+        shares = shares / shares.sum(1, keepdim=True).clamp_min(1.0)
+    rows = embedding(context, table, ids, padding)
+    each = shares if ids.shape[1] > 1 else shares[:, 0]
+    located = rows.each(lambda u: Located(u.places, u.roots, u.how, u, each, torch.zeros_like(each)))
+    pooled = mixed(located, 1, torch.ones(1, ids.shape[1], dtype=torch.float64))
+    return Value(pooled.groups, (pooled.axes[0], pooled.axes[2])), None, None, None
