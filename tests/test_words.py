@@ -178,7 +178,9 @@ class Bags(nn.Module):
         return self.out(torch.relu(self.bag(ids, per_sample_weights=weights)))
 
 
-@pytest.mark.parametrize("mode, padding, weighted", [("mean", 2, False), ("sum", None, True), ("mean", None, False)])
+@pytest.mark.parametrize(
+    ("mode", "padding", "weighted"), [("mean", 2, False), ("sum", None, True), ("mean", None, False)]
+)
 def test_bags_of_embeddings(mode: str, padding: int | None, weighted: bool) -> None:
     """Against many draws of the network, and the bag's own kernels against sums over pairs of equal tokens."""
     width, draws = 256, 150
@@ -191,7 +193,7 @@ def test_bags_of_embeddings(mode: str, padding: int | None, weighted: bool) -> N
     error = 4 * drawn.std(0) / draws**0.5
     assert ((drawn.mean(0) - found.output.nngp).abs() <= error).all()
 
-    counted = torch.ones(IDS.shape).double() if padding is None else (IDS != padding).double()
+    counted = torch.ones(IDS.shape).double() if padding is None else IDS.ne(padding).double()
     shares = counted * (0.5 + 0.1 * IDS) if weighted else counted
     shares = shares / counted.sum(1, keepdim=True) if mode == "mean" else shares
     tokens = torch.zeros(len(IDS), ROWS).double().scatter_add_(1, IDS, shares)
@@ -213,3 +215,36 @@ class OfIds(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return ids.float().sin()
+
+
+FILLED: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "of another layer": lambda net, x: net.a(x).masked_fill(net.b(x) < 0.3, -0.5),
+    "of two": lambda net, x: net.a(x).masked_fill((net.b(x) < 0.3) & (net.a(x) > 0), 0.0),
+    "of itself": lambda net, x: (h := net.a(x)).masked_fill(h < 0.3, -0.5),
+    "scattered": lambda net, x: net.a(x).masked_scatter(net.b(x) < 0, torch.ones(x.shape[0], net.a.out_features)),
+    "truth": lambda net, x: (net.a(x) > 0).logical_xor(net.b(x) > 0.5).to(x.dtype),
+    "whole numbers": lambda net, x: (net.a(x) * 2).to(torch.int64).bitwise_and(net.b(x).to(torch.int64)).to(x.dtype),
+}
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_masks_that_layers_compute(name: str) -> None:
+    """Truth values are drawn as truth values: the mean over channels and draws of u_a u_b, in a wide network."""
+    width, draws = 512, 40
+    declared = {"a.weight": 1 / WIDTH, "b.weight": 1 / WIDTH, "a.bias": 0.1, "b.bias": 0.1}
+
+    def made(seed: int) -> Net:
+        torch.manual_seed(seed)
+        net = Net(FILLED[name])
+        for layer in ("a", "b"):
+            setattr(net, layer, nn.Linear(WIDTH, width))
+            nn.init.normal_(net.get_parameter(f"{layer}.weight"), std=WIDTH**-0.5)
+            nn.init.normal_(net.get_parameter(f"{layer}.bias"), std=0.1**0.5)
+        return net
+
+    found = kgraph.kernels(made(0), X, variances=declared, with_ntk=False).output
+    with torch.no_grad():
+        outputs = [made(seed)(X).double() for seed in range(draws)]
+    drawn = torch.stack([y @ y.T / width for y in outputs])
+    error = 4 * drawn.std(0) / draws**0.5 + 0.02 * drawn.mean(0).diagonal().mean()  # and of kgraph's own draws
+    assert ((drawn.mean(0) - found.nngp).abs() <= error).all()

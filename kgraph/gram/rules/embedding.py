@@ -76,9 +76,8 @@ def embedding_bag(
     bags = len(offsets) - bool(ended)
     if mode > 1 or isinstance(weights, Value):
         what = "the maximum over" if mode > 1 else "sums weighted by an input of"
-        raise context.error(
-            f"there is no kernel rule for {what} an embedding bag", "Pool the rows of an nn.Embedding by hand"
-        )
+        hint = "Pool the rows of an nn.Embedding by hand"
+        raise context.error(f"there is no kernel rule for {what} an embedding bag", hint)
     if not bags or len(ids) % bags or not torch.equal(offsets[:bags], torch.arange(0, len(ids), len(ids) // bags)):
         raise context.error("there is no kernel rule for bags of unlike length", "Pass ids as [inputs, length], padded")
     ids = ids.reshape(bags, -1)

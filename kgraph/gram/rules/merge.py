@@ -194,6 +194,20 @@ def where(context: Context, condition: Any, x: Any, y: Any) -> Value:
     return combine(_chosen(context, condition, x, 1), _chosen(context, other, y, 2), plus)
 
 
+@rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def masked_fill(context: Context, x: Any, mask: Any, value: Any) -> Value:
+    """``1[not m] x + 1[m] value``."""
+    if not isinstance(mask, Value) or isinstance(value, Value):
+        raise CannotFollow("a fill of a known mask")
+    if isinstance(value, Tensor) and context.trains(2):
+        raise CannotFollow("a fill with a parameter")
+    if (one := of_one_field(chosen, (mask, value, x))) is not None:
+        return one
+    other = mask.each(lambda u: shifted(scaled(u, -1.0), 1.0))
+    kept = _chosen(context, other, x, 0)
+    return kept if float(value) == 0 else combine(kept, _scaled(mask, float(value)), plus)
+
+
 def _chosen(context: Context, mask: Value, x: Any, at: int) -> Value:
     if isinstance(x, Value):
         return combine(mask, x, times)

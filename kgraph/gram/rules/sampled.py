@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -115,11 +115,12 @@ def _parameters(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _operation(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
     """The node's operation as a function of its random operands."""
     template, tree = pytree.tree_flatten((args, kwargs))
+    types = _types([*context.node.args, *context.node.kwargs.values()], [*args, *kwargs.values()])
     node, mode, module = context.node, context.mode, context.module
     target: Any = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
 
     def run(*tensors: Tensor) -> Any:
-        given = iter(tensors)
+        given = iter([_typed(x, dtype) for x, dtype in zip(tensors, types, strict=True)])
         leaves = [next(given) if isinstance(leaf, Value) else _plain(leaf, tensors[0].device) for leaf in template]
         own_args, own_kwargs = pytree.tree_unflatten(leaves, tree)
         return target(*for_mode(node, own_args, mode), **own_kwargs)
@@ -128,6 +129,23 @@ def _operation(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     tags = getattr(target, "tags", None)
     anywhere = tags is not None and torch.Tag.nondeterministic_seeded not in tags
     return run if anywhere else lambda *tensors: here(run(*away(tensors)))
+
+
+def _types(sources: Sequence[Any], values: Sequence[Any]) -> list[torch.dtype | None]:
+    """What the random operands hold where that is truth values or whole numbers: they are drawn as numbers."""
+    types: list[torch.dtype | None] = []
+    for source, value in zip(sources, values, strict=True):
+        if isinstance(source, (list, tuple)):
+            types += _types(source, value)
+            continue
+        made = source.meta.get("val") if isinstance(source, fx.Node) else None
+        discrete = isinstance(made, Tensor) and not made.is_floating_point()
+        types += [made.dtype if discrete else None for leaf in pytree.tree_leaves(value) if isinstance(leaf, Value)]
+    return types
+
+
+def _typed(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None else x > 0.5 if dtype == torch.bool else x.to(dtype)
 
 
 class _Run:
@@ -147,7 +165,7 @@ class _Run:
             for chosen in turn.split(channels):
                 tensors = [as_tensor(x[chosen], axes) for x, axes in zip(draws, self.operands, strict=True)]
                 outputs.append(as_draws(self.call(*tensors), self.result))
-        return torch.cat(outputs)[:count]
+        return torch.cat(outputs)[:count].to(draws[0])  # a comparison gives truth values
 
 
 def _plain(value: Any, device: torch.device) -> Any:
