@@ -124,8 +124,8 @@ def apply(fn: Pointwise, part: Part) -> Part:
         return _apply_gaussian(composed, base, part)
     except InputError:  # sqrt|u|: the function has a second moment, its derivative has none
         drawn = _of_law(target, part.how)
-        unknown = torch.full_like(drawn.cov, float("nan"))
-        return replace(drawn, slope=unknown, ntk=unknown)
+        slope, ntk = (torch.where(tangent == 0, 0.0, torch.nan) for tangent in (base.slope, base.ntk))  # noise has none
+        return replace(drawn, slope=slope, ntk=ntk)
 
 
 def _taken_as_gaussian(part: Part) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Normal
+from torch.distributions import Distribution, Laplace, Normal
 
 import kgraph
 from kgraph.capture import capture
@@ -123,3 +124,60 @@ def test_validation_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     kgraph.analyze(Noisy(reparametrized), X)
     with pytest.raises(ValueError, match="constraint"):
         Normal(torch.zeros(1), -torch.ones(1))
+
+
+EULER = 0.5772156649015329
+LAWS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "exponential": (lambda code: torch.empty_like(code).exponential_(2.0), 0.5),
+    "its logarithm": (lambda code: torch.empty_like(code).exponential_().log(), math.pi**2 / 6 + EULER**2),
+    "uniform": (lambda code: torch.empty_like(code).uniform_(-1, 2), 1.0),
+    "gumbel of rand": (
+        lambda code: -torch.log(-torch.log(torch.rand_like(code) + 1e-20) + 1e-20),
+        math.pi**2 / 6 + EULER**2,
+    ),
+    "Laplace": (lambda code: Laplace(torch.zeros_like(code), 1.0).rsample(), 2.0),
+    "logistic": (lambda code: torch.logit(torch.rand_like(code)), math.pi**2 / 3),
+    "log normal": (lambda code: torch.empty_like(code).log_normal_(0.0, 0.5), math.exp(0.5)),
+    "bernoulli": (lambda code: torch.bernoulli(torch.full_like(code, 0.3)), 0.3),
+    "a square": (lambda code: torch.rand_like(code).square(), 0.2),
+}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_noise_has_its_own_law(name: str) -> None:
+    """q of the noise alone, in closed form; what one law gives another does not (Gaussian of the same moments)."""
+    draw, q = LAWS[name]
+    nodes = kgraph.analyze(Noisy(draw), X).analysis.nodes
+    end = next(i for i, node in enumerate(nodes) if node.op == "add" and "linear" in node.inputs)
+    noise = next(node for node in nodes[:end][::-1] if node.name in nodes[end].inputs and node.name != "linear")
+    assert noise.q == pytest.approx(q, rel=1e-4)  # uniform numbers of Laplace and Gumbel keep off the ends by 1e-7
+    assert (noise.slope, noise.ntk, noise.how == "assumed") == (0.0, 0.0, False)
+
+
+def test_gumbel_softmax_has_a_kernel() -> None:
+    class Soft(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 8, bias=False)
+            nn.init.normal_(self.layer.weight, std=32**-0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.gumbel_softmax(self.layer(x))
+
+    final = kgraph.analyze(Soft(), X).final
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(200_000, 8, generator=generator)  # q = 1
+    uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
+    expected = (logits - (-uniform.log()).log()).softmax(-1).square().mean()
+    assert final.q == pytest.approx(float(expected), rel=0.1)
+    assert final.how == "sampled"
+
+
+def test_noise_of_unknown_law_says_so() -> None:
+    node = next(n for n in kgraph.analyze(Noisy(geometric), X).analysis.nodes if n.op.startswith("geometric"))
+    assert (node.how, node.note) == ("assumed", "its noise counts as Gaussian")
+    assert node.q == pytest.approx(6.0, rel=0.05)  # (2 - p) / p^2
+
+
+def geometric(code: Tensor) -> Tensor:
+    return torch.empty_like(code).geometric_(0.5)

@@ -71,7 +71,8 @@ def embedding_bag(
         rest: whether the table's gradient is sparse, weights of the tokens [N n], whether ``offsets`` holds the end
             too, and ``padding``.
     """
-    _sparse, weights, ended, padding = (*rest, *(False, None, False, None)[len(rest) :])
+    given: list[Any] = [*rest, *(False, None, False, None)[len(rest) :]]
+    _sparse, weights, ended, padding = given
     padding = -1 if padding is None else int(padding)
     bags = len(offsets) - bool(ended)
     if mode > 1 or isinstance(weights, Value):

@@ -139,8 +139,8 @@ def _types(sources: Sequence[Any], values: Sequence[Any]) -> list[torch.dtype | 
             types += _types(source, value)
             continue
         made = source.meta.get("val") if isinstance(source, fx.Node) else None
-        discrete = isinstance(made, Tensor) and not made.is_floating_point()
-        types += [made.dtype if discrete else None for leaf in pytree.tree_leaves(value) if isinstance(leaf, Value)]
+        discrete = made.dtype if isinstance(made, Tensor) and not made.is_floating_point() else None
+        types += [discrete for leaf in pytree.tree_leaves(value) if isinstance(leaf, Value)]
     return types
 
 
