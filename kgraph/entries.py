@@ -109,7 +109,4 @@ def said(value: Kernel, how: How) -> Kernel:
         result = replace(part, how=part.how | how)
         return result if part.factor is None else result.times(part.factor)
 
-    result = replace(value, parts=tuple(once(part, how, with_how) for part in value.parts))
-    if value.joined is not None:
-        result.of_joined(*value.joined)
-    return result if value.unpadded is None else value.unpadded[0].padded(result, value.unpadded[1])
+    return value.told(*(once(part, how, with_how) for part in value.parts))

@@ -259,6 +259,13 @@ class Kernel:
     def with_parts(self, *parts: Part) -> Kernel:
         return replace(self, parts=parts, split=self.split if len(parts) > 1 else None)
 
+    def told(self, *parts: Part) -> Kernel:
+        """The same entries, of which more is known or said: all that this kernel remembers stays."""
+        result = replace(self, parts=parts)
+        if self.joined is not None:
+            result.of_joined(*self.joined)
+        return result if self.unpadded is None else self.unpadded[0].padded(result, self.unpadded[1])
+
     def one(self) -> Kernel:
         """The same kernel with its channel groups averaged."""
         return replace(self, parts=(self.merged,), split=None)

@@ -255,7 +255,7 @@ def still_infinite(value: Kernel, inputs: list[Any]) -> Kernel:
     cov = value.merged.cov[: Pairs.SELF, SAME]
     if not any(isinstance(k, Kernel) and algebra.endless(k.merged) for k in inputs) or bool((cov == cov[0]).all()):
         return value
-    return value.with_parts(*(p if isinstance(p.expr, shown) else algebra.infinite(p) for p in value.parts))
+    return value.told(*(p if isinstance(p.expr, shown) else algebra.infinite(p) for p in value.parts))
 
 
 def _random(args: Any, kwargs: Any) -> bool:

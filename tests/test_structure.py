@@ -151,6 +151,26 @@ def test_a_sum_over_a_stack_is_the_sum() -> None:
     assert row.how == "quadrature"
 
 
+def test_a_mean_over_a_stack_with_a_jump_in_it() -> None:
+    """The pieces are independent and one has mean 0: a quarter of the sum of their mean squares."""
+
+    def run(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
+        return torch.stack([b(x), torch.round(4 * a(torch.tanh(x) ** 2))]).mean(0)
+
+    layers = nn.Conv1d(64, 64, 2, stride=2), nn.Conv1d(64, 64, 1, stride=2, bias=False)
+    report = kgraph.analyze(Model(run, *layers), torch.randn(2, 64, 8))
+    assert report.final.slope == math.inf
+    assert report.final.q == pytest.approx((report["conv1d"].q + report["round_1"].q) / 4, rel=1e-9)
+
+
+def test_what_is_left_of_terms_that_cancel_is_not_exact() -> None:
+    """x - BN(x) is the noise of the batch's statistics, and in the limit a share eps of x."""
+    report = kgraph.analyze(Model(lambda x, norm: x - norm(x), nn.BatchNorm2d(16)), torch.randn(8, 16, 4, 4))
+    assert 0 < report.final.q < 1e-9 and report.final.how == "assumed" and "cancel" in report.final.note
+    exact = kgraph.analyze(Model(lambda x, layer: layer(x - 0.9 * x), nn.Linear(16, 16)), torch.randn(8, 16)).final
+    assert exact.how == "exact"
+
+
 class Einsum(nn.Module):
     def __init__(self, equation: str, *shape: int, function: Callable[[Tensor], Tensor], swapped: bool = False) -> None:
         super().__init__()

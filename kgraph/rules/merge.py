@@ -15,13 +15,17 @@ from kgraph import algebra
 from kgraph.alignment import aligned
 from kgraph.canonical import aten
 from kgraph.constants import add_constant, known_part, moments, multiply_constant
-from kgraph.entries import origin
+from kgraph.entries import origin, said
+from kgraph.how import assumed
 from kgraph.kernel import DIFF, SAME, Axes, Kernel, Part, merge
 from kgraph.modules import WeightedSum
 from kgraph.rules.pointwise import unary
 from kgraph.rules.table import Context, rule
 
 Operand = Kernel | Tensor | float | int
+_LEFT = 1e-8
+_CANCELLED = assumed("its terms cancel, and what is left at finite width is not what is left in the limit")
+"""x minus its own BatchNorm: eps is all that is left of many inputs, and far less than the noise of the statistics."""
 
 
 @rule(aten.add.Tensor, aten.add.Scalar)
@@ -54,7 +58,9 @@ def weighted_sum(context: Context, module: WeightedSum, *terms: Kernel) -> Kerne
 
 def _sum(context: Context, x: Operand, y: Operand, wx: float, wy: float) -> Kernel:
     if isinstance(x, Kernel) and isinstance(y, Kernel):
-        return _pairwise(context, x, y, lambda u, v: algebra.add(u, v, wx, wy))
+        total = _pairwise(context, x, y, lambda u, v: algebra.add(u, v, wx, wy))
+        terms = wx**2 * float(x.merged.q) + wy**2 * float(y.merged.q)
+        return said(total, _CANCELLED) if 0 < float(total.merged.q) < _LEFT * terms else total
     if isinstance(x, Kernel):
         return _trained(context, 1, y, wy, add_constant(_scaled(x, wx), y, wy, _name(context, 1)))
     assert isinstance(y, Kernel)

@@ -15,6 +15,8 @@ from .program import Program
 
 INPUTS = 3
 """Real inputs, for kernels; for analyses they give shapes only."""
+TABLES = 8
+"""Models of which kgraph's numbers are averaged where they follow a few random numbers that the oracle draws anew."""
 SMALL_SLOPE = 1e-2
 """Slopes below it count in absolute terms."""
 
@@ -44,9 +46,9 @@ def example(program: Program, width: int) -> Tensor:
     return torch.randn(INPUTS, *program.given.sizes(width), generator=generator, dtype=torch.float64)
 
 
-def _model(program: Program, width: int) -> nn.Module:
+def _model(program: Program, width: int, table: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(program.seed)
+        torch.manual_seed(program.seed + 1_000_003 * table)
         return program.compiled()(width).double().train(program.mode == "train")
 
 
@@ -54,9 +56,20 @@ def analyzed(program: Program, width: int) -> dict[str, Row]:
     """`kgraph.analyze`: the last row of every statement's line; none where inputs mean something else to it."""
     if program.ambiguous:
         return {}
+    found = [_analyzed(program, width, table) for table in range(TABLES if program.tabled else 1)]
+    return {name: _mean([rows[name] for rows in found]) for name in found[0]}
+
+
+def _mean(rows: list[Row]) -> Row:
+    numbers = {key: sum(row.numbers[key] for row in rows) / len(rows) for key in rows[0].numbers}
+    scales = {key: sum(row.scales[key] for row in rows) / len(rows) for key in rows[0].scales}
+    return Row(numbers, scales, rows[0].how, rows[0].error)
+
+
+def _analyzed(program: Program, width: int, table: int) -> dict[str, Row]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        report = kgraph.analyze(_model(program, width), example(program, width))
+        report = kgraph.analyze(_model(program, width, table), example(program, width))
     file = program.compiled().file
     lines = {f"{file}:{line}": name for name, line in program.lines().items()}
     sizes = {s.name: s.shape.sizes(width) for s in program.statements}
