@@ -18,7 +18,7 @@ from kgraph.errors import (
     RuleError,
     TargetError,
 )
-from kgraph.gram import Kernels, NodeGram, kernels, nngp, ntk
+from kgraph.gram import KernelFunction, Kernels, NodeGram, kernel_function, kernels, nngp, ntk
 from kgraph.input_moments import InputMoments
 from kgraph.kernel_comparison import KernelComparison, NodeComparison, compare
 from kgraph.meanfield import MeanField, PhaseDiagram, critical_point, mean_field, phase_diagram
@@ -53,6 +53,7 @@ __all__ = [
     "Isometry",
     "KGraphError",
     "KernelComparison",
+    "KernelFunction",
     "Kernels",
     "LayerIsometry",
     "MeanField",
@@ -81,6 +82,7 @@ __all__ = [
     "fluctuations",
     "graph_parametrize",
     "isometry",
+    "kernel_function",
     "kernels",
     "load",
     "mean_field",

@@ -12,19 +12,18 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from kgraph.capture import Graph, capture, check_model
-from kgraph.checks import choice, finite_inputs, flag, mode_of, seeded, with_values
+from kgraph.checks import finite_inputs, mode_of, with_values
 from kgraph.errors import InputError, RuleError
 from kgraph.gram.block import Block
 from kgraph.gram.device import away, computing_device, device_of, here, on
 from kgraph.gram.engine import Engine
-from kgraph.gram.exchangeable import Exchangeable
 from kgraph.gram.joint import NeedsAllPairs
-from kgraph.gram.layout import Diagonal, Full, Layout, NeedsFull
-from kgraph.gram.options import check_by_parameter, check_memory, check_nodes, learning
+from kgraph.gram.layout import Layout, NeedsFull
+from kgraph.gram.moments import Moments
+from kgraph.gram.options import LAYOUTS, Asked, check_by_parameter, learning
 from kgraph.gram.read import gram_of
 from kgraph.gram.result import Kernels, NodeGram
 from kgraph.gram.rows import Rows
-from kgraph.gram.stationary import Stationary
 from kgraph.gram.stops import refuse_stops
 from kgraph.gram.tiles import (
     Bar,
@@ -41,13 +40,6 @@ from kgraph.gram.value import Value
 from kgraph.gram.walk import Options, Walk
 from kgraph.inputs import Inputs
 
-LAYOUTS: dict[str, tuple[Layout, ...]] = {
-    "auto": (Diagonal(), Full()),
-    "full": (Full(),),
-    "diagonal": (Diagonal(),),
-    "stationary": (Stationary(),),
-    "exchangeable": (Exchangeable(),),
-}
 _BEYOND = {
     "diagonal": "it averages or moves positions",
     "stationary": "it treats some positions unlike others",
@@ -100,29 +92,31 @@ def kernels(
         ModelError, InputError, CaptureError, RuleError: see `kgraph.errors`. InputError too where the matrix is over
             ``memory_gib`` and needs all inputs at once (batch statistics, joint draws).
     """
-    choice("parametrization", parametrization, ("standard", "ntk"))
-    choice("positions", positions, tuple(LAYOUTS))
-    flag("with_ntk", with_ntk)
-    flag("count_frozen", count_frozen)
-    seed = seeded(seed)
-    check_nodes(nodes)
-    check_memory(memory_gib)
+    asked = Asked(
+        nodes, parametrization, positions, mode, with_ntk, variances, multipliers, count_frozen, seed, memory_gib
+    )
+    graph = model if isinstance(model, Graph) else captured(model, batched_inputs(x1)[0])
+    return kernels_of(graph, x1, x2, asked, Moments())
+
+
+def kernels_of(graph: Graph, x1: Any, x2: Any, asked: Asked, moments: Moments) -> Kernels:
+    """`kernels` of a captured graph, with what was measured on its tensors before."""
     device = computing_device(x1)
     first, n1 = batched_inputs(x1)
     second, n2 = batched_inputs(x2) if x2 is not None else (None, n1)
-    graph = model if isinstance(model, Graph) else captured(model, first)
-    mode = mode_of(graph.root, mode)
-    check_by_parameter("variances", {} if variances is None else variances, graph)
-    check_by_parameter("multipliers", {} if multipliers is None else multipliers, graph)
-    speeds = learning(graph.root, {} if multipliers is None else multipliers, count_frozen) if with_ntk else {}
-    if with_ntk:
+    mode = mode_of(graph.root, asked.mode)
+    variances, multipliers = asked.variances or {}, asked.multipliers or {}
+    check_by_parameter("variances", variances, graph)
+    check_by_parameter("multipliers", multipliers, graph)
+    speeds = learning(graph.root, multipliers, asked.count_frozen) if asked.with_ntk else {}
+    if asked.with_ntk:
         refuse_stops(graph, speeds)
-    options = Options(mode, variances or {}, speeds)
+    options = Options(mode, variances, speeds, moments)
     differentiated = any(isinstance(m, Tensor) and m.requires_grad for m in options.multipliers.values())
     with torch.set_grad_enabled(differentiated), on(device):
         inputs, rows = _joined(here(first), here(second), n1, n2)
-        request = _Request(graph, inputs, options, parametrization, with_ntk, nodes, seed, memory_gib)
-        result = _escalating(request, rows, LAYOUTS[positions], n1, n2 if x2 is not None else None)
+        request = _Request(graph, inputs, options, asked)
+        result = _escalating(request, rows, LAYOUTS[asked.positions], n1, n2 if x2 is not None else None)
     return result.to(device_of(x1))
 
 
@@ -219,11 +213,7 @@ class _Request:
     graph: Graph
     inputs: list[Any]
     options: Options
-    parametrization: str
-    with_ntk: bool
-    nodes: Sequence[str] | str
-    seed: int
-    memory_gib: float
+    asked: Asked
 
 
 def _escalating(request: _Request, rows: Rows, layouts: tuple[Layout, ...], n1: int, n2: int | None) -> Kernels:
@@ -244,17 +234,17 @@ def _escalating(request: _Request, rows: Rows, layouts: tuple[Layout, ...], n1: 
 
 def _fitting(request: _Request, rows: Rows, layout: Layout, n1: int, n2: int | None) -> Kernels:
     """At once, or in tiles where that would take too much memory."""
-    row = bytes_of_a_row(request.graph, layout.name, request.with_ntk)
-    allowed, needed = request.memory_gib * 2**30, float(row * len(rows.first))
+    row = bytes_of_a_row(request.graph, layout.name, request.asked.with_ntk)
+    allowed, needed = request.asked.memory_gib * 2**30, float(row * len(rows.first))
     if needed <= allowed:
         return _run(request, rows, layout, n1, n2)
     if needs_whole_batch(request.graph, request.options.mode):
-        raise too_large("batch statistics need all inputs at once", needed, request.memory_gib)
+        raise too_large("batch statistics need all inputs at once", needed, request.asked.memory_gib)
     size = tile_size(int(allowed // row))
     if not size:
         cause = "a single pair of inputs needs more than that"
-        raise too_large(cause, needed, request.memory_gib, averaging=layout.name == "full")
-    whole = too_large("joint draws need all inputs at once", needed, request.memory_gib)
+        raise too_large(cause, needed, request.asked.memory_gib, averaging=layout.name == "full")
+    whole = too_large("joint draws need all inputs at once", needed, request.asked.memory_gib)
     parts: list[tuple[Tile, Kernels]] = []
     with Bar(tiles(n1, n2, size)) as bar:
         for tile in bar:
@@ -281,11 +271,11 @@ def _run(
     on_draws: InputError | None = None,
 ) -> Kernels:
     """Walk the graph once; ``on_draws`` is raised if joint draws were needed."""
-    engine = Engine(rows, layout, request.parametrization, request.with_ntk, request.seed)
+    engine = Engine(rows, layout, request.asked.parametrization, request.asked.with_ntk, request.asked.seed)
     wanted: dict[str, NodeGram] = {}
 
     def take(node: fx.Node, value: Value) -> None:
-        if request.nodes == "all" or node.name in request.nodes:
+        if request.asked.nodes == "all" or node.name in request.asked.nodes:
             wanted[node.name] = gram_of(engine, node.name, value, n1, n2)
 
     output = Walk(request.graph, engine, request.options, take).run(request.inputs)
@@ -295,13 +285,15 @@ def _run(
             "the model's output does not depend on its inputs in a way that a kernel could follow",
             hint="Pass floating-point inputs, or token ids that an embedding reads",
         )
-    missing = [] if isinstance(request.nodes, str) else [name for name in request.nodes if name not in wanted]
+    missing = (
+        [] if isinstance(request.asked.nodes, str) else [name for name in request.asked.nodes if name not in wanted]
+    )
     if missing:
         raise InputError(f"the graph has no node {missing[0]!r}", hint="kgraph.analyze lists the names")
     output_gram = gram_of(engine, "output", final, n1, n2)
     if on_draws is not None and engine.draws.used:
         raise on_draws
-    return Kernels(output_gram, wanted, layout.name, request.parametrization)
+    return Kernels(output_gram, wanted, layout.name, request.asked.parametrization)
 
 
 __all__ = ["Block", "Kernels", "NodeGram", "kernels", "nngp", "ntk"]

@@ -1,16 +1,71 @@
-"""Checks of what a caller of `kernels` asks for: wrong names and numbers are refused before anything is computed."""
+"""What a caller of `kernels` asks for: wrong names and numbers are refused before anything is computed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor, nn
 
 from kgraph.capture import Graph
+from kgraph.checks import choice, flag, seeded
 from kgraph.errors import InputError
+from kgraph.gram.exchangeable import Exchangeable
+from kgraph.gram.layout import Diagonal, Full, Layout
+from kgraph.gram.stationary import Stationary
+
+LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "auto": (Diagonal(), Full()),
+    "full": (Full(),),
+    "diagonal": (Diagonal(),),
+    "stationary": (Stationary(),),
+    "exchangeable": (Exchangeable(),),
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of `kernels`, which says what they mean.
+
+    Raises:
+        InputError: one of them has a value that it cannot have.
+    """
+
+    nodes: Sequence[str] | str = ()
+    parametrization: str = "standard"
+    positions: str = "auto"
+    mode: str | None = None
+    with_ntk: bool = True
+    variances: Mapping[str, float] | None = None
+    multipliers: Mapping[str, float | Tensor] | None = None
+    count_frozen: bool = False
+    seed: int = 0
+    memory_gib: float = 4.0
+
+    def __post_init__(self) -> None:
+        choice("parametrization", self.parametrization, ("standard", "ntk"))
+        choice("positions", self.positions, tuple(LAYOUTS))
+        flag("with_ntk", self.with_ntk)
+        flag("count_frozen", self.count_frozen)
+        seeded(self.seed)
+        check_nodes(self.nodes)
+        check_memory(self.memory_gib)
+
+    def but(self, options: Mapping[str, Any]) -> Asked:
+        """The same with other values for some.
+
+        Raises:
+            InputError: there is no such option.
+        """
+        known = [one.name for one in fields(self)]
+        for name in options:
+            if name not in known:
+                near = get_close_matches(name, known, n=1) or known
+                raise InputError(f"kernels have no option {name!r}", hint=f"Such as {', '.join(near)}")
+        return replace(self, **options)
 
 
 def check_nodes(nodes: object) -> None:

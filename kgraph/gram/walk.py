@@ -18,6 +18,7 @@ from kgraph.gram import field as f
 from kgraph.gram.complex_numbers import refuse_complex
 from kgraph.gram.device import away, here
 from kgraph.gram.engine import Engine
+from kgraph.gram.moments import Moments
 from kgraph.gram.rules import Context, find_rule, sample, several, unary
 from kgraph.gram.rules.table import untransposed
 from kgraph.gram.value import Axis, CannotFollow, Value
@@ -39,11 +40,13 @@ class Options:
         mode: "train" or "eval".
         variances: declared E[w^2] by parameter name; measured where absent.
         multipliers: learning-rate multipliers by parameter name.
+        moments: what was measured on the model's tensors by earlier walks.
     """
 
     mode: str
     variances: Mapping[str, float] = field(default_factory=dict)
     multipliers: Mapping[str, float | Tensor] = field(default_factory=dict)
+    moments: Moments = field(default_factory=Moments)
 
 
 class Walk:
@@ -150,6 +153,7 @@ class Walk:
             dict(self.options.variances),
             dict(self.options.multipliers),
             self.named,
+            self.options.moments,
         )
         if rule is None:
             return sample(context, args, kwargs, "no rule for this operation")

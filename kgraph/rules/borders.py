@@ -88,7 +88,10 @@ class Borders:
         inside = any(n in self.near for n in node.all_input_nodes)
         shared = any(n in self.shared for n in node.all_input_nodes)
         bends = _is_function(node) or len(read) > len(node.all_input_nodes)
-        if not told and ((shared and value.positions > 1 and bends) or (inside and _reads_windows(node, value))):
+        nearer = shared and _narrows(node, value, kernels)
+        if not told and (
+            (shared and value.positions > 1 and bends) or (inside and _reads_windows(node, value)) or nearer
+        ):
             told = [NEAR]
         if any(n in self.uneven for n in node.all_input_nodes) and operation_name(node) not in _ONE_SCALE:
             self.uneven.add(node)
@@ -226,6 +229,11 @@ def _reads_windows(node: fx.Node, value: Kernel) -> bool:
     pools = name.startswith(("avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool"))
     strided = name.startswith("conv_transpose") or (name.startswith("conv") and _strided(node))
     return (pools and value.positions > 1) or strided
+
+
+def _narrows(node: fx.Node, value: Kernel, kernels: list[Kernel]) -> bool:
+    """Whether a convolution leaves fewer positions, whose pairs are nearer to one another than those before it."""
+    return operation_name(node).startswith("conv") and value.positions < kernels[0].positions
 
 
 def _listed(value: Any) -> list[int]:

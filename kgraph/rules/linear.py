@@ -15,7 +15,7 @@ from kgraph.kernel import DIFF, Axes, Bias, Gaussian, Kernel, Part, Unknown
 from kgraph.roots import Root, Roots
 from kgraph.rules.speeds import same_tensor
 from kgraph.rules.table import TURNED, Context, parameter_of, rule
-from kgraph.rules.weights import assumed_of, mean_square, real_mean, repeats
+from kgraph.rules.weights import assumed_of, mean_square, off_centre, real_mean, repeats
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def of_rows(context: Context, index: int, weight: Tensor) -> How:
         return assumed("a head tied to the embedding, whose logit of the token itself is not counted")
     if repeats(weight):
         return assumed("independent channels, though rows of the weight repeat")
-    return assumed_of(source if isinstance(source, fx.Node) else None, weight)
+    return assumed_of(source if isinstance(source, fx.Node) else None, off_centre(weight))
 
 
 FEW = 32

@@ -41,13 +41,13 @@ def real_mean(x: Tensor) -> float:
     return float(mean) if bool(mean.abs() > noise) else 0.0
 
 
-def assumed_of(source: fx.Node | None, weight: Tensor) -> How:
-    """What is assumed of a weight [out, ...]: entries about zero, and, of a computed one, not their mirror images.
+def assumed_of(source: fx.Node | None, off: bool) -> How:
+    """What is assumed of a weight: entries about zero (it is ``off`` centre), and, if computed, not mirror images.
 
     With a mean m, all channels share m times the sum over the inputs: neither their second moments nor their
     independence are those of draws about zero.
     """
-    if off_centre(weight):
+    if off:
         return assumed("weights about zero, though their mean is not")
     if source is not None and source.op != "get_attr" and _mirrored(source):
         return assumed("a weight and its mirror image taken as new weights")
@@ -55,7 +55,7 @@ def assumed_of(source: fx.Node | None, weight: Tensor) -> How:
 
 
 def off_centre(weight: Tensor) -> bool:
-    """Whether the weights' mean, beyond sampling noise, makes a share of a unit's q."""
+    """Whether the mean of weights [out, ...], beyond sampling noise, makes a share of a unit's q."""
     if weight.is_meta or weight.is_complex() or weight.ndim < 2 or not weight.numel():
         return False
     least = _SHARE_OF_MEAN * mean_square(weight) / weight[0].numel()

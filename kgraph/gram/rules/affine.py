@@ -14,6 +14,7 @@ from kgraph.gram.build import moved, sliced
 from kgraph.gram.field import Affine, Field, Layer, Leaf
 from kgraph.gram.places import Relabel
 from kgraph.gram.rules.grouped import MOST_GROUPS, ranges_of
+from kgraph.gram.rules.measured import second_moment
 from kgraph.gram.rules.over_positions import position_layer, sums_positions
 from kgraph.gram.rules.repeats import draws_of
 from kgraph.gram.rules.table import Context, rule
@@ -23,17 +24,6 @@ from kgraph.gram.value import Axes, CannotFollow, Value, channel_range, place_st
 from kgraph.how import EXACT, How, assumed
 from kgraph.roots import Root
 from kgraph.rules.weights import real_mean
-
-
-def second_moment(context: Context, name: str, tensor: Tensor) -> float:
-    """E[x^2]: declared for this parameter, or measured on its entries."""
-    context.refuse_declared(name, "another tensor is computed from it")
-    if name in context.variances and tensor.is_complex():
-        raise context.error(f"the variance declared of {name!r} has no rule: it is complex", "Set its entries instead")
-    if name in context.variances:
-        return context.variances[name]
-    x = (tensor.real if tensor.is_complex() else tensor).detach().double()  # see `kgraph.gram.complex_numbers`
-    return float(x.square().mean()) if x.numel() else 0.0
 
 
 def contracted(x: Value, dims: Sequence[int]) -> tuple[Field, Axes]:
@@ -86,7 +76,7 @@ def make_layer(
 ) -> Layer:
     """Moments of a layer and its NTK's own factors: (fan_in, 1) as PyTorch trains, (sw2, sb2) in NTK form."""
     sb2 = second_moment(context, names[1], bias) if bias is not None else 0.0
-    mean = real_mean(bias) if bias is not None and names[1] not in context.variances else 0.0
+    mean = 0.0 if bias is None or names[1] in context.variances else context.measured(real_mean, names[1], bias)
     sw2 = fan_in * second_moment(context, names[0], weight)
     per_weight: float | Tensor = 0.0
     per_bias: float | Tensor = 0.0
@@ -203,7 +193,7 @@ def _convolve(
         for i in range(dims)
     ]
     channels = weight.shape[0] // groups if transposed else weight.shape[1]
-    taps, equal = tap_shares(weight)
+    taps, equal = context.measured(tap_shares, context.name(1), weight)
     if context.name(1) in context.variances:
         taps, equal = torch.full_like(taps, context.variances[context.name(1)]), True
     key = (tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(weight.shape[2:]), sizes)

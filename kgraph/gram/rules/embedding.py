@@ -11,7 +11,7 @@ from kgraph.canonical import aten
 from kgraph.gram.block import Block
 from kgraph.gram.engine import Engine
 from kgraph.gram.field import Field, Leaf, Located
-from kgraph.gram.rules.affine import second_moment
+from kgraph.gram.rules.measured import second_moment
 from kgraph.gram.rules.pool import mixed
 from kgraph.gram.rules.table import Context, rule
 from kgraph.gram.shares import layer_speed
@@ -27,7 +27,7 @@ def embedding(context: Context, table: Tensor, ids: Tensor, padding: int = -1, *
     engine.tables.add(table.data_ptr())
     blank = padding >= 0 and not bool(table[padding].any())  # as nn.Embedding makes it: no draw, but zeros
     drawn = torch.cat([table[:padding], table[padding + 1 :]]) if blank else table
-    q, mean = second_moment(context, name, drawn), real_mean(drawn)
+    q, mean = second_moment(context, name, drawn, whole=not blank), real_mean(drawn)
     ids = ids.expand(max(len(ids), engine.rows.inputs), *ids.shape[1:]) if len(ids) == 1 else ids
     sizes = tuple(ids.shape[1:])
     places = tuple(s for s in sizes if s > 1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kgraph.gram import field as f
 from kgraph.gram.field import Affine, Field, Layer
-from kgraph.gram.rules.affine import second_moment
+from kgraph.gram.rules.measured import second_moment
 from kgraph.gram.rules.table import Context, rule
 from kgraph.gram.value import Value
 from kgraph.parent_scale import PARENT_SCALE, ParentScale

@@ -15,7 +15,7 @@ from kgraph.gram.field import Field
 from kgraph.gram.rules.table import Context, parameters_behind
 from kgraph.gram.value import Value
 from kgraph.how import EXACT, How, assumed
-from kgraph.rules.weights import assumed_of
+from kgraph.rules.weights import assumed_of, off_centre
 
 
 def warned(context: Context, x: Value) -> Value:
@@ -26,7 +26,8 @@ def warned(context: Context, x: Value) -> Value:
 def draws_of(context: Context, name: str, weight: Tensor) -> How:
     """What is taken for granted when a layer's weight [out, ...] counts as independent draws about zero."""
     node = context.named.get(name)
-    own = EXACT if name in context.variances else assumed_of(node, weight)
+    declared = name in context.variances
+    own = EXACT if declared else assumed_of(node, context.measured(off_centre, name, weight))
     fixed = node is not None and not parameters_behind(context, node)
     return own | assumed(f"the buffer {name} as independent draws of its own variance") if fixed else own
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from kgraph.canonical import aten
 from kgraph.errors import RuleError
 from kgraph.gram.engine import Engine
+from kgraph.gram.moments import Moments, T
 from kgraph.gram.value import Value
 from kgraph.site import site_of
 
@@ -32,6 +33,7 @@ class Context:
         variances: declared variances by parameter name; measured where a name is not in it.
         multipliers: learning-rate multipliers by parameter name.
         named: nodes by the name of the parameter that they are, or by their own.
+        moments: what was measured on the model's tensors.
     """
 
     node: fx.Node
@@ -42,6 +44,12 @@ class Context:
     variances: dict[str, float] = field(default_factory=dict)
     multipliers: dict[str, float | Tensor] = field(default_factory=dict)
     named: dict[str, fx.Node] = field(default_factory=dict)
+    moments: Moments = field(default_factory=Moments)
+
+    def measured(self, measure: Callable[[Tensor], T], name: str, tensor: Tensor) -> T:
+        """``measure(tensor)``; once, where it is the model's own tensor of that name."""
+        node = self.named.get(name)
+        return self.moments.of(measure, name, tensor) if node is not None and node.op == "get_attr" else measure(tensor)
 
     def parameter(self, value: Any) -> str | None:
         """Name of the parameter that an argument of the node is, else None."""
