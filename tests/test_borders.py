@@ -142,3 +142,27 @@ def test_taps_that_meet_no_two_positions() -> None:
     drawn = float((y[..., 0] * y[..., 1]).mean() / y.square().mean())
     assert row.c_positions == pytest.approx(float(layer.bias.detach().square().mean()) / row.q, rel=1e-6)
     assert row.c_positions == pytest.approx(drawn, abs=4 / 512**0.5)
+
+
+class Twofold(nn.Module):
+    """Running means of running means: the first of each reads few positions, and the second has to know which."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.layer, self.times = nn.Linear(64, 64), times
+        self.register_buffer("mean", torch.ones(6, 6).tril() / torch.arange(1, 7)[:, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        for _ in range(self.times):
+            x = self.mean @ x
+        return x
+
+
+@pytest.mark.parametrize(("times", "how"), [(1, "exact"), (2, "assumed")])
+def test_a_second_uneven_mixture_is_assumed(times: int, how: str) -> None:
+    row = kgraph.analyze(Twofold(times), torch.randn(2, 6, 64)).final
+    with torch.no_grad():
+        found = [Twofold(times)(torch.randn(200, 6, 64)).square().mean() for _ in range(8)]
+    right = abs(float(torch.stack(found).mean()) / row.q - 1) < 0.05
+    assert row.how == how and right == (how == "exact")

@@ -197,3 +197,25 @@ def test_a_reshape_keeps_it_and_is_folded() -> None:
 
     rows = {row.node.op: row for row in kgraph.analyze(Flat(), torch.randn(2, WIDTH)).rows}
     assert rows["unsqueeze"].folded and rows["unsqueeze"].node.ntk == rows["linear"].node.ntk
+
+
+class Scaled(nn.Module):
+    """One trained number in front of a norm over channels, which undoes it, with a layer before or without."""
+
+    def __init__(self, layer: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64) if layer else nn.Identity()
+        self.number, self.norm = nn.Parameter(torch.tensor(0.5)), nn.LayerNorm(64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.number * self.layer(x))
+
+
+@pytest.mark.parametrize(("layer", "how"), [(True, "exact"), (False, "assumed")])
+def test_a_number_that_a_norm_undoes_is_not_exact(layer: bool, how: str) -> None:
+    """Its gradient is 0: beside those of a layer's weights it is nothing, alone it is everything."""
+    net, x = Scaled(layer).double(), torch.randn(4, 64, dtype=torch.float64)
+    row = kgraph.analyze(net, x).final
+    net(x).square().sum().mul(0.5).backward()
+    assert net.number.grad is not None and abs(float(net.number.grad)) < 1.0  # by eps alone; without the norm 512
+    assert row.how == how

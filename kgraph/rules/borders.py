@@ -102,6 +102,7 @@ class Borders:
         if value.positions > 1 and (shared or (overlaps and not operation_name(node).startswith("conv"))):
             self.shared.add(node)
         made = _made_by(node, value, kernels, values)
+        told = told or before[:1] * (made == MIXED)
         told += [made] if made in _AT_ONCE else []
         if told:
             value = said(value, assumed(told[0]))

@@ -8,6 +8,7 @@ all positions (GroupNorm, InstanceNorm), over the batch (BatchNorm in train mode
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +25,7 @@ from kgraph.modules import PerLocationNorm
 from kgraph.rules.speeds import is_parameter
 from kgraph.rules.table import Context, rule
 from kgraph.rules.weights import mean_square
+from kgraph.site import shape_of
 
 _MIXING = ("conv", "linear", "addmm", "matmul", "mm", "bmm", "baddbmm", "einsum", "embedding", "bilinear")
 """Layers: behind them a gain is one of many parameters of every channel."""
@@ -134,6 +136,10 @@ def layer_norm(
     return _channel_norm(context, x, everything.mean, weight, bias, eps)
 
 
+_UNDONE = assumed("one number for all channels in front of a norm, which undoes it, counted in the NTK")
+_FEW_WEIGHTS = 20.0
+
+
 def _channel_norm(
     context: Context, x: Kernel, mean: float, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Kernel:
@@ -141,7 +147,8 @@ def _channel_norm(
     variance = float(x.merged.q) - mean**2 + eps
     # what is subtracted is one number for all channels: each group keeps its own mean relative to it
     parts = [algebra.scale(algebra.shift(part, -mean), max(variance, 1e-300) ** -0.5) for part in x.parts]
-    return gain_and_bias(context, x.with_parts(*parts), weight, bias)
+    result = x.with_parts(*parts)
+    return gain_and_bias(context, said(result, _UNDONE) if _undoes_a_number(context, x) else result, weight, bias)
 
 
 @rule(aten.rms_norm.default)
@@ -152,7 +159,8 @@ def rms_norm(
         return context.sample()
     q = float(x.merged.q) + (eps or 0.0)
     parts = [algebra.scale(part, max(q, 1e-300) ** -0.5) for part in x.parts]
-    return gain_and_bias(context, x.with_parts(*parts), weight, None)
+    result = x.with_parts(*parts)
+    return gain_and_bias(context, said(result, _UNDONE) if _undoes_a_number(context, x) else result, weight, None)
 
 
 @rule(PerLocationNorm)
@@ -183,13 +191,22 @@ def batch_norm(
     if running_mean is not None and running_var is not None and (context.mode == "eval" or not training):
         return by_running_statistics(context, x, running_mean, running_var, eps, weight, bias)
     result = _by_batch_statistics(x, eps)
-    if _gain_before(context.node):
+    if _gain_before(context.node, of_all=False):
         result = said(result, assumed("gains in front of a norm over the batch, which undoes them, counted in the NTK"))
     return gain_and_bias(context, result, weight, bias)
 
 
-def _gain_before(node: fx.Node) -> bool:
-    """Whether a parameter multiplies entries that reach a batch norm without a layer between."""
+def _undoes_a_number(context: Context, x: Kernel) -> bool:
+    """Whether the NTK is that of numbers which multiply all channels, and which a norm over channels undoes.
+
+    Behind a layer of many weights such a number's part is one among as many, and nothing in the limit.
+    """
+    q, ntk = (float(field[Pairs.SELF, SAME]) for field in (x.merged.cov, x.merged.ntk))
+    return 0 < ntk < _FEW_WEIGHTS * q and _gain_before(context.node, of_all=True)
+
+
+def _gain_before(node: fx.Node, *, of_all: bool) -> bool:
+    """Whether a parameter (``of_all``: one number) multiplies entries that reach a norm without a layer between."""
     queue, seen = [node.all_input_nodes[0]], set[fx.Node]()
     while queue:
         one = queue.pop()
@@ -198,7 +215,9 @@ def _gain_before(node: fx.Node) -> bool:
             continue
         seen.add(one)
         others = one.all_input_nodes[1:] if name.endswith("norm") else one.all_input_nodes
-        if (name in ("mul", "div", "prelu") or name.endswith("norm")) and any(is_parameter(n) for n in others):
+        if (name in ("mul", "div", "prelu") or name.endswith("norm")) and any(
+            is_parameter(n) and not (of_all and math.prod(shape_of(n)) > 1) for n in others
+        ):
             return True
         queue += one.all_input_nodes
     return False
