@@ -17,7 +17,7 @@ _NODES = 6
 _SHOWS = 2e-3
 """Fourth cumulant over the variance squared: the relative change of a second moment is about a tenth of it."""
 _SIGMAS = 5.0
-_CHANCE = 0.02
+_CHANCE = 0.05
 """Of Gaussian biases to be taken as they are instead of by their law: no error, for they are what they are."""
 _MOST_TERMS = 8
 

@@ -29,6 +29,8 @@ def summarize(graph: Graph, result: Propagation) -> Analysis:
     rows = tuple(_row(node, kernel, result.pairs, depth[node], kernels) for node, kernel in kernels.items())
     output = next(n for n in graph.module.graph.nodes if n.op == "output")
     final = next((n for n in output.all_input_nodes if n in kernels), None)
+    if final is None and not _follows(output, kernels):
+        raise RuleError(f"what {graph.name} returns does not depend on its inputs", hint="Return what is made of them")
     return Analysis(
         model=graph.name,
         mode=result.mode,
@@ -44,6 +46,16 @@ def summarize(graph: Graph, result: Propagation) -> Analysis:
         path=_path(graph, result.mode),
         inputs="; ".join(f"{name} of {moments}" for name, moments in result.pairs.moments.items()),
     )
+
+
+def _follows(output: fx.Node, kernels: dict[fx.Node, Kernel]) -> bool:
+    """Whether anything returned is made of a random tensor, if not one itself (a loss)."""
+    seen, queue = {output}, [output]
+    while queue:
+        new = [n for n in queue.pop().all_input_nodes if n not in seen]
+        seen.update(new)
+        queue += new
+    return any(n in kernels for n in seen)
 
 
 def _path(graph: Graph, mode: str) -> str:

@@ -149,3 +149,27 @@ def test_noise_of_a_fixed_batch_is_of_every_input(draw: str) -> None:
     row = kgraph.analyze(Net(masked), torch.randn(2, WIDTH)).final
     assert row.how != "exact"
     assert row.c[2] < 0.6  # half of what relu alone has, .91
+
+
+def test_an_output_that_reads_no_input_is_no_row_of_the_input() -> None:
+    with pytest.raises(kgraph.RuleError, match="does not depend on its inputs"):
+        kgraph.analyze(Net(lambda x, a, b: a.weight), torch.randn(2, WIDTH))
+
+
+def test_biases_with_a_mean_keep_it() -> None:
+    """N(.4, 2), whose mean here is four standard errors: with the model's own biases, over draws of the weights."""
+
+    def draw(seed: int) -> nn.Sequential:
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(256, 256), nn.ReLU())
+        net[0].bias = biases
+        return net
+
+    torch.manual_seed(0)
+    biases = nn.Parameter(0.53 + 2 * torch.randn(256))
+    x = torch.randn(16, 256)
+    x = x / x.square().mean(1, keepdim=True).sqrt()
+    with torch.no_grad():
+        q = torch.stack([draw(seed)(x).square().mean() for seed in range(60)])
+    row = kgraph.analyze(draw(0), x, inputs="white").final
+    assert row.q == pytest.approx(float(q.mean()), rel=0.03)

@@ -28,7 +28,7 @@ def mean_square(tensor: Tensor) -> float:
 
 
 def real_mean(x: Tensor) -> float:
-    """E[x], taken as 0 where it differs from it by no more than sampling noise (five standard errors).
+    """E[x], taken as 0 where it differs from it by no more than sampling noise (four standard errors).
 
     A bias drawn around 0 has a mean of its size over sqrt(n); as a shift it would cost every closed form after it. The
     standard error is that of the entries' own spread, by Student's law where they are few; one entry alone is noise.
@@ -37,7 +37,7 @@ def real_mean(x: Tensor) -> float:
     if values.numel() < 2:
         return 0.0
     mean = values.mean()
-    noise = _five_sigma(values.numel() - 1) * values.std() / math.sqrt(values.numel())
+    noise = _four_sigma(values.numel() - 1) * values.std() / math.sqrt(values.numel())
     return float(mean) if bool(mean.abs() > noise) else 0.0
 
 
@@ -91,6 +91,6 @@ def _same_marks(rows: Tensor) -> bool:
 
 
 @lru_cache
-def _five_sigma(freedom: int) -> float:
-    """Quantile of Student's law that a normal variable's five standard deviations are."""
-    return float(stdtrit(freedom, ndtr(5.0)))
+def _four_sigma(freedom: int) -> float:
+    """Quantile of Student's law that a normal variable's four standard deviations are."""
+    return float(stdtrit(freedom, ndtr(4.0)))

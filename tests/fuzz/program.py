@@ -49,6 +49,7 @@ def drawn(layer, weight="default", gain=1.0, bias="default"):
 
 
 _OF_CHANNELS = r"nn\.(Linear|Conv|Embedding|RNN|GRU|LSTM|Bilinear|BatchNorm|GroupNorm|InstanceNorm|PReLU)"
+_SUMS_CHANNELS = r"nn\.(Linear|Conv|Embedding|RNN|GRU|LSTM|Bilinear)"
 _OVER_POSITIONS = r"nn\.Linear\(\d+, \d+"
 _JUMPING = ("torch.sign", "torch.round", "hardshrink", "threshold", " > 0")
 
@@ -140,13 +141,13 @@ class Program:
         return (
             bool(over)
             and not self.tokens
-            and not any(re.search(_OF_CHANNELS, text) for text in texts if text not in over)
+            and not any(re.search(_SUMS_CHANNELS, text) for text in texts if text not in over)
         )
 
     @property
     def tabled(self) -> bool:
         """Whether few random numbers are used entry by entry: kgraph takes those there are, the oracle's differ."""
-        return "settled(torch.randn(" in self.text
+        return "settled(torch.randn(" in self.text or '"uniform")' in self.text  # biases
 
     @property
     def jumps(self) -> bool:
