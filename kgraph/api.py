@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 
-from torch import Tensor, nn
+from torch import nn
 
 from kgraph.analysis import Ledger
 from kgraph.capture import Graph, capture, check_model, unread
 from kgraph.channel_dims import channel_dim
 from kgraph.checks import choice, flag, mode_of, seeded, weight_of_shortcut, with_finite_values
+from kgraph.copies import copied
 from kgraph.emitted import EmittedModule
-from kgraph.errors import InputError, ModelError
+from kgraph.errors import InputError
 from kgraph.export import OnnxExport
 from kgraph.export import export_onnx as _export_onnx
 from kgraph.gradients import read_gradients
@@ -25,12 +25,14 @@ from kgraph.inputs import resolve_inputs
 from kgraph.log_determinants import false_log_determinants, find_log_determinants
 from kgraph.methods import DKS, TAT, Method
 from kgraph.modes import depends_on_mode
+from kgraph.opaque import unseen
 from kgraph.passes.fold_parametrizations import constraints, fold_hooks, fold_parametrizations, has_hooks
 from kgraph.passes.remove_norms import NORMS
 from kgraph.propagate import Propagation, probes_of, propagate, real_inputs
 from kgraph.recipe import Outcome, Plan, is_free, prepare, rewrite
 from kgraph.record import LoadWatch, TransformRecord
 from kgraph.report import Report
+from kgraph.side_results import lost_results, stored_results
 from kgraph.subnetworks import find_subnetworks
 from kgraph.summarize import summarize
 from kgraph.systems import AnyMethod, System, compose, resolve_methods
@@ -108,7 +110,7 @@ def _captured(model: nn.Module, example_inputs: object) -> Graph:
     """The model's graph; of a copy with plain weights where forward hooks compute them, which none can capture."""
     if not has_hooks(model) and not is_uninitialized(model):
         return capture(model, example_inputs)
-    owned = _copied(model)
+    owned = copied(model)
     names = ", ".join(fold_hooks(owned))
     graph = capture(owned, example_inputs)
     if names:
@@ -176,11 +178,12 @@ def transform(
     plan = _plan(chosen, Plan(TAT(), shortcut_weight, seed, distribution, per_location_norm))
     inputs = resolve_inputs(model, example_inputs)
     mode = _mode(model)
-    owned = model if inplace else _copied(model)
+    owned = model if inplace else copied(model)
     constrained = [f"{name} is held by a parametrization, which is folded and lost" for name in constraints(owned)]
     folded = fold_parametrizations(owned)
     graph = capture(owned, inputs)
     left_out, flows = unread(graph), find_log_determinants(owned, inputs)
+    stored = stored_results(owned, inputs)
     first = propagate(graph, mode=mode)
     gradients = read_gradients(graph)
     before = _report(graph, first, gradients.no_ntk)
@@ -192,7 +195,8 @@ def transform(
     after = _report(outcome.graph, found, gradients.no_ntk)
     shaped = outcome.graph.emit()
     _set_modes(shaped, model)
-    lost = (*constrained, *gradients.lost, *gradients.lost_by(shaped))
+    lost = (*constrained, *unseen(outcome.graph.module), *lost_results(stored, model, shaped, inputs))
+    lost += (*gradients.lost, *gradients.lost_by(shaped))
     ledger = replace(ledger, unmet=(*ledger.unmet, *lost, *false_log_determinants(shaped, inputs, flows)))
     watch = LoadWatch().over(shaped)
     used = chosen[0] if len(chosen) == 1 else chosen
@@ -224,20 +228,6 @@ def _by_systems(graph: Graph, chosen: tuple[AnyMethod, ...], seed: int, first: P
     work = compose(graph, [one for one in chosen if isinstance(one, System)], seed, first)
     title = " + ".join(repr(one) for one in chosen)
     return Outcome(graph, None, None, work.ledger(title), work.propagation())
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """A copy to rewrite; tensors that a forward or its hook computed (the older weight_norm) are copied as values."""
-    spaces = [space for module in model.modules() for space in (vars(module), module._buffers)]
-    attributes = [value for space in spaces for value in space.values()]
-    computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
-    try:
-        return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
-    except RecursionError as error:
-        raise ModelError(
-            f"{type(model).__name__} is nested too deeply for Python to copy",
-            hint="Raise sys.setrecursionlimit, or put its layers side by side in one container",
-        ) from error
 
 
 def _set_modes(shaped: nn.Module, model: nn.Module) -> None:
@@ -283,11 +273,14 @@ def shaping_targets(
     chosen = resolve_methods(method)[0]
     if isinstance(chosen, System):
         raise InputError(f"{chosen!r} has no shaping targets", hint="Pass 'dks' or 'tat'")
-    owned = _copied(model)
+    owned = copied(model)
     fold_parametrizations(owned)
     weight = 0.8 if shortcut_weight is None else weight_of_shortcut(shortcut_weight)
     work = prepare(capture(owned, example_inputs, verify=False), weight)
-    return solve_targets(find_subnetworks(work.graph, work.propagation(), free=is_free), chosen)
+    found = find_subnetworks(work.graph, work.propagation(), free=is_free)
+    if not found.free and (lines := unseen(work.graph.module)):
+        raise InputError(f"no activation is left to shape: {lines[0]}")
+    return solve_targets(found, chosen)
 
 
 def export_onnx(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from kgraph.canonical import operation_name
 from kgraph.capture import Graph, check_model
 from kgraph.checks import count as count_of
 from kgraph.checks import flag, not_negative, positive, seeded
+from kgraph.copies import copied
 from kgraph.errors import InputError
 from kgraph.files import destination, save_figure
 from kgraph.gram.kernels import NodeGram, batched_inputs, captured, kernels
@@ -198,7 +198,7 @@ def compare(
     inputs, n = batched_inputs(x)
     if n < 2:
         raise InputError("there is one input", hint="A cosine needs two")
-    own = copy.deepcopy(model).cpu()
+    own = copied(model).cpu()
     graph = captured(own, inputs)
     options: dict[str, Any] = {"parametrization": parametrization, "count_frozen": count_frozen}
     predicted = kernels(graph, x, nodes="all", seed=seed, **options)

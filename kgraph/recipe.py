@@ -11,6 +11,7 @@ from kgraph.capture import Graph
 from kgraph.checks import choice, flag, weight_of_shortcut
 from kgraph.errors import TargetError
 from kgraph.methods import DKS, Method
+from kgraph.opaque import unseen
 from kgraph.passes.base import Pass, Pipeline, Workspace
 from kgraph.passes.per_location_norm import InsertPerLocationNorm
 from kgraph.passes.reinitialize import Reinitialize
@@ -116,7 +117,8 @@ def _solve(work: Workspace, plan: Plan, method: Method) -> tuple[float, ShapingT
     weights = _planned_weights(work) if given is None else (given,)
     found = find_subnetworks(work.graph, work.propagation(), free=is_free)
     if not found.free:
-        work.unmet.append("the model has no activation to shape")
+        outside = "outside of what is not seen into, " if unseen(work.graph.module) else ""
+        work.unmet.append(f"{outside}the model has no activation to shape")
         return weights[0], None
     failure: TargetError | None = None
     for weight in weights:

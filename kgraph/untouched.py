@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 
@@ -61,15 +61,23 @@ def _modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _tensors(model: nn.Module) -> Iterator[None]:
-    """Values of buffers: counters, moving averages, the power iteration of a spectral norm."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta and not is_lazy(buffer)]
+    """Values of buffers: counters, moving averages, the power iteration of a spectral norm; and of plain attributes."""
+    plain = [value for module in model.modules() for value in vars(module).values() if type(value) is Tensor]
+    own = [tensor for tensor in (*model.buffers(), *plain) if not tensor.is_meta and not is_lazy(tensor)]
+    before = [(buffer, buffer.detach().clone(), buffer._version) for buffer in own]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in before:
-                if not torch.equal(buffer, value):
+            for buffer, value, version in before:
+                if _written(buffer, value, version):
                     buffer.copy_(value)
+
+
+def _written(buffer: Tensor, value: Tensor, version: int) -> bool:
+    """Whether a buffer's values changed; of layouts that nothing compares (sparse): whether it was written to."""
+    plain = buffer.layout is torch.strided and not buffer.is_nested
+    return not torch.equal(buffer, value) if plain else buffer._version != version
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from kgraph.capture import check_model
 from kgraph.checks import choice
+from kgraph.copies import copied
 from kgraph.errors import InputError
 from kgraph.gram.kernels import batched_inputs, captured, kernels_of
 from kgraph.gram.moments import Moments
@@ -31,7 +31,7 @@ class KernelFunction:
 
     def __init__(self, model: nn.Module, example_inputs: Any, asked: Asked) -> None:
         inputs, _ = batched_inputs(example_inputs)
-        self.graph = captured(copy.deepcopy(check_model(model)), inputs)
+        self.graph = captured(copied(check_model(model)), inputs)
         self.asked, self._moments = asked, Moments()
 
     def __call__(self, x1: Any, x2: Any = None, get: str | Sequence[str] = _NAMES, **options: Any) -> Tensor | Kernels:

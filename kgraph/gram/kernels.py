@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from kgraph.capture import Graph, capture, check_model
 from kgraph.checks import finite_inputs, mode_of, with_values
+from kgraph.copies import copied
 from kgraph.errors import InputError, RuleError
 from kgraph.gram.block import Block
 from kgraph.gram.device import away, computing_device, device_of, here, on
@@ -188,7 +188,7 @@ def _check_tables(model: nn.Module) -> None:
 def _on_cpu(model: nn.Module) -> nn.Module:
     """The model, or a copy on the CPU: what is captured there runs on any device."""
     elsewhere = {t.device.type for t in (*model.parameters(), *model.buffers())} - {"cpu", "meta"}
-    return copy.deepcopy(model).cpu() if elsewhere else model
+    return copied(model).cpu() if elsewhere else model
 
 
 def _joined(first: Inputs, second: Inputs | None, n1: int, n2: int) -> tuple[list[Any], Rows]:

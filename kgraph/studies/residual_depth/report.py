@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import math
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from kgraph.capture import capture, check_model
 from kgraph.checks import count as count_of
 from kgraph.checks import mode_of, seeded
+from kgraph.copies import copied
 from kgraph.depth_correlated import DepthWeights
 from kgraph.errors import InputError, ModelError
 from kgraph.files import destination, save_figure
@@ -200,7 +200,7 @@ def residual_depth(
     count_of("inputs", inputs, 2)
     seed = seeded(seed)
     mode = mode_of(model, mode)
-    graph = capture(copy.deepcopy(model), example_inputs)
+    graph = capture(copied(model), example_inputs)
     result = propagate(graph, mode=mode)
     found = find_chains(graph.module, result.kernels().__contains__)
     left_out = tuple((node.name, reason) for node, reason in found.left_out)

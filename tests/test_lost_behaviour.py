@@ -1,0 +1,150 @@
+"""What a forward does beside its output, or where no graph sees it: named in the ledger, never lost in silence."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kgraph
+from kgraph.errors import InputError, ModelError
+
+WIDTH = 16
+X = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0))
+Step = Callable[[Any, Tensor], object]
+
+
+class Net(nn.Module):
+    """Two layers and a relu; ``step`` is what a forward does with its hidden tensor besides."""
+
+    def __init__(self, step: Step, **attributes: object) -> None:
+        super().__init__()
+        self.a, self.b, self.step = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), step
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.a(x))
+        self.step(self, h)
+        return self.b(h)
+
+
+def unmet(model: nn.Module) -> tuple[str, ...]:
+    return kgraph.transform(model, "tat", X).kgraph.ledger.unmet  # pyright: ignore
+
+
+RESULTS: dict[str, tuple[str, Step, dict[str, object]]] = {
+    "a loss": ("aux", lambda m, h: setattr(m, "aux", h.pow(2).mean()), {}),
+    "in train mode only": ("aux", lambda m, h: m.training and setattr(m, "aux", h.mean()), {}),
+    "without gradients": ("seen", lambda m, h: setattr(m, "seen", h.detach()), {"seen": None}),
+    "in a list": ("losses", lambda m, h: m.losses.append(h), {"losses": []}),
+    "in a dict": ("out", lambda m, h: m.out.update(h=h), {"out": {}}),
+    "in an object": ("held", lambda m, h: setattr(m.held, "h", h), {"held": SimpleNamespace(h=None)}),
+    "on a child": ("a.h", lambda m, h: setattr(m.a, "h", h), {}),
+    "a count": ("calls", lambda m, h: setattr(m, "calls", m.calls + 1), {"calls": 0}),
+}
+
+
+@pytest.mark.parametrize("case", RESULTS)
+@pytest.mark.filterwarnings("ignore:The tensor attribute")
+def test_what_every_run_stores_is_named(case: str) -> None:
+    name, step, attributes = RESULTS[case]
+    model = Net(step, **attributes)
+    (line,) = unmet(model)
+    owner = "Linear" if name.startswith("a.") else "Net"
+    assert line.startswith(f"{name}: ") and f"(on {owner})" in line
+    assert "number" in line if case == "a count" else "result" in line
+    assert "aux" not in vars(model) and vars(model).get("calls", 0) == 0  # the model is left as it was
+
+
+KEPT: dict[str, tuple[Step, dict[str, object]]] = {
+    "a cache": (lambda m, h: m.mask is None and setattr(m, "mask", torch.ones(3)), {"mask": None}),
+    "a constant made anew": (lambda m, h: setattr(m, "mask", torch.ones(h.shape[-1])), {}),
+    "sizes": (lambda m, h: setattr(m, "sizes", tuple(h.shape)), {}),
+    "a count in a tensor": (lambda m, h: m.calls.add_(1), {"calls": torch.zeros(())}),  # becomes a buffer
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+@pytest.mark.filterwarnings("ignore:The tensor attribute")
+def test_what_holds_no_result_is_not_named(case: str) -> None:
+    step, attributes = KEPT[case]
+    assert unmet(Net(step, **attributes)) == ()
+
+
+def test_a_count_in_a_tensor_goes_on_in_the_emitted_module_and_is_left_alone_in_the_model() -> None:
+    model = Net(lambda m, h: m.calls.add_(1), calls=torch.zeros(()))
+    shaped = kgraph.transform(model, "tat", X)
+    shaped(X)
+    assert model.calls == 0 and dict(shaped.named_buffers())["calls"] == 1
+
+
+def test_statistics_of_norms_are_no_side_results() -> None:
+    assert unmet(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, 4))) == ()
+
+
+class Mixed(nn.Module):
+    """A layer and a relu in a region of autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            h = F.relu(self.a(x))
+        return self.b(h.float())
+
+
+@pytest.mark.parametrize("method", ["tat", kgraph.EdgeOfChaos()])
+def test_a_region_of_autocast_is_named(method: Any) -> None:
+    lines = kgraph.transform(Mixed(), method, X).kgraph.ledger.unmet  # pyright: ignore
+    (line,) = [line for line in lines if "autocast" in line]
+    assert "test_lost_behaviour.py:" in line and "a.weight" in line and "relu" in line
+    assert "the model has no activation to shape" not in lines
+    with pytest.raises(InputError, match=r"torch\.autocast is not seen into"):
+        kgraph.shaping_targets(Mixed(), "tat", X)
+
+
+def test_a_model_without_activations_is_told_so() -> None:
+    assert "the model has no activation to shape" in unmet(nn.Sequential(nn.Linear(WIDTH, 4)))
+
+
+class Graph(nn.Module):
+    """A graph layer with a sparse adjacency."""
+
+    def __init__(self, adjacency: Tensor) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("adjacency", adjacency)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(torch.sparse.mm(self.adjacency, self.a(x))))
+
+
+@pytest.mark.parametrize("sparse", [Tensor.to_sparse, Tensor.to_sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_sparse_buffers(sparse: Callable[[Tensor], Tensor]) -> None:
+    """A permutation of the nodes changes no kernel: q is that of the layers, and the buffer stays as it was."""
+    model = Graph(sparse(torch.eye(4)[[1, 0, 3, 2]]))
+    q = kgraph.analyze(model, X).final.q
+    plain = kgraph.analyze(nn.Sequential(model.a, nn.ReLU(), model.b), X).final.q
+    assert q == pytest.approx(plain, rel=0.2)  # sampled
+    assert kgraph.transform(model, "tat", X).kgraph.ledger.counts()["re-draw linear"] == 2  # pyright: ignore
+    assert torch.equal(model.adjacency.to_dense(), torch.eye(4)[[1, 0, 3, 2]])  # pyright: ignore
+    with pytest.raises(InputError, match="does not run on the example inputs"):
+        kgraph.analyze(model, torch.randn(3, WIDTH))
+
+
+@pytest.mark.parametrize("value", [threading.Lock(), [threading.Lock()], (i for i in range(3))])
+def test_what_has_no_copy_is_named(value: object) -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), Net(lambda m, h: None, held=value))
+    with pytest.raises(ModelError, match=r"attribute 'held' of Net cannot be copied .*\(at node '2'\)"):
+        kgraph.transform(model, "tat", X)
+    assert kgraph.transform(model, "tat", X, inplace=True).kgraph.ledger.unmet == ()  # pyright: ignore
