@@ -63,13 +63,17 @@ _LIKE = {
 """Operations that read their second tensor for its shape alone, and the operation on sizes that each is."""
 
 
-def canonicalize(module: fx.GraphModule, line: Callable[[fx.Node], str]) -> None:
-    """Rewrite ``module.graph`` in place into the canonical vocabulary; ``line`` says where a node is written."""
+def canonicalize(module: fx.GraphModule, line: Callable[[fx.Node], str], *, by_mode: bool = True) -> None:
+    """Rewrite ``module.graph`` in place into the canonical vocabulary; ``line`` says where a node is written.
+
+    Args:
+        by_mode: whether masks that are drawn by hand are dropout, which eval mode leaves out.
+    """
     _inline_grad_mode(module)
-    canonicalize_graph(module.graph, line)
+    canonicalize_graph(module.graph, line, by_mode=by_mode)
 
 
-def canonicalize_graph(graph: fx.Graph, line: Callable[[fx.Node], str]) -> None:
+def canonicalize_graph(graph: fx.Graph, line: Callable[[fx.Node], str], *, by_mode: bool = True) -> None:
     """The same for a graph without grad-mode regions, which are submodules."""
     for node in list(graph.nodes):
         if (node.op == "call_module" and node.target == "_guards_fn") or node.target in _NOISE:
@@ -81,7 +85,8 @@ def canonicalize_graph(graph: fx.Graph, line: Callable[[fx.Node], str]) -> None:
     _use_logic(graph)
     _drop_whole_copies(graph)
     _inline_numbers(graph)
-    fuse_drop_paths(graph)
+    if by_mode:
+        fuse_drop_paths(graph)
     fuse_norms(graph)
     graph.eliminate_dead_code(is_impure_node=is_effect)
     _contiguous_views(graph)

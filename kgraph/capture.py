@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from kgraph.canonical import DROPOUTS
 from kgraph.checks import with_finite_values
+from kgraph.drop_path import BY_HAND
 from kgraph.emitted import EmittedModule
 from kgraph.errors import CaptureError, ModelError
 from kgraph.first_run import Census, not_reproduced, run_once
@@ -241,6 +242,10 @@ def _exported(model: nn.Module, inputs: Inputs, notes: list[str], census: Census
         if graph.lost:
             graph.notes.append(f"in train mode the forward makes {graph.lost}: its other ways are not in this report")
         return graph
+    if any(node.meta.get(BY_HAND) for node in graph.module.graph.nodes):  # masks that belong to no mode
+        graph = _captured(model, inputs, notes, census, training=True, by_mode=False)
+        if _matches(graph):
+            return graph
     evaluated = _evaluated(model, inputs, notes, census, graph)
     if not _matches(evaluated):
         raise not_reproduced(model, inputs)
@@ -248,7 +253,7 @@ def _exported(model: nn.Module, inputs: Inputs, notes: list[str], census: Census
 
 
 def _evaluated(model: nn.Module, inputs: Inputs, notes: list[str], census: Census, trained: Graph) -> Graph:
-    graph = _captured(model, inputs, notes, census, training=False)
+    graph = _captured(model, inputs, notes, census, training=False, by_mode=False)
     adopt_modes(graph.module.graph, trained.module.graph)
     graph.lost = lost_in_eval(trained.module.graph, graph.module.graph)
     notes.append(f"captured in eval mode: in train mode the forward takes another path ({graph.lost})")
@@ -258,7 +263,7 @@ def _evaluated(model: nn.Module, inputs: Inputs, notes: list[str], census: Censu
 def _fallen_back(model: nn.Module, inputs: Inputs, notes: list[str], census: Census, error: CaptureError) -> Graph:
     """The eval capture of a model whose train forward cannot be captured; the error, where that fails too."""
     try:
-        graph = _captured(model, inputs, notes, census, training=False)
+        graph = _captured(model, inputs, notes, census, training=False, by_mode=False)
     except CaptureError:
         raise error from None
     if not _matches(graph):
@@ -273,9 +278,11 @@ def _matches(graph: Graph) -> bool:
     return reproduces(graph.emit(), graph.root, graph.inputs)
 
 
-def _captured(model: nn.Module, inputs: Inputs, notes: list[str], census: Census, *, training: bool) -> Graph:
+def _captured(
+    model: nn.Module, inputs: Inputs, notes: list[str], census: Census, *, training: bool, by_mode: bool = True
+) -> Graph:
     model.train(training)
-    flat = export_flat(model, inputs, _positional_names(model, len(inputs.args)), notes)
+    flat = export_flat(model, inputs, _positional_names(model, len(inputs.args)), notes, by_mode=by_mode)
     _index_sites(flat.graph, model, census)
     if not training:
         for node in flat.graph.nodes:

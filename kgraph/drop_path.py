@@ -14,6 +14,8 @@ from torch import Tensor, fx
 
 from kgraph.gradient_stops import read_instead, stopped_between, without_stops
 
+BY_HAND = "by_hand"
+"""Among the metadata of a dropout: the forward writes it out."""
 _aten = torch.ops.aten
 _BERNOULLI = (_aten.bernoulli_.float, _aten.bernoulli.p)
 _RAND = (_aten.rand.default, _aten.rand_like.default)
@@ -126,7 +128,7 @@ def _replace(graph: fx.Graph, node: fx.Node, source: fx.Node, leading: int, prob
 
     def made(target: Any, arguments: tuple[Any, ...], ones: int) -> fx.Node:
         new = graph.create_node("call_function", target, arguments, name=target._schema.name.split("::")[-1])
-        new.meta = {**without_stops(node.meta), "val": value[(None,) * ones]}
+        new.meta = {**without_stops(node.meta), "val": value[(None,) * ones], BY_HAND: True}
         if site is not None:
             new.meta["site"] = replace(site, shape=(*(1,) * ones, *site.shape))
         return new
@@ -148,4 +150,4 @@ def _replace(graph: fx.Graph, node: fx.Node, source: fx.Node, leading: int, prob
             graph.erase_node(last)
 
 
-__all__ = ["fuse_drop_paths"]
+__all__ = ["BY_HAND", "fuse_drop_paths"]

@@ -26,7 +26,7 @@ from kgraph.rules.borders import Borders
 from kgraph.rules.noise import draws_noise, noise_kernel
 from kgraph.rules.pointwise import is_pointwise, unary
 from kgraph.rules.unallocated import Unallocated
-from kgraph.site import located, shape_of
+from kgraph.site import located
 
 TOKEN_VIEWS = frozenset(
     """chunk clone contiguous expand flatten flip gather getitem index index_select movedim narrow permute repeat
@@ -209,7 +209,7 @@ class _Walk:
             return find_rule(target)(self._context(node), *args, **kwargs)  # type: ignore[misc]
         if not _random(args, kwargs):
             if draws_noise(node):
-                return noise_kernel(node, channel_dim(node, len(shape_of(node))), args, kwargs, self.pairs)
+                return noise_kernel(node, args, kwargs, self.pairs)
             return known_result(node, args, kwargs, self.tokens)
         args, kwargs = self.unallocated.filled(node, self.values)
         context = self._context(node)

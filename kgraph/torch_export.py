@@ -27,11 +27,14 @@ _TRANSFORMED = "torch._functorch.predispatch"
 DYNAMIC = torch.export.Dim.DYNAMIC
 
 
-def export_flat(model: nn.Module, inputs: Inputs, names: list[str], notes: list[str]) -> fx.GraphModule:
+def export_flat(
+    model: nn.Module, inputs: Inputs, names: list[str], notes: list[str], *, by_mode: bool = True
+) -> fx.GraphModule:
     """Export ``model`` with a dynamic batch, or with a fixed one and a note; every node knows its site.
 
     Args:
         names: parameter names of ``forward`` for the positional inputs.
+        by_mode: whether masks that the forward draws by hand are dropout.
 
     Raises:
         CaptureError: no attempt succeeds; names the line.
@@ -58,7 +61,7 @@ def export_flat(model: nn.Module, inputs: Inputs, names: list[str], notes: list[
     _refuse_data_dependence(flat.graph, model)
     for node in flat.graph.nodes:
         node.meta["site"] = read_site(node)
-    canonicalize(flat, lambda node: source_line(node.meta.get("stack_trace") or ""))
+    canonicalize(flat, lambda node: source_line(node.meta.get("stack_trace") or ""), by_mode=by_mode)
     for node in flat.graph.nodes:  # of regions without gradients, which are inlined: they belong to their module's call
         if "site" not in node.meta and "nn_module_stack" in node.meta:
             node.meta["site"] = read_site(node)
@@ -89,8 +92,9 @@ def _export(model: nn.Module, inputs: Inputs, names: list[str], notes: list[str]
                 torch.enable_grad(),
             ):  # else a region without gradients is none
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
-            if dynamic_shapes is None:
-                notes.append(f"the batch size is fixed at {size}: the model's forward depends on it")
+            fixed = f"the batch size is fixed at {size}: the model's forward depends on it"
+            if dynamic_shapes is None and fixed not in notes:  # of an earlier capture of the same model
+                notes.append(fixed)
             return program
         except Exception as error:  # torch.export raises many kinds; all mean that this front end failed
             first = first or error

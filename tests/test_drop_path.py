@@ -104,3 +104,41 @@ def test_alpha_dropout_does_nothing_in_eval_mode() -> None:
     layers = [nn.Linear(WIDTH, WIDTH), nn.SELU()]
     one, two = (kgraph.analyze(nn.Sequential(*layers, *more).eval(), X).final for more in ([], [nn.AlphaDropout(0.3)]))
     assert (one.q, *one.c, one.slope) == (two.q, *two.c, two.slope)
+
+
+BY_HAND = {
+    "below": lambda x: (torch.rand(x.shape[0], 1) < 0.8).float() / 0.8,
+    "floor": lambda x: torch.floor(0.8 + torch.rand(x.shape[0], 1)) / 0.8,
+    "bernoulli": lambda x: x.new_empty(x.shape[0], 1).bernoulli_(0.8) / 0.8,
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_depth_dropped_in_both_modes(name: str) -> None:
+    """x + m f(x) without a look at the mode: drawn in eval mode too, q = 1 + q_f / keep, c of f times keep."""
+
+    class Model(nn.Module):
+        def __init__(self, drops: bool) -> None:
+            super().__init__()
+            self.layer, self.drops = nn.Linear(WIDTH, WIDTH, bias=False), drops
+            nn.init.constant_(self.layer.weight, WIDTH**-0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layer(x)
+            return x + (BY_HAND[name](x) * h if self.drops else h)
+
+    model, x = Model(True), draw(64, WIDTH)
+    graph = capture(model, X)
+    assert not graph.notes
+    made = graph.emit()
+    for training in (True, False):
+        torch.manual_seed(4)
+        expected = model.train(training)(x)
+        torch.manual_seed(4)
+        assert torch.allclose(made.train(training)(x), expected, atol=1e-6)
+        own, bare = (kgraph.analyze(m.train(training), X).final for m in (model, Model(False)))
+        kept = bare.q - 1
+        assert own.q == pytest.approx(1 + kept / 0.8, rel=1e-6)
+        both = [(c + kept * c) / (1 + kept / 0.8) for c in (0.0, 0.5, 0.9)]
+        assert own.c == pytest.approx(both, abs=1e-6)
+        assert own.note == "one random number for all channels of an input"

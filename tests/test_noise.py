@@ -75,8 +75,8 @@ def test_every_input_has_noise_of_its_own(name: str, mode: str) -> None:
     rows = kgraph.analyze(Noisy(STANDARD[name]), X, mode=mode).to_dict()["nodes"]
     row = next(row for row in rows if row["name"].startswith("add") and row["q"] > 1.5)
     assert row["q"] == pytest.approx(2.0, rel=0.05)
-    assert row["c"] == pytest.approx([0.0, 0.25, 0.45], abs=0.03)
-    assert row["how"] not in ("exact", "quadrature")
+    assert row["c"] == pytest.approx([c * (row["q"] - 1) / row["q"] for c in (0.0, 0.5, 0.9)], abs=1e-6)
+    assert row["how"] == "exact"
 
 
 def test_always_dropping_counts_in_eval_mode() -> None:
@@ -181,3 +181,82 @@ def test_noise_of_unknown_law_says_so() -> None:
 
 def geometric(code: Tensor) -> Tensor:
     return torch.empty_like(code).geometric_(0.5)
+
+
+class Shaped(nn.Module):
+    """``shape(x, W relu(V x))``."""
+
+    def __init__(self, shape: Callable[[Tensor, Tensor], Tensor], width: int = 32) -> None:
+        super().__init__()
+        self.first, self.last, self.shape = nn.Linear(32, width, bias=False), nn.Linear(width, 32, bias=False), shape
+        self.draw()
+
+    def draw(self) -> None:
+        nn.init.normal_(self.first.weight, std=32**-0.5)
+        nn.init.normal_(self.last.weight, std=self.last.in_features**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shape(x, self.last(torch.relu(self.first(x))))
+
+
+ONE_FOR_ALL: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "randn": (lambda h: h * torch.randn(()), 1.0),
+    "rand": (lambda h: h * torch.rand(()), 1 / 3),
+    "normal": (lambda h: torch.normal(1.0, 2.0, (1,)) * h, 5.0),
+    "a coin": (lambda h: h * (torch.rand(()) < 0.25), 0.25),
+    "bernoulli": (lambda h: h * torch.empty(1).bernoulli_(0.3), 0.3),
+    "a choice": (lambda h: torch.where(torch.rand(()) < 0.25, h, 0.0), 0.25),
+    "whole numbers": (lambda h: h * torch.randint(0, 3, ()), 5 / 3),
+    "a row": (lambda h: h * torch.rand(1, 32), 1 / 3),
+    "channels": (lambda h: h * torch.randn(32), 1.0),
+    "of a number": (lambda h: h * torch.rand_like(h[0, 0]), 1 / 3),
+}
+
+
+@pytest.mark.parametrize("name", ONE_FOR_ALL)
+def test_one_number_for_all_inputs_is_averaged_over(name: str) -> None:
+    """q times E[n^2], and the same cosines, for both inputs have one n: any fixed draw would give another q."""
+    draw, factor = ONE_FOR_ALL[name]
+    model = Shaped(lambda x, h: draw(h))
+    final = kgraph.analyze(model, X).final
+    bare = Shaped(lambda x, h: h)
+    bare.load_state_dict(model.state_dict())
+    own = kgraph.analyze(bare, X).final
+    assert final.q == pytest.approx(own.q * factor, rel=1e-5)
+    assert final.c == pytest.approx(own.c, abs=1e-6)
+    one = name not in ("a row", "channels")  # then all channels have one number, and what follows is no Gaussian
+    assert (final.how == "assumed") == one
+    if name != "of a number":  # whose first input alone it reads
+        with pytest.raises(RuleError, match="draws noise that no input decides"):
+            kgraph.nngp(model, X)
+
+
+def test_depth_that_a_whole_batch_drops_against_plain_torch() -> None:
+    """x + 4 m f(x), one m of a half for all: 64 draws of 0 or 1 are no mean, so weights and m are drawn 800 times."""
+
+    def shape(x: Tensor, h: Tensor) -> Tensor:
+        return x + (torch.rand(()) < 0.5) * 4 * h
+
+    final = kgraph.analyze(Shaped(shape), X).final
+    model, x = Shaped(shape, 256), torch.eye(2, 32) * 32**0.5  # of cosine 0
+    torch.manual_seed(3)
+    found = []
+    with torch.no_grad():
+        for _ in range(800):
+            model.draw()
+            y = model(x)
+            found.append(torch.stack([y.square().mean(), (y[0] * y[1]).mean()]))
+    draws = torch.stack(found)
+    (q, cov), (error, other) = draws.mean(0).tolist(), (draws.std(0) / 800**0.5).tolist()
+    # the measured variance of 32 x 32 weights is off by sqrt(2 / 1024), of both layers
+    assert final.q == pytest.approx(q, abs=4 * error + 2 * 0.045 * 4 * 2)
+    assert final.c[0] == pytest.approx(cov / q, abs=4 * (other + error * cov / q) / q + 0.03)
+
+
+def test_random_weights_and_choices_are_known() -> None:
+    """A random projection is a layer of known weights, and a random order of channels an index."""
+    projected = Shaped(lambda x, h: h @ torch.randn(32, 32))
+    kgraph.nngp(projected, X)
+    for shape in (lambda x, h: h[:, torch.rand(32).argsort()], lambda x, h: h[:, torch.randperm(32)]):
+        final = kgraph.analyze(Shaped(shape), X).final
+        assert final.c == pytest.approx([1 / math.pi, 0.609, 0.910], abs=0.03)

@@ -159,3 +159,39 @@ class Last(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.rms_norm(x, (x.shape[-1],), eps=0.0)
+
+
+OF_ALL = {
+    "centred": lambda h: h - h.mean(),
+    "unit deviation": lambda h: (h - h.mean()) / h.std(),
+    "times a mean square": lambda h: h * h.square().mean(),
+    "plus a small loss": lambda h: h + 0.5 * h.abs().mean(),
+    "between 0 and 1": lambda h: (h - h.min()) / (h.max() - h.min()),
+    "above the mean": lambda h: h * (h > h.mean()),
+}
+
+
+@pytest.mark.parametrize("name", OF_ALL)
+def test_numbers_of_a_whole_batch_meet_its_entries(name: str) -> None:
+    """Against plain torch, batches of four inputs; the report says that the batch's size is in the number."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return OF_ALL[name](self.layer(x))
+
+    generator = torch.Generator().manual_seed(2)
+    model, x = Model(), torch.randn(4, 64, generator=generator)
+    final = kgraph.analyze(model, x).final
+    variance = float(model.layer.weight.detach().square().mean()) * 64
+    draws = torch.stack([OF_ALL[name](row).square().mean() for row in _fields(400, variance, generator)])
+    assert final.q == pytest.approx(float(draws.mean()), rel=0.1)  # four draws of 256 entries: 5 % twice over
+    assert (final.how, final.note) == ("assumed", "statistics over a batch of the few inputs that were drawn")
+
+
+def _fields(count: int, variance: float, generator: torch.Generator) -> Tensor:
+    """Outputs of a wide layer for four unrelated inputs of q = 1, many times."""
+    return torch.randn(count, 4, 64, generator=generator) * variance**0.5

@@ -101,8 +101,7 @@ def _name(context: Context, index: int) -> str:
 
 def _crossed(x: Kernel, y: Kernel) -> bool:
     """Whether each is repeated along a dimension of the other's: u_i - u_j, where pairs that share an index differ."""
-    width = min(len(x.axes), len(y.axes))
-    sizes = [(_size(a), _size(b)) for a, b in zip(x.axes[-width:], y.axes[-width:], strict=True)]
+    sizes = [(_size(a), _size(b)) for a, b in zip(x.axes[::-1], y.axes[::-1], strict=False)]
     return any(a > b for a, b in sizes) and any(a < b for a, b in sizes)
 
 
@@ -139,7 +138,18 @@ def div(context: Context, x: Operand, y: Operand) -> Kernel:
 
 @rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 def where(context: Context, condition: Operand, x: Operand, y: Operand) -> Kernel:
+    one, other = (float(o) if isinstance(o, Tensor) and o.numel() == 1 else o for o in (x, y))
+    if isinstance(condition, Kernel) and _drawn_apart(condition, one, other):
+        taken, rest = mul(context, condition, one), mul(context, rsub(context, condition, 1.0), other)
+        return taken if other == 0 else rest if one == 0 else add(context, taken, rest)
     return _entrywise(context, lambda c, one, other: torch.where(c.bool(), one, other.to(one)), condition, x, y)
+
+
+def _drawn_apart(condition: Kernel, *chosen: Operand) -> bool:
+    """Whether a choice is by random numbers of its own, between tensors or numbers."""
+    tensors = [o for o in chosen if isinstance(o, Kernel)]
+    own = all(condition.merged.independent(other.merged) for other in tensors)
+    return own and len(tensors) > 0 and not any(isinstance(o, Tensor) for o in chosen)
 
 
 @rule(

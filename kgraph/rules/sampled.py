@@ -178,13 +178,26 @@ class Sampler:
         if any(of_draws(part) for k in inputs for part in k.parts):
             reason = reason or "Gaussian fields of the moments that were drawn"
         if self.mode == "train" and any(n.target is aten.batch_norm.default for n in region.nodes):
-            reason = reason or "statistics over a batch of the few inputs that were drawn"
+            reason = reason or _OF_A_BATCH
+        if any(_without_batch(n) for n in region.nodes):
+            reason = reason or _OF_A_BATCH
         how = how | assumed(reason) if reason else how
         like = Part(channels, mean["cov"], mean["slope"], mean["ntk"], float(mean["mean"]), roots)
         drawn = algebra.empirical(like, first, second, mean["slope"], mean["ntk"], roots)
         part = replace(drawn, cov=mean["cov"], mean=float(mean["mean"]), how=how)
         jumps = any(algebra.endless(own) for kernel in inputs for own in kernel.parts)
         return Kernel((algebra.infinite(part) if jumps else part,), axes)
+
+
+_OF_A_BATCH = "statistics over a batch of the few inputs that were drawn"
+
+
+def _without_batch(node: fx.Node) -> bool:
+    """Whether a node makes numbers of the whole batch: it reads one, and its result has none."""
+    read, made = ([n.meta.get("val") for n in nodes] for nodes in (node.all_input_nodes, [node]))
+    values = [[v for v in pytree.tree_leaves(side) if isinstance(v, Tensor)] for side in (read, made)]
+    before, after = (any(isinstance(s, torch.SymInt) for v in side for s in v.shape) for side in values)
+    return before and bool(values[1]) and not after
 
 
 def _stepwise(kernel: Kernel) -> bool:
