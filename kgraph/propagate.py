@@ -25,6 +25,7 @@ from kgraph.rules import Context, Sampler, find_rule, speeds
 from kgraph.rules.borders import Borders
 from kgraph.rules.noise import draws_noise, noise_kernel
 from kgraph.rules.pointwise import is_pointwise, unary
+from kgraph.rules.sampled import for_mode
 from kgraph.rules.unallocated import Unallocated
 from kgraph.site import located
 
@@ -210,7 +211,7 @@ class _Walk:
         if not _random(args, kwargs):
             if draws_noise(node):
                 return noise_kernel(node, args, kwargs, self.pairs)
-            return known_result(node, args, kwargs, self.tokens)
+            return known_result(node, for_mode(node, args, self.mode), kwargs, self.tokens)
         args, kwargs = self.unallocated.filled(node, self.values)
         context = self._context(node)
         rule = None if is_pointwise(target) and _with_complex(args) else find_rule(target)

@@ -260,3 +260,23 @@ def test_random_weights_and_choices_are_known() -> None:
     for shape in (lambda x, h: h[:, torch.rand(32).argsort()], lambda x, h: h[:, torch.randperm(32)]):
         final = kgraph.analyze(Shaped(shape), X).final
         assert final.c == pytest.approx([1 / math.pi, 0.609, 0.910], abs=0.03)
+
+
+def test_dropout_of_a_known_tensor_follows_the_mode() -> None:
+    """A table that is dropped before it is added is, in eval mode, the table (and was another one, 0 or doubled)."""
+
+    class Model(nn.Module):
+        def __init__(self, rate: float) -> None:
+            super().__init__()
+            self.layer, self.rate = nn.Linear(32, 32), rate
+            self.table = nn.Parameter(torch.linspace(-1, 1, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + nn.functional.dropout(self.table, self.rate, self.training)
+
+    dropped, plain = Model(0.5), Model(0.0)
+    plain.load_state_dict(dropped.state_dict())
+    one, two = (kgraph.analyze(m, X, mode="eval").final for m in (dropped, plain))
+    assert (one.q, one.c) == (two.q, two.c)
+    kernels = [kgraph.nngp(m.eval(), X) for m in (dropped, plain)]
+    assert torch.equal(*kernels)

@@ -26,6 +26,7 @@ from kgraph.propagate import known_result
 from kgraph.roots import Root
 from kgraph.rules.noise import draws_noise
 from kgraph.rules.pointwise import is_pointwise
+from kgraph.rules.sampled import for_mode
 from kgraph.site import located, site_of
 
 Progress = Callable[[int, int], None]
@@ -125,7 +126,7 @@ class Walk:
         if not _random(args, kwargs):
             _refuse_noise(node)
             self._note_parameters(node)
-            result = here(known_result(node, args, kwargs, self.tokens))
+            result = here(known_result(node, for_mode(node, args, self.options.mode), kwargs, self.tokens))
             if isinstance(result, Tensor) and not result.is_floating_point():
                 self.tokens.update({node} if self.tokens.intersection(node.all_input_nodes) else ())
             return result
