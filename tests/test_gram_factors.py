@@ -10,9 +10,9 @@ from gram_montecarlo import SIGMAS
 from torch import Tensor, nn
 
 import kgraph
-from kgraph.gram import pairs
 from kgraph.gram.factors import holds_factor, trained_factor
 from kgraph.gram.field import Known, Leaf, Product
+from kgraph.gram.kinds import mapped
 from kgraph.maps import pointwise
 from kgraph.maps.tangent import TrainedFactor, homogeneous
 
@@ -47,7 +47,7 @@ def test_part_of_a_norm(name: str, bias: float, parameter: str, monkeypatch: pyt
     allowed = SIGMAS * error + 2 * 2.5 / WIDTH * found.diagonal().max()
     assert bool(((found - measured).abs() <= allowed).all())
     if parameter == "1.weight":
-        monkeypatch.setattr(pairs, "trained_factor", lambda u: None)
+        monkeypatch.setattr(mapped, "trained_factor", lambda u: None)
         assert bool(((kgraph.ntk(model, X, multipliers=alone) - measured).abs() > allowed).any())
 
 

@@ -8,23 +8,21 @@ numbers: directions t with covariance NTK, pushed through the expression's deriv
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kgraph.errors import InputError
-from kgraph.gram import field as f
+from kgraph.gram import laws
 from kgraph.gram.block import Block
 from kgraph.gram.build import arguments
-from kgraph.gram.device import normal, sobol, uniform
+from kgraph.gram.calculus import Calculus
+from kgraph.gram.device import normal, sobol
 from kgraph.gram.field import Field
+from kgraph.gram.laws import Draws
 from kgraph.gram.layout import NeedsFull
-from kgraph.gram.places import apply, total_places
-from kgraph.maps.quadrature import value_and_slope
-
-if TYPE_CHECKING:
-    from kgraph.gram.engine import Engine
+from kgraph.gram.places import total_places
 
 MOST_DRAWS = 8192
 _MOST_NUMBERS = 1 << 26
@@ -39,14 +37,13 @@ class NeedsAllPairs(Exception):
 class JointDraws:
     """Draws [S, N, *places] of fields and of their NTK directions; one object is one joint draw."""
 
-    def __init__(self, engine: Engine, seed: int) -> None:
+    def __init__(self, engine: Calculus, seed: int) -> None:
         self.engine, self.seed = engine, seed
         self.count = MOST_DRAWS
         self.channels = 1  # of the inputs: as many draws as give every one of them the same weight
-        self._fields: weakref.WeakKeyDictionary[Field, tuple[Tensor, Tensor | None]] = weakref.WeakKeyDictionary()
+        self._fields: weakref.WeakKeyDictionary[Field, Draws] = weakref.WeakKeyDictionary()
         self._leaves: list[Field] = []
-        self._masks: dict[str, Tensor] = {}
-        self._directions: dict[object, Tensor] = {}
+        self._drawn_once: dict[object, Tensor] = {}
         self.used: weakref.WeakSet[Field] = weakref.WeakSet()
         self._streams = 0
 
@@ -71,11 +68,13 @@ class JointDraws:
         blocks = x[: len(x) // _BLOCKS * _BLOCKS].square().reshape(_BLOCKS, -1).mean(1)
         return float(blocks.std() / (_BLOCKS**0.5 * blocks.mean().clamp_min(1e-300)))
 
-    def of(self, u: Field) -> tuple[Tensor, Tensor | None]:
+    def of(self, u: Field) -> Draws:
         """Draws of a field and of its NTK directions."""
         if u not in self._fields:
             self._check(u)
-            self._fields[u] = self._draw(u)
+            law = laws.draw.get(u)
+            found = None if law is None else law(self, u)
+            self._fields[u] = self._gaussian(u) if found is None else found
         return self._fields[u]
 
     def _check(self, u: Field) -> None:
@@ -92,111 +91,33 @@ class JointDraws:
                 hint="Pass fewer or smaller inputs",
             )
 
-    def _draw(self, u: Field) -> tuple[Tensor, Tensor | None]:
-        if self.engine.layout.name == "diagonal" and _moves(u):
-            raise NeedsFull  # positions are drawn one by one
-        match u:
-            case f.Known():
-                return self._known(u)
-            case f.Mapped(fn=fn, arg=arg):
-                value, direction = self.of(arg)
-                out, slope = value_and_slope(fn.fn, value)
-                return out, None if direction is None else slope * direction
-            case f.Sum(terms=terms):
-                drawn = [(w, self.of(t)) for w, t in terms]
-                value = torch.stack([w * d[0] for w, d in drawn]).sum(0)
-                return value, _total([None if d[1] is None else w * d[1] for w, d in drawn])
-            case f.Product(left=left, right=right):
-                (x, dx), (y, dy) = self.of(left), self.of(right)
-                return x * y, None if dx is None or dy is None else dx * y + x * dy
-            case f.Moved(arg=arg, op=op):
-                return self._each(arg, lambda x: apply(op, x, 2, arg.places))
-            case f.Located(arg=arg, gain=gain, shift=shift):
-                value, direction = self.of(arg)
-                return value * gain + shift, None if direction is None else direction * gain
-            case f.Joined(args=args, axis=axis):
-                drawn = [self.of(arg) for arg in args]
-                value = torch.cat([d[0] for d in drawn], 2 + axis)
-                directions = [d[1] for d in drawn]
-                known = [d for d in directions if d is not None]
-                return value, torch.cat(known, 2 + axis) if len(known) == len(directions) else None
-            case f.Masked(arg=arg):
-                factor = self._mask(u)
-                return self._each(arg, lambda x: x * factor)
-            case f.Drawn(args=args, run=run):
-                return self._run(run, args)
-            case f.Attended():
-                return self._attended(u)
-            case f.Scores() if all(leaf.independent(u) for leaf in self._leaves if leaf in self._fields):
-                return self._scores(u)
-        return self._gaussian(u)
+    def spread(self, u: Field) -> None:
+        """Raise NeedsFull where positions are drawn one by one, for a field that is made of others at several."""
+        if self.engine.layout.name == "diagonal" and any(arg.places for arg in arguments(u)):
+            raise NeedsFull
 
-    def _each(self, arg: Field, change: object) -> tuple[Tensor, Tensor | None]:
+    def each(self, arg: Field, change: Callable[[Tensor], Tensor]) -> Draws:
+        """A linear map of what ``arg`` is, draw by draw."""
         value, direction = self.of(arg)
-        return change(value), None if direction is None else change(direction)  # type: ignore[operator]
+        return change(value), None if direction is None else change(direction)
+
+    def once(self, key: object, drawn: Callable[[], Tensor]) -> Tensor:
+        """Random numbers that several fields share, drawn for the first of them."""
+        if key not in self._drawn_once:
+            self._drawn_once[key] = drawn()
+        return self._drawn_once[key]
 
     def generator(self) -> torch.Generator:
         self._streams += 1
         return torch.Generator("cpu").manual_seed(1_000_003 * self.seed + self._streams)
 
-    def _known(self, u: f.Known) -> tuple[Tensor, Tensor | None]:
-        """Channels in turn (the same ones of every known tensor), all equally often; evenly spread if too many."""
-        inputs, channels = self.engine.rows.inputs, u.data.shape[1]
-        turn = torch.arange(self.count)
-        chosen = turn % channels if channels <= self.count else turn * channels // self.count
-        value = u.data[:, chosen].transpose(0, 1).expand(-1, inputs, *u.places)
-        if not self.engine.with_ntk:
-            return value, None
-        return value, (u.gain**0.5 * self._direction(u)).expand(-1, inputs, *u.places)
+    def earlier(self, u: Field) -> list[Field]:
+        """Gaussian leaves drawn before that the field may be correlated with."""
+        return [leaf for leaf in self._leaves if leaf in self._fields and not leaf.independent(u)]
 
-    def _direction(self, u: f.Known) -> Tensor:
-        """One direction for a parameter, however often it is read."""
-        key = u.roots, u.places
-        if key not in self._directions:
-            self._directions[key] = normal((self.count, 1, *u.places), self.generator())
-        return self._directions[key]
-
-    def _mask(self, u: f.Masked) -> Tensor:
-        if u.mask.name not in self._masks:
-            places = (1,) * len(u.places) if u.whole else u.places
-            drawn = uniform((self.count, self.engine.rows.inputs, *places), self.generator())
-            self._masks[u.mask.name] = (drawn < u.keep).double() / u.keep
-        return self._masks[u.mask.name]
-
-    def _run(self, run: object, args: tuple[Field, ...]) -> tuple[Tensor, Tensor | None]:
-        drawn = [self.of(arg) for arg in args]
-        values = tuple(d[0].contiguous() for d in drawn)
-        directions = [d[1] for d in drawn]
-        if not self.engine.with_ntk or any(d is None for d in directions):
-            return run(*values), None  # type: ignore[operator]
-        tangents = tuple(d.contiguous() for d in directions if d is not None)
-        try:
-            return torch.func.jvp(run, values, tangents)[:2]  # type: ignore[arg-type]
-        except (NotImplementedError, RuntimeError):
-            return run(*values), None  # type: ignore[operator]
-
-    def _attended(self, u: f.Attended) -> tuple[Tensor, Tensor | None]:
-        from kgraph.gram.attention import attended_draws
-
-        (a, da), (v, dv) = self.of(u.weights), self.of(u.value)
-        value = attended_draws(a, v, u.shared)
-        if da is None or dv is None:
-            return value, None
-        return value, attended_draws(da, v, u.shared) + attended_draws(a, dv, u.shared)
-
-    def _scores(self, u: f.Scores) -> tuple[Tensor, Tensor | None]:
-        """Logits whose queries and keys are drawn nowhere else: a product of two small factors, no large matrix."""
-        from kgraph.gram.attention import scores_draws
-
-        mean = self.engine.mean(u)
-        value = scores_draws(self, u, ("cov", "cov")) + mean
-        if not self.engine.with_ntk:
-            return value, None
-        return value, scores_draws(self, u, ("ntk", "cov")) + scores_draws(self, u, ("cov", "ntk"))
-
-    def _gaussian(self, u: Field) -> tuple[Tensor, Tensor | None]:
+    def _gaussian(self, u: Field) -> Draws:
         """Draw a leaf given those drawn before that it is correlated with."""
-        earlier = [leaf for leaf in self._leaves if leaf in self._fields and not leaf.independent(u)]
+        earlier = self.earlier(u)
         value = self._conditional(u, earlier, "cov")
         mean = self.engine.mean(u)
         value = value + mean
@@ -256,16 +177,6 @@ class JointDraws:
             return z
         chol = torch.linalg.cholesky(z.mT @ z / self.count)
         return torch.linalg.solve_triangular(chol, z.mT, upper=False).mT
-
-
-def _moves(u: Field) -> bool:
-    """Whether the field at one position is made of others at several, or elsewhere."""
-    return isinstance(u, (f.Moved, f.Joined, f.Attended, f.Scores, f.Drawn)) and any(arg.places for arg in arguments(u))
-
-
-def _total(terms: list[Tensor | None]) -> Tensor | None:
-    known = [term for term in terms if term is not None]
-    return torch.stack(known).sum(0) if len(known) == len(terms) else None
 
 
 def root(matrix: Tensor) -> Tensor:

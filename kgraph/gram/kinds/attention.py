@@ -9,20 +9,18 @@ arXiv 2006.10540.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from kgraph.gram import field as f
+from kgraph.gram import laws
 from kgraph.gram.block import Block
 from kgraph.gram.device import normal
+from kgraph.gram.engine import Engine
+from kgraph.gram.joint import JointDraws, root
+from kgraph.gram.laws import Draws
 from kgraph.gram.layout import NeedsFull
 from kgraph.gram.places import total_places
-
-if TYPE_CHECKING:
-    from kgraph.gram.engine import Engine
-    from kgraph.gram.joint import JointDraws
 
 
 def _four(engine: Engine, x: Tensor, u: f.Field, v: f.Field, shared: int) -> Tensor:
@@ -39,6 +37,7 @@ def _crossed(left: Tensor, right: Tensor) -> Tensor:
     return torch.einsum("rsiuj,rskul->rsikujl", left, right)
 
 
+@laws.pair.alike(f.Scores)
 def scores_block(engine: Engine, u: f.Scores, v: f.Scores) -> Block:
     """Block of two logit fields (their own: queries and keys of the same heads)."""
     shared = u.shared
@@ -60,7 +59,7 @@ def scores_block(engine: Engine, u: f.Scores, v: f.Scores) -> Block:
     cov = factor * term(qq.cov, kk.cov, False)
     if tied:
         cov = cov + factor * term(qk.cov, kq.cov, True)
-        x, y = scores_mean(engine, u), scores_mean(engine, v)
+        x, y = engine.mean(u), engine.mean(v)
         cov = cov + engine.layout.outer(engine.rows, x, y, u.places, v.places)
     if qq.ntk is None or kk.ntk is None:
         return Block(cov)
@@ -70,6 +69,7 @@ def scores_block(engine: Engine, u: f.Scores, v: f.Scores) -> Block:
     return Block(cov, factor * ntk)
 
 
+@laws.mean(f.Scores)
 def scores_mean(engine: Engine, u: f.Scores) -> Tensor:
     """``s d K_qk(i, k)`` within one input, [N, *places] (0 where queries and keys share nothing)."""
     block = engine.pair(u.query, u.key)
@@ -79,12 +79,22 @@ def scores_mean(engine: Engine, u: f.Scores) -> Tensor:
     return u.scale * u.width * four.diagonal(dim1=1, dim2=3).movedim(-1, 1).reshape(-1, *u.places)
 
 
-def scores_draws(draws: JointDraws, u: f.Scores, names: tuple[str, str]) -> Tensor:
-    """``s sqrt(d) Q Z K^T`` with Q Q^T and K K^T the kernels of queries and keys, [S, N, *places]."""
-    from kgraph.gram.joint import root
+@laws.draw(f.Scores)
+def scores_draws(draws: JointDraws, u: f.Scores) -> Draws | None:
+    """Logits whose queries and keys are drawn nowhere else: a product of two small factors, no large matrix."""
+    draws.spread(u)
+    if draws.earlier(u):
+        return None
+    mean = draws.engine.mean(u)
+    value = _scores(draws, u, ("cov", "cov")) + mean
+    if not draws.engine.with_ntk:
+        return value, None
+    return value, _scores(draws, u, ("ntk", "cov")) + _scores(draws, u, ("cov", "ntk"))
 
-    engine, shared = draws.engine, total_places(u.places[: u.shared])
-    inputs = engine.rows.inputs
+
+def _scores(draws: JointDraws, u: f.Scores, names: tuple[str, str]) -> Tensor:
+    """``s sqrt(d) Q Z K^T`` with Q Q^T and K K^T the kernels of queries and keys, [S, N, *places]."""
+    inputs, shared = draws.engine.rows.inputs, total_places(u.places[: u.shared])
     q, k = (root(draws.matrix(t, t, name)[0]) for t, name in zip((u.query, u.key), names, strict=True))
     z = normal((draws.count, q.shape[1], k.shape[1]), draws.generator())
     ti, tk = u.places[u.shared], u.places[u.shared + 1]
@@ -93,11 +103,21 @@ def scores_draws(draws: JointDraws, u: f.Scores, names: tuple[str, str]) -> Tens
     return u.scale * u.width**0.5 * value.reshape(draws.count, inputs, *u.places)
 
 
-def attended_draws(weights: Tensor, value: Tensor, shared: int) -> Tensor:
-    """``sum_k A_ik v_k`` draw by draw, [S, N, *shared, i]."""
+@laws.draw(f.Attended)
+def attended_draws(draws: JointDraws, u: f.Attended) -> Draws:
+    """``sum_k A_ik v_k`` draw by draw."""
+    draws.spread(u)
+    (a, da), (v, dv) = draws.of(u.weights), draws.of(u.value)
+    value = _averages(a, v)
+    return value, None if da is None or dv is None else _averages(da, v) + _averages(a, dv)
+
+
+def _averages(weights: Tensor, value: Tensor) -> Tensor:
+    """[..., i, k] and [..., k] -> [..., i]."""
     return (weights @ value[..., None])[..., 0]
 
 
+@laws.pair.alike(f.Attended)
 def attended_block(engine: Engine, u: f.Attended, v: f.Attended) -> Block:
     """Block of two averages with random weights that share no random number with what they average."""
     values = engine.pair(u.value, v.value)
@@ -171,11 +191,9 @@ def _block_weights(engine: Engine, u: f.Attended, v: f.Attended, values: Block) 
     return Block(cov, contract(weights.ntk, values.cov) + contract(weights.cov, values.ntk))
 
 
+@laws.mean(f.Attended)
 def attended_mean(engine: Engine, u: f.Attended) -> Tensor:
     """``sum_k E[A_ik] E[v_k]``."""
-    mean = engine.mean(u.value)
-    if not mean.any():
+    if not engine.mean(u.value).any():
         return torch.zeros((), dtype=torch.float64)
-    weights = engine.mean(u.weights)
-    shaped = mean.expand(1, *u.value.places) if mean.ndim == 0 else mean
-    return (weights @ shaped[..., None])[..., 0]
+    return _averages(engine.mean(u.weights), engine.means(u.value))
