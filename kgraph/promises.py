@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, fx
 
 from kgraph.canonical import operation_name
-from kgraph.contractions import WORDS, contraction_of, follows_softmax
+from kgraph.contractions import WORDS, contraction_of
+from kgraph.departures import Causes, departure, off
 from kgraph.kernel import SAME, Kernel, Pairs
 from kgraph.methods import DKS, TAT, Method
 from kgraph.modules import ShapedActivation
 from kgraph.nonlinear import Region, find_regions
+from kgraph.output_q import check_outputs
 from kgraph.passes.base import Workspace
 from kgraph.passes.exponentials import is_rate
 from kgraph.passes.input_causes import cause
@@ -20,8 +21,6 @@ from kgraph.passes.shape_activations import is_leaky, kept_reason
 from kgraph.products import unbounded
 from kgraph.subnetworks import Subnetworks, find_subnetworks
 
-_Q_TOLERANCE = 1e-6
-_SAMPLED_TOLERANCE = 0.05
 _PLAN_TOLERANCE = 0.01
 
 
@@ -35,19 +34,16 @@ def check(work: Workspace, method: Method) -> None:
     kernels = work.kernels()
     regions = find_regions(work.graph.module, kernels.__contains__)
     gates = {node for region in regions if region.gate for node in region.nodes}
-    cause = _Causes(work, gates)
+    cause = Causes(work, gates)
     causes: dict[fx.Node, list[Region]] = {}
     for region in regions:
-        if region.source in kernels and not region.gate and not is_rate(region) and _off(work, region.source):
+        if region.source in kernels and not region.gate and not is_rate(region) and off(work, region.source):
             causes.setdefault(cause.of(region.source), []).append(region)
     for node, found in causes.items():
-        q = float(kernels[node].merged.q) if node in kernels else float("nan")
         first = float(kernels[found[0].source].merged.q)
         listed = ", ".join(r.end.name for r in found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-        work.unmet.append(
-            f"q is not 1 at the input of {listed} (q = {first:.4g}): {node.name} ({operation_name(node)}) "
-            f"has q = {q:.4g}, {_reason(work, node)}"
-        )
+        work.unmet.append(f"q is not 1 at the input of {listed} (q = {first:.4g}): {departure(work, node)}")
+    check_outputs(work, cause, regions, causes)
     own = find_subnetworks(work.graph, work.propagation(), free=is_free)
     if line := unbounded(own):
         work.unmet.append(line)
@@ -124,62 +120,3 @@ def _measure(kernel: Kernel, leaky: bool) -> float:
 def _differ(planned: float, found: float) -> bool:
     """By more than one percent; a c value near 0 by more than .01."""
     return abs(found - planned) > _PLAN_TOLERANCE * max(abs(planned), 1.0 if abs(planned) < _PLAN_TOLERANCE else 0.0)
-
-
-def _off(work: Workspace, node: fx.Node) -> bool:
-    kernel = work.kernels()[node]
-    return abs(float(kernel.merged.q) - 1) > (_SAMPLED_TOLERANCE if kernel.how.level >= 2 else _rounding(work))
-
-
-def _rounding(work: Workspace) -> float:
-    """What q may differ by: half precision rounds a weight by up to eps / 2, and with it q by up to eps."""
-    halves = {p.dtype for p in work.graph.root.parameters()} & {torch.float16, torch.bfloat16}
-    return max([_Q_TOLERANCE, *(torch.finfo(one).eps for one in halves)])
-
-
-class _Causes:
-    """The earliest node upstream whose inputs still have q = 1 (a gate's own q is not meant to be 1)."""
-
-    def __init__(self, work: Workspace, gates: set[fx.Node]) -> None:
-        self.work, self.gates, self.known = work, gates, dict[fx.Node, fx.Node]()
-
-    def of(self, node: fx.Node) -> fx.Node:
-        """Follow the first input that is off, up to one whose cause is known."""
-        way = [node]
-        while way[-1] not in self.known and (before := self._before(way[-1])) is not None:
-            way.append(before)
-        found = self.known.get(way[-1], way[-1])
-        self.known |= dict.fromkeys(way, found)
-        return found
-
-    def _before(self, node: fx.Node) -> fx.Node | None:
-        sources = _sources(self.work, node)
-        return next((n for n in sources if n not in self.gates and _off(self.work, n)), None)
-
-
-def _sources(work: Workspace, node: fx.Node) -> list[fx.Node]:
-    """Kernels a node's q comes from: through lists (chunk, split), and through attention the values only."""
-    inputs, kernels = list(node.all_input_nodes), work.kernels()
-    if operation_name(node) == "scaled_dot_product_attention":
-        inputs = [n for n in node.args[2:3] if isinstance(n, fx.Node)]
-    elif contraction_of(node, work.is_random) == "attention":
-        inputs = [n for n in inputs if not follows_softmax(n)]
-    found: list[fx.Node] = []
-    for before in inputs:
-        found += [before] if before in kernels else _sources(work, before)
-    return found
-
-
-def _reason(work: Workspace, node: fx.Node) -> str:
-    contraction = contraction_of(node, work.is_random)
-    if contraction is not None:
-        return WORDS[contraction]
-    reasons = {
-        "lstm": "recurrent cells keep their own initialization",
-        "gru": "recurrent cells keep their own initialization",
-        "placeholder": "the input itself",
-        "cat": "its operands have different q",
-    }
-    if node.op == "call_module":
-        return "its local Q map does not give q = 1 here"
-    return reasons.get(operation_name(node), "the operation changes q by itself")

@@ -18,13 +18,11 @@ from torch import Tensor, fx, nn
 from kgraph.canonical import aten, operation_name
 from kgraph.checks import choice, flag
 from kgraph.initializers import reinitialize_weight_
+from kgraph.passes.affine import CONVOLUTIONS, TRANSPOSED
 from kgraph.passes.base import Pass, Workspace
 from kgraph.passes.computed_weights import is_moved, is_normalization
 from kgraph.rules.weights import mean_square
 from kgraph.site import shape_of
-
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from kgraph.checks import flag, positive
 from kgraph.kernel import SAME, Kernel, Pairs
 from kgraph.modules import Scale, ShapedActivation
 from kgraph.nonlinear import Region
+from kgraph.passes.affine import affine_source
 from kgraph.passes.base import Pass, Workspace
 from kgraph.passes.exponentials import is_rate
 from kgraph.passes.input_causes import cause
@@ -49,7 +50,7 @@ _CHANGERS = {
 
 @dataclass(frozen=True)
 class Rescale(Pass):
-    """Insert the constants that keep q = 1 at every activation, in one walk through the graph.
+    """Insert the constants that keep q = 1 at every activation and at the last layers, in one walk through the graph.
 
     Args:
         tolerance: deviation of q from 1 that is left alone.
@@ -111,12 +112,13 @@ class Rescale(Pass):
         work.record(node, what, f"q = {q:.4g} after {reason}", f"q {q:.4g}", "q 1")
 
     def _candidates(self, work: Workspace) -> dict[fx.Node, str]:
-        """Nodes that may be corrected and lead to an activation, with the reason; an exponent has its own size."""
+        """Nodes that may be corrected and lead to an activation or a last layer; an exponent has its own size."""
         regions = work.regions()
         gates = {region.end for region in regions if region.gate}
         inside = {n for r in regions for n in r.nodes if not _ends_here(work, r, n)}
         rates = {region.end for region in regions if is_rate(region)}
         wanted = _upstream([region.source for region in regions if region.end not in rates], rates)
+        wanted |= _upstream(_read_by_heads(work, regions), rates)
         found = {}
         for node in filter(work.is_random, wanted - inside):
             reason = self._reason(work, node, gates)
@@ -222,6 +224,13 @@ def _follows(work: Workspace, found: Collection[fx.Node], given: set[str]) -> st
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _read_by_heads(work: Workspace, regions: list[Region]) -> list[fx.Node]:
+    """What the last affine layers read: those that lead to no activation."""
+    inner = _upstream([region.source for region in regions], ())
+    read = [affine_source(work, node) for node in work.nodes if node not in inner]
+    return [node for node in read if node is not None]
 
 
 def _upstream(ends: list[fx.Node], stops: Collection[fx.Node]) -> set[fx.Node]:

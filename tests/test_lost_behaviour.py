@@ -148,3 +148,52 @@ def test_what_has_no_copy_is_named(value: object) -> None:
     with pytest.raises(ModelError, match=r"attribute 'held' of Net cannot be copied .*\(at node '2'\)"):
         kgraph.transform(model, "tat", X)
     assert kgraph.transform(model, "tat", X, inplace=True).kgraph.ledger.unmet == ()  # pyright: ignore
+
+
+class Pooled(nn.Module):
+    """A head behind an average of all positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.o = nn.Conv2d(4, WIDTH, 3, padding=1), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(F.relu(self.c(x)).mean((2, 3)))
+
+
+def test_q_is_restored_in_front_of_the_head() -> None:
+    """DKS makes means 0, so an average of 64 unrelated positions has q = 1 / 64, and its constant is 8."""
+    record: Any = kgraph.transform(Pooled(), "dks", torch.randn(2, 4, 8, 8)).kgraph
+    assert record.after.final.q == pytest.approx(1, abs=1e-6) and record.ledger.unmet == ()
+    (change,) = [change for change in record.ledger.changes if change.what == "restore q"]
+    assert "averaging positions" in change.why and float(change.before.split()[1]) == pytest.approx(1 / 64, rel=1e-3)
+
+
+class Ends(Net):
+    """What a forward makes of its last layer."""
+
+    def __init__(self, end: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
+        super().__init__(lambda m, h: None)
+        self.end = end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self, super().forward(x), x)
+
+
+def test_q_that_is_not_1_at_the_output_is_unmet() -> None:
+    """f(x) + f(x).detach() is 2 f(x): weights sqrt(1/2) leave q = 2."""
+    twin = Ends(lambda m, y, x: y + m.b(F.relu(m.a(x))).detach())
+    (line,) = [line for line in unmet(twin) if "at the output" in line]
+    q = float(line.partition("(q = ")[2].partition(")")[0])
+    assert q == pytest.approx(2, rel=0.25) and "depend on each other" in line  # sampled; independent terms have 1
+
+
+def test_a_factor_of_the_users_own_is_a_note() -> None:
+    ledger: Any = kgraph.transform(Ends(lambda m, y, x: y * 2), "dks", X).kgraph.ledger
+    assert ledger.unmet == () and any("at the output mul (q = 4)" in line for line in ledger.notes)
+
+
+@pytest.mark.parametrize("end", [lambda m, y, x: torch.sigmoid(y), lambda m, y, x: y.pow(2).mean(), lambda m, y, x: y])
+def test_what_has_a_size_of_its_own_is_no_unmet_promise(end: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
+    ledger: Any = kgraph.transform(Ends(end), "dks", X).kgraph.ledger
+    assert not any("at the output" in line for line in (*ledger.unmet, *ledger.notes))
