@@ -131,7 +131,7 @@ def _span(fn: Function, scale: float, device: torch.device) -> float:
             return span
     raise InputError(
         f"A function or its derivative is not finite, or not square integrable, for q = {scale**2:g}",
-        hint="Check its domain, or let this operation be sampled",
+        hint="Check its domain; kgraph.montecarlo measures the model as it is",
     )
 
 
@@ -188,5 +188,5 @@ def _refine(fn: Function, grid: Tensor, cuts: Tensor, scale: float) -> Tensor:
         panels = torch.cat([torch.stack([panels[:, 0], middles], -1), torch.stack([middles, panels[:, 1]], -1)])
     raise InputError(
         "The Gaussian integral of a pointwise function or of its squared derivative does not converge",
-        hint="Its derivative may be infinite somewhere; let this operation be sampled",
+        hint="Its derivative may be infinite somewhere; kgraph.analyze draws such functions",
     )

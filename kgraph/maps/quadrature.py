@@ -175,7 +175,7 @@ def _dual_rows(fns: _Two, plan: Plan, roots: Tensor, c: Tensor, s: Tensor) -> tu
     if cost > _MOST:
         raise InputError(
             f"A pointwise function is too fine for integrals under two Gaussians: it is cut at {breaks} points",
-            hint="It may oscillate or bend many times; let this operation be sampled",
+            hint="It may oscillate or bend many times; kgraph.montecarlo measures the model as it is",
         )
     step = max(1, _CHUNK // cost)
     chunk = _step_chunk if steps else _dual_chunk
