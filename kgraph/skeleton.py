@@ -90,10 +90,21 @@ class _Builder:
         found: set[fx.Node] = set()
         for node in reversed(list(self.values)):
             readers = [u for u in node.users if u.op == "output" or _holds_kernel(self.values.get(u))]
-            inward = all(u in found or operation_name(u) in _SOFTMAX for u in readers)
+            inward = all(u in found or (operation_name(u) in _SOFTMAX and self._weighs(u)) for u in readers)
             if readers and inward and _holds_kernel(self.values[node]) and node.op != "placeholder":
                 found.add(node)
         return found
+
+    def _weighs(self, node: fx.Node) -> bool:
+        """Whether the shares that a softmax makes meet another random tensor, and are not the model's own answer."""
+        queue = [node]
+        for one in queue:
+            for user in one.users:
+                if sum(_holds_kernel(self.values.get(n)) for n in user.all_input_nodes) > 1:
+                    return True
+                if user not in queue and user.op != "output":
+                    queue.append(user)
+        return False
 
     def _may_start(self, index: int, step: Step) -> bool:
         """Maps of slope >= 1 are largest from the very beginning; later starts matter only after a contraction."""

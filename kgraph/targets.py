@@ -33,6 +33,10 @@ class ShapingTargets:
     attained: float
 
 
+_MOST = 1e12
+"""Local slope or curvature that no activation needs: past it the maximum does not grow with it at all."""
+
+
 def solve_targets(subnetworks: Subnetworks, method: DKS | TAT) -> ShapingTargets:
     """Solve ``max over subnetworks = target`` for the local value; every maximum grows with it.
 
@@ -76,6 +80,14 @@ def _optional(solve: Callable[[], tuple[float, Extreme]]) -> tuple[float | None,
         return None, None
 
 
+def _out_of_reach(name: str, target: float, found: Extreme) -> TargetError:
+    return TargetError(
+        f"no local value reaches {name} = {target:g}: the largest is {found.value:.6g}, whatever the activations are",
+        node=found.target,
+        hint="Nothing that can be shaped lies between the inputs and the outputs",
+    )
+
+
 def _unmet(what: str, target: float, extreme: Extreme) -> TargetError:
     return TargetError(
         f"no local value meets {what} = {target:g}: the subnetwork {extreme} has at least {extreme.value:.6g}",
@@ -90,8 +102,10 @@ def _solve_slope(subnetworks: Subnetworks, zeta: float) -> tuple[float, Extreme]
     if least.value > zeta:
         raise _unmet("max slope zeta", zeta, least)
     high = 2.0
-    while subnetworks.max_slope(high).value < zeta:
+    while (found := subnetworks.max_slope(high)).value < zeta:
         high *= 2
+        if high > _MOST:
+            raise _out_of_reach("max slope zeta", zeta, found)
     psi = float(brentq(lambda p: subnetworks.max_slope(p).value - zeta, 1.0, high, **_ROOT))  # type: ignore[arg-type]
     return psi, subnetworks.max_slope(psi)
 
@@ -101,8 +115,10 @@ def _solve_curvature(subnetworks: Subnetworks, tau: float) -> tuple[float, Extre
     if least.value >= tau:
         raise _unmet("max curvature tau", tau, least)
     high = tau
-    while subnetworks.max_curvature(high).value < tau:
+    while (found := subnetworks.max_curvature(high)).value < tau:
         high *= 2
+        if high > _MOST:
+            raise _out_of_reach("max curvature tau", tau, found)
     kappa = float(brentq(lambda k: subnetworks.max_curvature(k).value - tau, 0.0, high, **_ROOT))  # type: ignore[arg-type]
     return kappa, subnetworks.max_curvature(kappa)
 

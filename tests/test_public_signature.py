@@ -121,6 +121,7 @@ BAD: dict[str, dict[str, Sequence[Any]]] = {
         "c": [None, *NUMBER, INF, 1.0, 1.5, -1.5],
         "c_within": [None, *NUMBER, INF, 1.5],
         "c_apart": [None, *NUMBER, INF, -2.0],
+        "spread": [None, *NUMBER, INF, -0.1],
     },
     "InputMoments.of": {
         "x": [None, 0, "a", X[:1], X * 0, X * NAN, torch.ones(3, 4), torch.ones(3, 4).long(), torch.ones(4), *BASIC],
@@ -175,6 +176,19 @@ BAD: dict[str, dict[str, Sequence[Any]]] = {
         "positions": [None, *WORD],
         "mode": WORD,
         "with_ntk": [None, *FLAG],
+        "variances": BY_NAME,
+        "multipliers": BY_NAME,
+        "count_frozen": [None, *FLAG],
+        "seed": SEED,
+        "memory_gib": [*but(POSITIVE, INF), None],
+    },
+    "kernel_function": {
+        "model": MODEL,
+        "example_inputs": ROWS,
+        "nodes": [None, 0, "linear", [0], True, *BASIC],
+        "parametrization": [None, *WORD],
+        "positions": [None, *WORD],
+        "mode": WORD,
         "variances": BY_NAME,
         "multipliers": BY_NAME,
         "count_frozen": [None, *FLAG],
@@ -325,7 +339,16 @@ BAD: dict[str, dict[str, Sequence[Any]]] = {
 }
 
 MADE_BY_KGRAPH = {
-    *("EmpiricalNTK", "Fluctuations", "Isometry", "KernelComparison", "Kernels", "LayerIsometry", "MeanField"),
+    *(
+        "EmpiricalNTK",
+        "Fluctuations",
+        "Isometry",
+        "KernelComparison",
+        "KernelFunction",
+        "Kernels",
+        "LayerIsometry",
+        "MeanField",
+    ),
     *("MeasuredFluctuations", "MeasuredNode", "NTKReport", "NodeComparison", "NodeFluctuations", "NodeGram"),
     *("OrderChaosReport", "PhaseDiagram", "ResidualDepth", "ShapedConstants", "TransformRecord", "passes.Pass"),
     *("Report", "Comparison", "MonteCarlo", "OnnxExport"),

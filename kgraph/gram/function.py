@@ -12,7 +12,7 @@ from kgraph.capture import check_model
 from kgraph.checks import choice
 from kgraph.copies import copied
 from kgraph.errors import InputError
-from kgraph.gram.kernels import batched_inputs, captured, kernels_of
+from kgraph.gram.kernels import batched_inputs, captured, kernels_of, of_model
 from kgraph.gram.moments import Moments
 from kgraph.gram.options import Asked
 from kgraph.gram.result import Kernels
@@ -32,6 +32,7 @@ class KernelFunction:
     def __init__(self, model: nn.Module, example_inputs: Any, asked: Asked) -> None:
         inputs, _ = batched_inputs(example_inputs)
         self.graph = captured(copied(check_model(model)), inputs)
+        of_model(self.graph, asked)  # wrong options are named before the first call
         self.asked, self._moments = asked, Moments()
 
     def __call__(self, x1: Any, x2: Any = None, get: str | Sequence[str] = _NAMES, **options: Any) -> Tensor | Kernels:

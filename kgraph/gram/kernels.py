@@ -104,10 +104,7 @@ def kernels_of(graph: Graph, x1: Any, x2: Any, asked: Asked, moments: Moments) -
     device = computing_device(x1)
     first, n1 = batched_inputs(x1)
     second, n2 = batched_inputs(x2) if x2 is not None else (None, n1)
-    mode = mode_of(graph.root, asked.mode)
-    variances, multipliers = asked.variances or {}, asked.multipliers or {}
-    check_by_parameter("variances", variances, graph)
-    check_by_parameter("multipliers", multipliers, graph)
+    mode, variances, multipliers = of_model(graph, asked)
     speeds = learning(graph.root, multipliers, asked.count_frozen) if asked.with_ntk else {}
     if asked.with_ntk:
         refuse_stops(graph, speeds)
@@ -118,6 +115,19 @@ def kernels_of(graph: Graph, x1: Any, x2: Any, asked: Asked, moments: Moments) -
         request = _Request(graph, inputs, options, asked)
         result = _escalating(request, rows, LAYOUTS[asked.positions], n1, n2 if x2 is not None else None)
     return result.to(device_of(x1))
+
+
+def of_model(graph: Graph, asked: Asked) -> tuple[str, Mapping[str, float], Mapping[str, float | Tensor]]:
+    """Mode, variances and multipliers, as the model has them or as they were asked for.
+
+    Raises:
+        InputError: there is no such mode or parameter, or it cannot have that number.
+    """
+    variances = {} if asked.variances is None else asked.variances
+    multipliers = {} if asked.multipliers is None else asked.multipliers
+    check_by_parameter("variances", variances, graph)
+    check_by_parameter("multipliers", multipliers, graph)
+    return mode_of(graph.root, asked.mode), variances, multipliers
 
 
 def _without_choice(options: dict[str, Any]) -> dict[str, Any]:
