@@ -20,7 +20,7 @@ demo: $(READY)-onnx ## Compile the bundled 50-layer network: demo/report.html, d
 test: lint ## Lint, then the tests on all cores (PYTEST_ARGS="-k shaping" selects)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -q -m "not slow" $(PYTEST_ARGS)
 
-slow: $(READY)-test ## The full-size tests, which `make test` leaves out
+slow: $(READY)-test,dev ## The full-size tests, which `make test` leaves out
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -q -m slow $(PYTEST_ARGS)
 
 fuzz: $(READY)-test ## Random graphs against plain torch (FUZZ_ARGS="kernels --count 500")
