@@ -233,3 +233,27 @@ def test_halves_of_a_drawn_tensor_are_two_tensors() -> None:
         return Model(lambda x, a: halves(2 * attended(a(x))), nn.Linear(128, 128, bias=False))
 
     assert assert_agrees(build, (4, 6, 128), 2, 40).how == "sampled"
+
+
+@pytest.mark.parametrize(("size", "how"), [(6, "right"), (7, "assumed")])
+def test_the_middle_of_what_is_flipped_stays(size: int, how: str) -> None:
+    def run(x: Tensor, layer: nn.Module) -> Tensor:
+        y = layer(x)
+        return torch.stack([y, y.flip(2)]).sum(0)
+
+    model = Model(run, nn.Conv1d(32, 32, 1, bias=False))
+    report = kgraph.analyze(model, torch.randn(2, 32, size))
+    row, own = report.final, report.nodes[1].q
+    with torch.no_grad():
+        q = model(torch.randn(4000, 32, size)).square().mean()
+    assert float(q) == pytest.approx(own * (2 + 2 * (size % 2) / size), rel=0.03)  # the middle has twice the others'
+    assert row.how == "assumed" or (how != "assumed" and abs(row.q / float(q) - 1) < 0.06)
+
+
+def test_a_range_by_narrow_is_a_slice() -> None:
+    layer = nn.Conv1d(32, 32, 1, padding=1)
+    one, two = (
+        kgraph.analyze(Model(cut, layer), torch.randn(2, 32, 6)).final
+        for cut in (lambda x, layer: layer(x).narrow(2, 1, 3), lambda x, layer: layer(x)[:, :, 1:4])
+    )
+    assert (one.q, one.c, one.how) == (two.q, two.c, two.how) == (two.q, two.c, "assumed")

@@ -52,7 +52,7 @@ _VIEWS = {
     "contiguous",
     "clone",
 }
-_CUTS = {"select", "slice", "chunk", "split", "split_with_sizes", "unbind"}
+_CUTS = {"select", "slice", "narrow", "chunk", "split", "split_with_sizes", "unbind"}
 
 
 class Borders:

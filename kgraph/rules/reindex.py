@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from kgraph.canonical import aten
-from kgraph.entries import expand_positions, moved, slice_part
+from kgraph.entries import expand_positions, moved, said, slice_part
+from kgraph.how import assumed
 from kgraph.kernel import Axes, Factor, Kernel, Part
 from kgraph.rules.pointwise import COPIES, apply_all, rounding_of
 from kgraph.rules.table import Context, rule
@@ -92,6 +93,9 @@ def _order_of(axes: Axes, order: Sequence[int], role: str) -> list[int]:
     return [d for d in order if any(own == role for own, _ in axes[d])]
 
 
+_MIDDLE = assumed("the middle of what is flipped counted as moved, though it stays")
+
+
 def _elsewhere(x: Kernel, label: str) -> Kernel:
     """The same entries at other places: no longer the same number at the same place as in ``x``."""
     return x.with_parts(*(moved(part, label) for part in x.parts))
@@ -120,7 +124,10 @@ def copied(context: Context, x: Kernel, *args: object, **kwargs: object) -> Kern
 @rule(aten.channel_shuffle.default, aten.roll.default, aten.flip.default)
 def permuted(context: Context, x: Kernel, *how: object) -> Kernel:
     """Permutations of positions or channels: the same second moments of other entries."""
-    return _elsewhere(x.one(), f"{context.node.target} {how}")
+    result = _elsewhere(x.one(), f"{context.node.target} {how}")
+    turned = how[0] if context.node.target is aten.flip.default else ()
+    odd = any(x.shape[dim] % 2 and x.shape[dim] > 1 for dim in turned)  # type: ignore[attr-defined]
+    return said(result, _MIDDLE) if odd else result
 
 
 @rule(aten.expand.default, aten.expand_as.default, aten.repeat.default, aten.tile.default)
@@ -214,6 +221,13 @@ def slice_(
         return context.sample()
     axes = tuple((("p", context.shape[dim]),) if i == dim else axis for i, axis in enumerate(x.axes))
     return _elsewhere(replace(x, axes=axes), f"{low}:{high}:{step} of {dim - len(x.axes)}")
+
+
+@rule(aten.narrow.default)
+def narrow(context: Context, x: Kernel, dim: int, start: int, length: int) -> Kernel:
+    dim %= len(x.axes)
+    low = start % x.shape[dim] if start < 0 else start
+    return _narrow(x, dim, low, low + length)
 
 
 def _pieces(x: Kernel, dim: int, sizes: Sequence[int]) -> list[Kernel]:
