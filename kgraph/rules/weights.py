@@ -56,8 +56,8 @@ def assumed_of(source: fx.Node | None, off: bool) -> How:
 
 def off_centre(weight: Tensor) -> bool:
     """Whether the mean of weights [out, ...], beyond sampling noise, makes a share of a unit's q."""
-    if weight.is_meta or weight.is_complex() or weight.ndim < 2 or not weight.numel():
-        return False
+    if weight.is_meta or weight.is_complex() or weight.ndim < 2 or not weight.numel() or not any(weight.stride()):
+        return False  # one number expanded stands for weights without values
     least = _SHARE_OF_MEAN * mean_square(weight) / weight[0].numel()
     mean = float(weight.detach().mean(dtype=torch.float64))  # cheap: most weights end here
     return mean**2 > least and real_mean(weight) ** 2 > least
