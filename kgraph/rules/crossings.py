@@ -27,7 +27,7 @@ _COUNTING = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torc
 
 def may_jump(nodes: Iterable[fx.Node]) -> bool:
     """Whether any operation makes truth values, indices or steps; all others are continuous."""
-    return any(operation_name(node) in _STEPS or counts(node) for node in nodes)
+    return any(operation_name(node) in _STEPS or _counts(node) for node in nodes)
 
 
 def shifted(point: Point) -> list[Point]:
@@ -51,7 +51,7 @@ def _change(own: torch.Tensor, moved: torch.Tensor) -> float:
     return float((moved - own).abs().square().mean())
 
 
-def counts(node: fx.Node) -> bool:
+def _counts(node: fx.Node) -> bool:
     """Whether a node makes truth values or indices."""
     values = pytree.tree_leaves(node.meta.get("val"))
     return any(isinstance(value, torch.Tensor) and value.dtype in _COUNTING for value in values)

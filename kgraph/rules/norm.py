@@ -33,6 +33,11 @@ _SMALL = 0.05
 """Largest share of the variance in a subtracted mean's own fluctuation that leaves the law as it was."""
 
 
+_UNDONE = assumed("one number for all channels in front of a norm, which undoes it, counted in the NTK")
+_FEW_WEIGHTS = 20.0
+"""NTK over q below which no layer of many weights stands behind a tensor."""
+
+
 @dataclass(frozen=True)
 class Removed:
     """Kernel of the mean that a norm subtracts, [P] each: second moment, its slope, and its NTK."""
@@ -134,10 +139,6 @@ def layer_norm(
     if others:
         return context.sample()
     return _channel_norm(context, x, everything.mean, weight, bias, eps)
-
-
-_UNDONE = assumed("one number for all channels in front of a norm, which undoes it, counted in the NTK")
-_FEW_WEIGHTS = 20.0
 
 
 def _channel_norm(

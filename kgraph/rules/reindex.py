@@ -70,6 +70,9 @@ def _moved(x: Kernel, axes: Axes) -> Kernel:
     return replace(x.one(), axes=axes)
 
 
+_MIDDLE = assumed("the middle of what is flipped counted as moved, though it stays")
+
+
 @rule(*aten_view, aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.dim, aten.squeeze.default)
 @rule(aten.squeeze.dims, aten.unsqueeze.default, aten.ravel.default, aten.view_as.default)
 def reshape(context: Context, x: Kernel, *_: object) -> Kernel:
@@ -91,9 +94,6 @@ def permute(context: Context, x: Kernel, dims: Sequence[int]) -> Kernel:
 def _order_of(axes: Axes, order: Sequence[int], role: str) -> list[int]:
     """Dimensions with a factor of this role, in their new order."""
     return [d for d in order if any(own == role for own, _ in axes[d])]
-
-
-_MIDDLE = assumed("the middle of what is flipped counted as moved, though it stays")
 
 
 def _elsewhere(x: Kernel, label: str) -> Kernel:
