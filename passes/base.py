@@ -18,6 +18,7 @@ from kgraph.modules import Scale, ShapedActivation, WeightedSum
 from kgraph.nonlinear import Region, find_regions
 from kgraph.propagate import Propagation, propagate
 from kgraph.site import Site, site_of
+from kgraph.weight_laws import Law
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Workspace:
         seed: of everything random.
         first: kernels of the graph before any pass (in any mode); computed when not given.
         settled: parameters to which a pass gave what it wants them to be, whatever they were.
+        laws: how those can be drawn again.
     """
 
     graph: Graph
@@ -41,6 +43,7 @@ class Workspace:
     unmet: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     settled: set[str] = field(default_factory=set)
+    laws: dict[str, Law] = field(default_factory=dict)
     adopted: bool = field(default=False, init=False)
     _propagation: Propagation | None = None
     _random: dict[fx.Node, bool] = field(default_factory=dict)

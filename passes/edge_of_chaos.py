@@ -29,7 +29,6 @@ from kgraph.passes.reinitialize import (
     CONVOLUTIONS,
     TRANSPOSED,
     divide_scale,
-    draw_each_tap,
     drawn_weight,
     geometry_of,
     keep_weight,
@@ -37,6 +36,7 @@ from kgraph.passes.reinitialize import (
     single_position,
 )
 from kgraph.rules.weights import mean_square
+from kgraph.weight_laws import draw_each_tap
 
 WeightLaw = Literal["delta-orthogonal", "orthogonal", "gaussian"]
 _RATE = 0.1

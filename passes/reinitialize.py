@@ -17,12 +17,12 @@ from torch import Tensor, fx, nn
 
 from kgraph.canonical import aten, operation_name
 from kgraph.checks import choice, flag
-from kgraph.initializers import reinitialize_weight_
 from kgraph.passes.affine import CONVOLUTIONS, TRANSPOSED
 from kgraph.passes.base import Pass, Workspace
 from kgraph.passes.computed_weights import is_moved, is_normalization
 from kgraph.rules.weights import mean_square
 from kgraph.site import shape_of
+from kgraph.weight_laws import Filled, WeightLaw
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ class Reinitialize(Pass):
         target = str(parameter.target)
         if target in done:
             work.notes.append(f"{target} is used by several layers; it was drawn once")
+            if bias_at is not None:
+                _zero_bias(work, node, bias_at)  # which may be of its own
             return
         done.add(target)
         work.settled.add(target)
@@ -96,26 +98,24 @@ class Reinitialize(Pass):
             keep_weight(work, node, "a vector, which no law of matrices is for")
             return
         before = f"std {mean_square(weight) ** 0.5:.3g}"
-        self._draw(node, weight, generator)
-        divide_scale(work, parameter, factor)
+        law = work.laws[target] = self._law(node, weight, factor)
+        law.draw_(weight, generator)
+        note_scale(work, parameter, factor)
         if bias_at is not None:
             _zero_bias(work, node, bias_at)
         work.record(node, f"re-draw {operation_name(node)}", f"{self.distribution}, bias 0", before, _spread(weight))
 
-    def _draw(self, node: fx.Node, weight: Tensor, generator: torch.Generator) -> None:
+    def _law(self, node: fx.Node, weight: Tensor, factor: float) -> WeightLaw:
         name = operation_name(node)
-        if name in ("addmm", "matmul", "mm"):
-            reinitialize_weight_(weight.data.T, distribution=self.distribution, corrected=True, generator=generator)  # type: ignore[arg-type]
-            return
         geometry: dict[str, Any] = {"corrected": True}
+        if name in ("addmm", "matmul", "mm"):
+            return WeightLaw(self.distribution, geometry, flipped=True, divisor=factor)  # type: ignore[arg-type]
         if name != "linear":
             geometry |= geometry_of(node, transposed=name in TRANSPOSED)
             overlapping = any(s < k for s, k in zip(_wide(geometry["stride"], weight), weight.shape[2:], strict=True))
             geometry["delta"] = self.delta and (overlapping or name in TRANSPOSED)
-        if geometry.get("transposed") and single_position(node):
-            draw_each_tap(weight.data, self.distribution, geometry["groups"], generator, corrected=True)
-            return
-        reinitialize_weight_(weight.data, distribution=self.distribution, generator=generator, **geometry)  # type: ignore[arg-type]
+        each_tap = bool(geometry.get("transposed")) and single_position(node)
+        return WeightLaw(self.distribution, geometry, each_tap=each_tap, divisor=factor)  # type: ignore[arg-type]
 
 
 def _keeps_q(weight: Tensor) -> bool:
@@ -128,20 +128,6 @@ def _keeps_q(weight: Tensor) -> bool:
 def single_position(node: fx.Node) -> bool:
     source = node.args[0]
     return isinstance(source, fx.Node) and all(size == 1 for size in shape_of(source)[2:])
-
-
-def draw_each_tap(
-    weight: Tensor, distribution: str, groups: int, generator: torch.Generator, *, corrected: bool = False
-) -> None:
-    """A transposed convolution of one input position (the first of a generator): every output position meets
-    one tap, so every tap is drawn as a linear layer of its own.
-    """
-    for tap in range(weight[0, 0].numel()):
-        matrix = weight.flatten(2)[:, :, tap : tap + 1]
-        geometry: dict[str, Any] = {"groups": groups, "transposed": True, "delta": False, "corrected": corrected}
-        own = matrix.clone().contiguous()
-        reinitialize_weight_(own, distribution=distribution, generator=generator, **geometry)  # type: ignore[arg-type]
-        matrix.copy_(own)
 
 
 def _spread(weight: Tensor) -> str:
@@ -197,6 +183,12 @@ def divide_scale(work: Workspace, parameter: fx.Node, factor: float) -> None:
     """Make the product with the scale of the forward what was drawn."""
     if factor != 1:
         work.tensor(parameter).data /= factor
+    note_scale(work, parameter, factor)
+
+
+def note_scale(work: Workspace, parameter: fx.Node, factor: float) -> None:
+    """Say that the forward multiplies a drawn parameter by a number."""
+    if factor != 1:
         note = f"{parameter.target} is used times {factor:.4g}: the scale is kept, and the parameter drawn for it"
         work.notes.append(note)
 
@@ -287,6 +279,7 @@ def _zero_bias(work: Workspace, node: fx.Node, at: int) -> None:
         with torch.no_grad():
             work.tensor(bias).zero_()
         work.settled.add(str(bias.target))
+        work.laws[str(bias.target)] = Filled(0.0)
 
 
 def _neutralize_gain(work: Workspace, node: fx.Node) -> None:
@@ -304,6 +297,7 @@ def _neutralize_gain(work: Workspace, node: fx.Node) -> None:
     with torch.no_grad():
         tensor.fill_(1.0)
     work.settled.add(str(parameter.target))
+    work.laws[str(parameter.target)] = Filled(1.0)
     work.record(node, "neutralize gain", f"{parameter.target} would break q = 1", before, "1")
 
 

@@ -25,6 +25,7 @@ from kgraph.shaping import ShapedConstants, shape_activation
 from kgraph.shaping.leaky import leaky_centred
 from kgraph.site import site_of
 from kgraph.targets import ShapingTargets
+from kgraph.weight_laws import Filled
 
 _DRAWS = ("bernoulli", "multinomial", "poisson", "binomial", "normal")
 _AFFINE = ("linear", "addmm", "matmul", "mm", "bmm", "einsum", "scaled_dot_product_attention", "lstm", "gru")
@@ -267,6 +268,7 @@ def _set_slope(work: Workspace, region: Region, constants: ShapedConstants) -> S
     with torch.no_grad():
         weight.fill_(constants.negative_slope)
     work.settled.add(str(region.learnable[0].target))
+    work.laws[str(region.learnable[0].target)] = Filled(constants.negative_slope)
     held = float(torch.tensor(constants.negative_slope, dtype=weight.dtype))
     return _solved("leaky_relu", negative_slope=held) if constants.output_shift == 0 else leaky_centred(held)
 
