@@ -6,6 +6,7 @@ kgraph.export_onnx(shaped, "model.onnx")
 """
 
 from kgraph.api import TransformRecord, analyze, export_onnx, shaping_targets, transform
+from kgraph.certificate import Certificate, CertificateRow, Figure
 from kgraph.empirical import EmpiricalNTK, empirical_ntk
 from kgraph.errors import (
     CaptureError,
@@ -43,9 +44,12 @@ __all__ = [
     "DKS",
     "TAT",
     "CaptureError",
+    "Certificate",
+    "CertificateRow",
     "EdgeOfChaos",
     "EmpiricalNTK",
     "ExportError",
+    "Figure",
     "FileError",
     "Fluctuations",
     "InputError",

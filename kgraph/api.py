@@ -11,6 +11,7 @@ from torch import nn
 
 from kgraph.analysis import Ledger
 from kgraph.capture import Graph, capture, check_model, unread
+from kgraph.certificate import Certificate
 from kgraph.channel_dims import channel_dim
 from kgraph.checks import choice, flag, mode_of, seeded, weight_of_shortcut, with_finite_values
 from kgraph.copies import copied
@@ -28,6 +29,7 @@ from kgraph.modes import depends_on_mode
 from kgraph.opaque import unseen
 from kgraph.passes.fold_parametrizations import constraints, fold_hooks, fold_parametrizations, has_hooks
 from kgraph.passes.remove_norms import NORMS
+from kgraph.promised import places_only
 from kgraph.propagate import Propagation, probes_of, propagate, real_inputs
 from kgraph.recipe import Outcome, Plan, is_free, prepare, rewrite
 from kgraph.record import LoadWatch, TransformRecord
@@ -192,7 +194,10 @@ def transform(
     found = _in_mode(outcome.graph, outcome.propagation, mode)
     if plan is not None and found.values is not outcome.propagation.values:
         ledger = replace(ledger, notes=(*ledger.notes, _OTHER_MODE))
-    after = _report(outcome.graph, found, gradients.no_ntk)
+    after = evaluated = _report(outcome.graph, found, gradients.no_ntk)
+    planned = _in_mode(outcome.graph, outcome.propagation, "eval")
+    if planned.values is not found.values:
+        evaluated = Report(summarize(outcome.graph, planned))
     shaped = outcome.graph.emit()
     _set_modes(shaped, model)
     lost = (*constrained, *unseen(outcome.graph.module), *lost_results(stored, model, shaped, inputs))
@@ -200,9 +205,8 @@ def transform(
     ledger = replace(ledger, unmet=(*ledger.unmet, *lost, *false_log_determinants(shaped, inputs, flows)))
     watch = LoadWatch().over(shaped)
     used = chosen[0] if len(chosen) == 1 else chosen
-    shaped.meta["kgraph"] = TransformRecord(
-        used, outcome.shortcut_weight, outcome.targets, ledger, before, after, watch
-    )
+    results = (outcome.shortcut_weight, outcome.targets, ledger, before, after, evaluated)
+    shaped.meta["kgraph"] = TransformRecord(used, *results, outcome.promise, outcome.laws, watch)
     return shaped
 
 
@@ -227,7 +231,7 @@ def _in_mode(graph: Graph, found: Propagation, mode: str) -> Propagation:
 def _by_systems(graph: Graph, chosen: tuple[AnyMethod, ...], seed: int, first: Propagation) -> Outcome:
     work = compose(graph, [one for one in chosen if isinstance(one, System)], seed, first)
     title = " + ".join(repr(one) for one in chosen)
-    return Outcome(graph, None, None, work.ledger(title), work.propagation())
+    return Outcome(graph, None, None, work.ledger(title), work.propagation(), places_only(work), dict(work.laws))
 
 
 def _set_modes(shaped: nn.Module, model: nn.Module) -> None:
@@ -284,14 +288,24 @@ def shaping_targets(
 
 
 def export_onnx(
-    model: nn.Module, path: str | PathLike[str], example_inputs: object = None, *, opset: int = 20
+    model: nn.Module,
+    path: str | PathLike[str],
+    example_inputs: object = None,
+    *,
+    opset: int = 20,
+    certificate: Certificate | None = None,
 ) -> OnnxExport:
     """Export to ONNX, check it, run it in onnxruntime at two batch sizes, and store the kernel report inside.
+
+    Args:
+        certificate: of a transformed model, to be stored too.
 
     Raises:
         ExportError, InputError: see `kgraph.export`.
     """
     with_finite_values(check_model(model))
+    if certificate is not None and not isinstance(certificate, Certificate):
+        raise InputError(f"certificate is {certificate!r}", hint="Pass what shaped.kgraph.certificate() returned")
     inputs = resolve_inputs(model, example_inputs)
     record = model.kgraph if isinstance(model, EmittedModule) else None
     report = None
@@ -299,6 +313,8 @@ def export_onnx(
         known = not record.stale and record.emitted.analysis.mode == "eval"  # the mode of the file
         current = record.emitted if known else analyze(model, inputs, mode="eval")
         report = current.to_dict()
+    if certificate is not None:
+        report = {**(report or {}), "certificate": certificate.to_dict()}
     return _export_onnx(model, path, inputs.args or inputs.kwargs, opset=opset, report=report)
 
 

@@ -1,12 +1,8 @@
-"""The command line: `kgraph analyze | transform | export | demo`."""
+"""The command line: `kgraph analyze | transform | verify | export | demo`."""
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
-import io
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -14,55 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.text import Text
-from typer.core import TyperGroup
 
-from kgraph.errors import FileError, KGraphError
+from kgraph.errors import FileError
 from kgraph.files import destination, folder
-from kgraph.report.table import PLAIN_WIDTH
+from kgraph.terminal import Group, bar, console, errors, spinner
 
-SPINNER_AFTER = 1.0  # seconds
-_UNPRINTED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-
-
-class _Group(TyperGroup):
-    """Wrong usage exits with 1 (click's own choice is 2), what kgraph refuses with 2 and one red line."""
-
-    def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        with _exit_codes():
-            return super().make_context(*args, **kwargs)
-
-    def invoke(self, ctx: Any) -> Any:
-        with _exit_codes():
-            result = super().invoke(ctx)
-            sys.stdout.flush()  # a full disk behind it is ours to report, not the interpreter's at its end
-            return result
-
-
-@contextmanager
-def _exit_codes() -> Iterator[None]:
-    usage_error: Any = typer.BadParameter.__bases__[0]
-    try:
-        yield
-    except KGraphError as error:
-        _errors().print(Text(f"error: {error}", style="bold red"), soft_wrap=True)
-        raise typer.Exit(2) from error
-    except usage_error as error:
-        error.exit_code = 1
-        raise
-    except BrokenPipeError:
-        raise  # the reader has gone: typer ends quietly
-    except OSError as error:
-        if error.errno not in _UNPRINTED:
-            raise
-        sys.stdout = io.StringIO()  # what is left in the buffer would fail again at the interpreter's end
-        _errors().print(Text(f"error: cannot print: {error.strerror}", style="bold red"), soft_wrap=True)
-        raise typer.Exit(2) from error
+FAILED = 3
+"""Exit code of a certificate that fails."""
 
 
 app = typer.Typer(
-    cls=_Group,
+    cls=Group,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
@@ -150,7 +109,7 @@ def analyze(
     with spinner(f"analyzing {model}"):
         report = kgraph.analyze(module, examples, mode=mode)
     if not _is_stdout(json):
-        out = _console()
+        out = console()
         out.print(report if not all_nodes else Text(report.text(all_nodes=True, width=out.width)))
     _write(report, html, json)
 
@@ -175,16 +134,12 @@ def transform(
     onnx: OnnxOption = None,
 ) -> None:
     """Rewrite MODEL until its kernel has the shape that the method wants; print what changed."""
-    import kgraph
-
     _check_places(html, json, out, onnx)
     recipe = None if out is None or whole else _recipe(model, kwargs, seed, methods, shortcut_weight)
     module, examples = _load(model, kwargs, inputs, seed, trust)
-    chosen = [method.value for method in methods]
-    with spinner(f"transforming {model}"):
-        result = kgraph.transform(module, chosen, examples, shortcut_weight=shortcut_weight, seed=seed)
+    result = _transformed(model, module, methods, examples, shortcut_weight, seed)
     if not _is_stdout(json):
-        _console().print(result.kgraph.comparison)
+        console().print(result.kgraph.comparison)
     _write(result.kgraph.comparison, html, json)
     if out is not None:
         from kgraph import saved
@@ -194,6 +149,45 @@ def transform(
         _wrote(out)
     if onnx is not None:
         _export(result, onnx, examples)
+
+
+@app.command(
+    epilog="Example: `kgraph verify shaped.pt` or `kgraph verify timm:resnet18 --method dks --input 1,3,64,64`"
+)
+def verify(
+    model: Model,
+    methods: MethodOptions = [MethodName.tat],  # noqa: B006 (typer copies it)
+    kwargs: Kwargs = "{}",
+    inputs: Inputs = None,
+    shortcut_weight: Shortcut = None,
+    draws: Annotated[int, typer.Option("--draws", "-n", help="Draws of the weights.")] = 4,
+    seed: Seed = 0,
+    trust: Trust = False,
+    html: HtmlOption = None,
+    json: JsonOption = None,
+    all_nodes: Annotated[bool, typer.Option("--all-nodes", help="List all nodes of a deep model.")] = False,
+) -> None:
+    """Measure a transformed MODEL and hold it against what its method promises; exits with 3 where it fails.
+
+    A MODEL that is not transformed yet is transformed first. Its weights are drawn anew: trained ones do not matter.
+    """
+    from kgraph.emitted import EmittedModule
+
+    _check_places(html, json)
+    module, examples = _load(model, kwargs, inputs, seed, trust)
+    if not isinstance(module, EmittedModule) or module.kgraph is None:
+        module = _transformed(model, module, methods, examples, shortcut_weight, seed)
+    found = _certified(module, draws, seed)
+    if not _is_stdout(json):
+        out = console()
+        out.print(found if not all_nodes else Text(found.text(all_nodes=True, width=out.width)))
+    _write(found, None, json)
+    if html is not None:
+        with _files():
+            module.kgraph.comparison.to_html(html, certificate=found)
+        _wrote(html)
+    if found.passed is False:
+        raise typer.Exit(FAILED)
 
 
 @app.command(epilog="Example: `kgraph export timm:resnet18 --onnx resnet18.onnx --input 1,3,224,224`")
@@ -230,38 +224,25 @@ def demo(
     model, examples = model_and_input(seed)
     with spinner(f"transforming {type(model).__name__}"):
         result = kgraph.transform(model, method, examples, seed=seed)
-    info, console = result.kgraph, _console()
+    info, screen = result.kgraph, console()
     for label, report in (("before", info.before), ("after", info.after)):
-        console.print(Text(label, style="bold"))
+        screen.print(Text(label, style="bold"))
         for line in report.summary:
-            console.print(Text(f"  {line}"))
+            screen.print(Text(f"  {line}"))
     done = ", ".join(f"{number} x {what}" for what, number in info.ledger.counts().items())
-    console.print(Text(f"changes: {done or 'none'}"))
+    screen.print(Text(f"changes: {done or 'none'}"))
     for line in info.ledger.unmet:
-        console.print(Text(f"not met: {line}", style="red"))
+        screen.print(Text(f"not met: {line}", style="red"))
     for line in info.ledger.notes:
-        console.print(Text(f"note: {line}"))
-    _write(info.comparison, out / "report.html", None)
-    _export(result, out / "model.onnx", examples)
-
-
-@contextmanager
-def spinner(text: str) -> Iterator[None]:
-    """Show on a terminal that work goes on, once it has lasted a second."""
-    console = _errors()
-    if not console.is_terminal:
-        yield
-        return
-    status = console.status(Text(text))
-    timer = threading.Timer(SPINNER_AFTER, status.start)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()  # it may be starting the status this very moment
-        status.stop()
+        screen.print(Text(f"note: {line}"))
+    certificate = _certified(result, 4, seed)
+    screen.print(Text("certificate", style="bold"))
+    for line in certificate.words:
+        screen.print(Text(f"  {line}"))
+    with _files():
+        info.comparison.to_html(out / "report.html", certificate=certificate)
+    _wrote(out / "report.html")
+    _export(result, out / "model.onnx", examples, certificate=certificate)
 
 
 def _load(
@@ -278,6 +259,21 @@ def _load(
         raise typer.BadParameter(str(error)) from error
 
 
+def _transformed(
+    name: str, module: Any, methods: list[MethodName], examples: Any, shortcut_weight: float | None, seed: int
+) -> Any:
+    import kgraph
+
+    chosen = [method.value for method in methods]
+    with spinner(f"transforming {name}"):
+        return kgraph.transform(module, chosen, examples, shortcut_weight=shortcut_weight, seed=seed)
+
+
+def _certified(module: Any, draws: int, seed: int) -> Any:
+    with bar("measuring") as progress:
+        return module.kgraph.certificate(draws, seed=seed, progress=progress)
+
+
 def _recipe(model: str, kwargs: str, seed: int, methods: list[MethodName], shortcut_weight: float | None) -> Any:
     from kgraph.naming import NamingError
     from kgraph.reading import recipe_of
@@ -288,11 +284,11 @@ def _recipe(model: str, kwargs: str, seed: int, methods: list[MethodName], short
         raise typer.BadParameter(str(error)) from error
 
 
-def _export(model: Any, path: Path, examples: tuple[Any, ...] | None, opset: int = 20) -> None:
+def _export(model: Any, path: Path, examples: tuple[Any, ...] | None, opset: int = 20, **options: Any) -> None:
     import kgraph
 
     with spinner(f"exporting {path}"), _files():
-        result = kgraph.export_onnx(model, path, examples, opset=opset)
+        result = kgraph.export_onnx(model, path, examples, opset=opset, **options)
     _wrote(path, f"differs from the model by at most {result.max_abs_error:.1e}")
 
 
@@ -327,20 +323,11 @@ def _files() -> Iterator[None]:
 
 
 def _wrote(path: Path, remark: str = "") -> None:
-    _errors().print(Text(f"wrote {path}{f' ({remark})' if remark else ''}", style="green"), soft_wrap=True)
+    errors().print(Text(f"wrote {path}{f' ({remark})' if remark else ''}", style="green"), soft_wrap=True)
 
 
 def _is_stdout(path: Path | None) -> bool:
     return path == Path("-")
-
-
-def _console() -> Console:
-    console = Console(file=sys.stdout, highlight=False)
-    return console if console.is_terminal else Console(file=sys.stdout, width=PLAIN_WIDTH, highlight=False)
-
-
-def _errors() -> Console:
-    return Console(stderr=True, highlight=False)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from typing import Any, NamedTuple
 
 from torch import fx, nn
+
+NAMES = "kgraph_names"
+"""Key under which ``meta`` keeps the names of nodes that are others than in the flat graph: flat name -> own."""
+
+
+class Bound(ABC):
+    """A record that can speak about the module that carries it."""
+
+    @abstractmethod
+    def _of(self, module: EmittedModule) -> Bound:
+        """The same record, knowing its module."""
 
 
 class EmittedModule(fx.GraphModule):
@@ -17,7 +29,8 @@ class EmittedModule(fx.GraphModule):
 
     @property
     def kgraph(self) -> Any:
-        return self.meta.get("kgraph")
+        record = self.meta.get("kgraph")
+        return record._of(self) if isinstance(record, Bound) else record
 
     def __reduce__(self) -> Any:
         rebuild, arguments = super().__reduce__()
@@ -48,12 +61,14 @@ class Layout(NamedTuple):
         evaluated: names of modules in eval mode.
         order: names of modules, then parameters, then buffers, each in the order of registration. A GraphModule
             registers them as its graph reads them, but averages and optimizer states go by the order of parameters.
+        nodes: names of the graph's nodes: code that is read again numbers them anew.
     """
 
     transient: tuple[str, ...]
     tied: tuple[tuple[str, ...], ...]
     evaluated: tuple[str, ...]
     order: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, module: nn.Module) -> Layout:
@@ -67,7 +82,8 @@ class Layout(NamedTuple):
         modules = dict(module.named_modules(remove_duplicate=False))
         evaluated = tuple(name for name, one in modules.items() if not one.training)
         transient = tuple(name for name in buffers if name not in persistent)
-        return cls(transient, tied, evaluated, (*modules, *parameters, *buffers))
+        nodes = tuple(node.name for node in module.graph.nodes) if isinstance(module, EmittedModule) else ()
+        return cls(transient, tied, evaluated, (*modules, *parameters, *buffers), nodes)
 
     def apply(self, module: nn.Module) -> None:
         buffers = dict(module.named_buffers(remove_duplicate=False))
@@ -114,4 +130,9 @@ def _dressed(plain: fx.GraphModule, meta: dict[str, Any], layout: Layout, name: 
     module = EmittedModule(plain, plain.graph, name)
     layout.apply(module)
     module.meta.update(meta)
+    found = [node.name for node in module.graph.nodes]
+    if len(found) == len(layout.nodes) and found != list(layout.nodes):
+        renamed = dict(zip(layout.nodes, found, strict=True))
+        known = module.meta.get(NAMES, {})
+        module.meta[NAMES] = renamed | {flat: renamed.get(name, name) for flat, name in known.items()}
     return module

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kgraph.canonical import aten, is_effect, memory_of
-from kgraph.emitted import EmittedModule, EmittedTracer, Layout
+from kgraph.emitted import NAMES, EmittedModule, EmittedTracer, Layout
 from kgraph.gradient_stops import STOPS, insert_detaches, stop, stopped_between, stops_of, without_stops
 from kgraph.modes import mode_argument
 from kgraph.norm_chain import restore
@@ -38,9 +38,10 @@ def emit(flat: fx.GraphModule, root: nn.Module, *, name: str | None = None, lift
         lift: put the user's leaf modules back; False leaves every operation functional.
     """
     graph = _bare_copy(flat.graph)
+    names: dict[str, str] = {}
     if lift:
         for nodes in _groups(graph).values():
-            _lift_group(graph, nodes, root)
+            names |= _lift_group(graph, nodes, root)
     restore(graph)
     insert_detaches(graph)
     _stop_at_buffers(graph, root)
@@ -58,6 +59,7 @@ def emit(flat: fx.GraphModule, root: nn.Module, *, name: str | None = None, lift
     constants = [name for name, _ in module.named_buffers(remove_duplicate=False) if name not in own]
     # no part of the model's state: a state dict of the model has no such keys
     layout._replace(transient=(*layout.transient, *constants)).apply(module)
+    module.meta[NAMES] = names
     return module
 
 
@@ -107,29 +109,32 @@ def _groups(graph: fx.Graph) -> dict[tuple[str, int], list[fx.Node]]:
     return {key: nodes for key, nodes in groups.items() if key[0] and key[0] not in containers}
 
 
-def _lift_group(graph: fx.Graph, nodes: list[fx.Node], root: nn.Module) -> None:
+def _lift_group(graph: fx.Graph, nodes: list[fx.Node], root: nn.Module) -> dict[str, str]:
+    """Put one module call back where it can be; the name of the node whose value it returns, and its own."""
     site = site_of(nodes[0])
     module = root.get_submodule(site.path)
     inside = set(nodes)
     if not _calls_with_one_tensor(module) or any(n.meta.get("group_size") != len(nodes) for n in nodes):
-        return
+        return {}
     outputs = [n for n in nodes if any(user not in inside for user in n.users)]
     own = {f"{site.path}.{name}" for name, _ in module.named_parameters(recurse=False)}
     own |= {f"{site.path}.{name}" for name, _ in module.named_buffers(recurse=False)}
     inputs = {arg for n in nodes for arg in n.all_input_nodes if arg not in inside}
     foreign = [n for n in inputs if not (n.op == "get_attr" and n.target in own) and not _is_size(n)]
     if len(outputs) != 1 or len(foreign) != 1 or foreign[0].op == "get_attr":
-        return
+        return {}
     if outputs[0].target is operator.getitem:  # the module itself returns a tuple (LSTM)
-        return
+        return {}
     with graph.inserting_before(outputs[0]):
         call = graph.call_module(site.path, (foreign[0],))
     call.meta = without_stops(outputs[0].meta)
     if (line := stopped_between(foreign[0], outputs[0], nodes)) is not None:
         stop(call, foreign[0], line)
+    name = outputs[0].name
     outputs[0].replace_all_uses_with(call)
     for node in reversed(nodes):
         graph.erase_node(node)
+    return {name: call.name}
 
 
 def _stop_at_buffers(graph: fx.Graph, root: nn.Module) -> None:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import torch
 from scipy import stats
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from kgraph.analysis import Analysis, NodeKernel
 from kgraph.canonical import aten
-from kgraph.capture import Graph, capture, check_model
+from kgraph.capture import capture, check_model
 from kgraph.checks import callback, cosines_of, count, mode_of, not_negative, positive, seeded, with_values
 from kgraph.errors import InputError
 from kgraph.finite import Runner, tied
@@ -202,7 +202,7 @@ def montecarlo(
     runner = Runner(graph, cosines, mode, background)
     generator = torch.Generator().manual_seed(seed)
     samples: dict[str, list[Tensor]] = {}
-    with redrawn(graph.root, _as_they_are(graph)) as redraw, torch.no_grad():
+    with redrawn(graph.root, as_they_are(graph.module.graph)) as redraw, torch.no_grad():
         for draw in range(draws):
             redraw(generator)
             for name, moments in runner.run(generator).items():
@@ -245,9 +245,9 @@ def _fluctuation(local: Tensor) -> float:
     return max(same_square - same**2, apart_square - apart**2, crossed, 0.0) / max(same**2, 1e-300)
 
 
-def _as_they_are(graph: Graph) -> frozenset[str]:
+def as_they_are(graph: fx.Graph) -> frozenset[str]:
     """Vectors of which only some entries are read, and tables of embeddings, read for their mean and variance."""
-    nodes = [n for n in graph.module.graph.nodes if n.op == "get_attr"]
+    nodes = [n for n in graph.nodes if n.op == "get_attr"]
     cuts = (aten.slice.Tensor, aten.select.int)
     cut = {n.target for n in nodes if any(user.target in cuts for user in n.users)}
     tables = {n.target for n in nodes if n.users and not tied(n)}

@@ -20,20 +20,27 @@ _SCALES += ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
 _SOFTMAX = ("softmax", "_softmax", "log_softmax", "_log_softmax")
 
 
-def check_outputs(work: Workspace, cause: Causes, regions: Sequence[Region], said: Collection[fx.Node]) -> None:
+def check_outputs(work: Workspace, cause: Causes, regions: Sequence[Region], said: Collection[fx.Node]) -> set[fx.Node]:
     """Say where q is not 1 at an output that layers make, and which node is the cause, unless it is in ``said``.
 
     What a nonlinearity makes of the last layer has its own size (its input is looked at instead), and so have losses
-    and statistics. A factor or an average behind the last layer is the user's own, and a note.
+    and statistics. A factor or an average behind the last layer is the user's own, and a note. Returns the
+    outputs that shall have q = 1.
     """
+    promised = set[fx.Node]()
     kernels, seen = work.kernels(), set(said)
     ends = {region.end for region in regions}
-    for name, node in _outputs(work):
-        if node not in kernels or node in ends or not off(work, node):
+    for name, node in returned(work):
+        if node not in kernels or node in ends:
             continue
         behind = _behind_layers(work, node, ends)
+        if not behind or not _is_tensor_of_batch(node):
+            continue
+        promised.add(node)
+        if not off(work, node):
+            continue
         first = cause.of(node)
-        if first in seen or not behind or not _is_tensor_of_batch(node):
+        if first in seen:
             continue
         joins = operation_name(first) in _JOINS and sum(map(work.is_random, first.all_input_nodes)) > 1
         q = float(kernels[node].merged.q)
@@ -41,12 +48,15 @@ def check_outputs(work: Workspace, cause: Causes, regions: Sequence[Region], sai
         if first not in behind or joins or affine_source(work, first) is not None:
             work.unmet.append(line)
             seen.add(first)
-        elif operation_name(first) in _SCALES:
+            continue
+        promised.discard(node)
+        if operation_name(first) in _SCALES:
             work.notes.append(f"{line}; it stands behind the last layer and is left as it is")
             seen.add(first)
+    return promised
 
 
-def _outputs(work: Workspace) -> list[tuple[str, fx.Node]]:
+def returned(work: Workspace) -> list[tuple[str, fx.Node]]:
     """What the graph returns; of a softmax what it reads."""
     found: list[fx.Node] = []
     fx.map_arg(next(node for node in work.nodes if node.op == "output").args, found.append)
@@ -76,4 +86,4 @@ def _is_tensor_of_batch(node: fx.Node) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
 
 
-__all__ = ["check_outputs"]
+__all__ = ["check_outputs", "returned"]

@@ -29,8 +29,11 @@ def is_free(region: Region) -> bool:
     return not kept_reason(region)
 
 
-def check(work: Workspace, method: Method) -> None:
-    """Say where q is not 1 at a nonlinear layer's input, and which node is the cause; check the maximal slope."""
+def check(work: Workspace, method: Method) -> set[fx.Node]:
+    """Say where q is not 1 at a nonlinear layer's input, and which node is the cause; check the maximal slope.
+
+    Returns the outputs that shall have q = 1.
+    """
     kernels = work.kernels()
     regions = find_regions(work.graph.module, kernels.__contains__)
     gates = {node for region in regions if region.gate for node in region.nodes}
@@ -43,7 +46,7 @@ def check(work: Workspace, method: Method) -> None:
         first = float(kernels[found[0].source].merged.q)
         listed = ", ".join(r.end.name for r in found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
         work.unmet.append(f"q is not 1 at the input of {listed} (q = {first:.4g}): {departure(work, node)}")
-    check_outputs(work, cause, regions, causes)
+    outputs = check_outputs(work, cause, regions, causes)
     own = find_subnetworks(work.graph, work.propagation(), free=is_free)
     if line := unbounded(own):
         work.unmet.append(line)
@@ -51,6 +54,7 @@ def check(work: Workspace, method: Method) -> None:
         largest = own.max_slope()
         if largest.value > method.zeta * (1 + 1e-6):
             work.unmet.append(f"max slope is {largest.value:.6g} > zeta = {method.zeta:g} in the subnetwork {largest}")
+    return outputs
 
 
 def compare(work: Workspace, method: Method) -> None:

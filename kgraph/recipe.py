@@ -20,10 +20,12 @@ from kgraph.passes.rescale import Rescale
 from kgraph.passes.scale_residuals import ScaleResiduals, reweight
 from kgraph.passes.shape_activations import ShapeActivations, is_kinked, is_leaky, keep_unshaped
 from kgraph.products import bounding_weight
+from kgraph.promised import Promise, promised
 from kgraph.promises import check, compare, is_free
 from kgraph.propagate import Propagation
 from kgraph.subnetworks import Subnetworks, find_subnetworks
 from kgraph.targets import ShapingTargets, solve_kind, solve_targets
+from kgraph.weight_laws import Law
 
 DEFAULT_WEIGHT = 0.8
 SHAPED_MODE = "eval"
@@ -69,6 +71,8 @@ class Outcome:
     targets: ShapingTargets | None
     ledger: Ledger
     propagation: Propagation
+    promise: Promise
+    laws: dict[str, Law]
 
 
 def prepare(graph: Graph, shortcut_weight: float) -> Workspace:
@@ -90,10 +94,11 @@ def rewrite(graph: Graph, plan: Plan, first: Propagation | None = None) -> Outco
         keep_unshaped(work, work.regions())
         Rescale().apply(work)
     graph.module.recompile()
-    check(work, method)
+    outputs = check(work, method)
     if targets is not None:
         compare(work, method)
-    return Outcome(graph, weight, targets, work.ledger(repr(plan.method)), work.propagation())
+    promise = promised(work, method, outputs)
+    return Outcome(graph, weight, targets, work.ledger(repr(plan.method)), work.propagation(), promise, dict(work.laws))
 
 
 def _suited(work: Workspace, method: Method) -> Method:

@@ -85,19 +85,24 @@ class Subnetworks:
 
     def c_values(self) -> dict[fx.Node, float]:
         """C(0) from the inputs, all of them at c = 0, to every node, every layer with its own map at q = 1."""
-        return self._from_inputs(_LeakyMaps(self, 0.0))
+        return {node: float(c[0]) for node, c in self.c_maps(np.zeros(1)).items()}
+
+    def c_maps(self, cosines: Array) -> dict[fx.Node, Array]:
+        """C at each of ``cosines`` of the inputs, at every node, every layer with its own map at q = 1."""
+        return self._from_inputs(_LeakyMaps(self, 0.0), cosines)
 
     def slopes(self) -> dict[fx.Node, float]:
         """Slope at c = 1 from the inputs, all of them together, to every node."""
-        return self._from_inputs(_SlopeMaps(self, None))
+        ones = np.ones(1)
+        return {node: float(slope[0]) for node, slope in self._from_inputs(_SlopeMaps(self, None), ones).items()}
 
-    def _from_inputs(self, maps: Maps) -> dict[fx.Node, float]:
+    def _from_inputs(self, maps: Maps, start: Array) -> dict[fx.Node, Array]:
+        """The first component at every node, from inputs that have ``start``."""
         values: list[Value] = []
-        start = tuple(np.array([value]) for value in maps.start)
         for step in self.steps:
             arguments = [values[i] for i in step.inputs]
-            values.append(combine(step, arguments, maps) if arguments else start)
-        return {step.node: float(value[0][0]) for step, value in zip(self.steps, values, strict=True)}
+            values.append(combine(step, arguments, maps) if arguments else (start,))
+        return {step.node: value[0] for step, value in zip(self.steps, values, strict=True)}
 
     def _largest(self, maps: Maps, component: int = 0) -> Extreme:
         value, start, end = self._program.largest(maps, component)

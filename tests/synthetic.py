@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from kgraph.analysis import Analysis, Change, Ledger, NodeKernel
+from kgraph.certificate import Certificate, CertificateRow, Figure
 
 COSINES = (0.0, 0.5, 0.9)
 NAN = float("nan")
@@ -117,3 +118,16 @@ def ledger() -> Ledger:
     kept = [Change(f"attn.{i}", "softmax", "not an activation", "", "") for i in range(5)]
     unmet = ("maximal slope is 1.7, wanted 1.5",)
     return Ledger("TAT(eta=0.9)", (*shape, *remove), tuple(kept), unmet, ("weights were not re-drawn",))
+
+
+def certificate(slope: float = 1.0) -> Certificate:
+    """Two rows, of which the output promises a slope of 1."""
+    exact = Figure(1.0, 1e-3, 0.3)
+    cosines = tuple(Figure(c, 1e-3, 2e-3) for c in (0.0, 0.5, 0.9))
+    row = CertificateRow(
+        "stem", "input of relu", "layer", 16, exact, cosines, exact, 1.0, (0.0, 0.5, 0.9), 1.0, 1.0, (NAN,) * 3, NAN
+    )
+    final = replace(row, node="head", what="output", kind="output", slope=Figure(slope, 1e-3, 1e-3), promised_slope=1.0)
+    final = replace(final, departures=("slope",) if slope != 1 else ())
+    words = "TAT: slope 1 and q = 1 at the output"
+    return Certificate("PlainResNet", "TAT", words, (row, final), "head", (0.0, 0.5, 0.9), "white inputs", 4, 8, 0)

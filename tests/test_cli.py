@@ -15,18 +15,23 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from synthetic import ledger, resnet, shaped
+from synthetic import certificate, ledger, resnet, shaped
 from torch import nn
 from typer.testing import CliRunner
 
 import kgraph
-from kgraph import cli
-from kgraph.cli import app, spinner
+from kgraph import Certificate, terminal
+from kgraph.cli import app
 from kgraph.demo import DemoNet, model_and_input
 from kgraph.errors import CaptureError
 from kgraph.report import Comparison, Report
+from kgraph.terminal import bar, spinner
 
 FILE = "from torch import nn\ndef make(width=3): return nn.Linear(width, 2)\nnet = nn.ReLU()\nnothing = 3\n"
+
+
+def failing(*draws: int, **options: Any) -> Certificate:
+    return certificate(0.5)
 
 
 @pytest.fixture
@@ -44,6 +49,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, Any, dict[str
         result = nn.Linear(3, 2)
         info = SimpleNamespace(before=before, after=after, ledger=ledger(), method=method)
         info.comparison = Comparison(before, after, ledger())
+        info.certificate = failing
         result.kgraph = info  # pyright: ignore[reportArgumentType]
         return result
 
@@ -125,8 +131,35 @@ def test_demo_leaves_its_files_and_says_what_it_did(calls: list[Any], tmp_path: 
     assert result.exit_code == 0, result.output
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"report.html", "model.onnx"}
     assert "before" in result.stdout and "changes: 20 x shape activation" in result.stdout
-    assert len(result.stdout.splitlines()) < 20
+    assert len(result.stdout.splitlines()) < 24
+    said = " ".join(result.stdout.split())
+    assert "certificate promised: TAT" in said and "failed: slope 0.500" in said
+    assert "Certificate: <span" in (tmp_path / "new" / "report.html").read_text()
+    assert calls[1][3]["certificate"] == certificate(0.5)
     assert type(calls[0][1]) is DemoNet
+
+
+CHAIN = (
+    "from torch import nn\ndef make(): return nn.Sequential(*[nn.Linear(32, 32), nn.ReLU()] * 2, nn.Linear(32, 5))\n"
+)
+
+
+def test_verify_a_factory_and_a_saved_file(tmp_path: Path) -> None:
+    (tmp_path / "chain.py").write_text(CHAIN)
+    name, file = f"{tmp_path / 'chain.py'}:make", str(tmp_path / "shaped.pt")
+    made = run("verify", name, "--method", "dks", "--json", "-", "-n", "3")
+    found = json.loads(made.stdout)
+    assert found["draws"] == 3 and found["method"].startswith("DKS") and made.exit_code == (0 if found["passed"] else 3)
+    assert run("transform", name, "--method", "dks", "--out", file).exit_code == 0
+    pages = [str(tmp_path / "v.html"), str(tmp_path / "v.json")]
+    saved = run("verify", file, "--trust", "-n", "3", "--html", pages[0], "--json", pages[1])
+    assert saved.exit_code == made.exit_code and "promised: DKS" in saved.stdout
+    assert json.loads(Path(pages[1]).read_text()) == found and "Certificate: <span" in Path(pages[0]).read_text()
+
+
+def test_verify_that_fails_exits_with_3(calls: list[Any], model: str) -> None:
+    result = run("verify", model, "--method", "tat")
+    assert result.exit_code == 3 and "failed: slope 0.500" in result.stdout
 
 
 def test_demo_model_has_50_layers_and_leaves_the_random_state() -> None:
@@ -182,7 +215,7 @@ def test_wrong_usage_says_what_and_exits_1(calls: list[Any], args: list[str], sa
     assert says in words and "Traceback" not in words
 
 
-@pytest.mark.parametrize("command", ["analyze", "transform", "export", "demo"])
+@pytest.mark.parametrize("command", ["analyze", "transform", "verify", "export", "demo"])
 @pytest.mark.parametrize("seed", [str(2**80), str(-(2**63) - 1)])
 def test_a_seed_of_more_than_63_bits_is_one_line(command: str, seed: str, tmp_path: Path) -> None:
     model = [] if command == "demo" else ["torch.nn:ReLU"]
@@ -262,7 +295,7 @@ def test_timm_models(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1 and "pip install timm" in result.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["analyze"], ["transform"], ["export"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["analyze"], ["transform"], ["export"], ["verify"], ["demo"]])
 def test_help_has_an_example(command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0 and "Example: kgraph" in result.stdout.replace("`", "")
@@ -273,19 +306,25 @@ def test_version() -> None:
     assert result.exit_code == 0 and result.stdout.startswith("kgraph ")
 
 
-def test_spinner_starts_after_a_second_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=60)
-    monkeypatch.setattr(cli, "_errors", lambda: terminal)
-    with spinner("quick"):
+@pytest.mark.parametrize("sign", [spinner, bar])
+def test_signs_of_work_start_after_a_second_on_a_terminal(sign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Console(file=io.StringIO(), force_terminal=True, width=60)
+    with sign("quick", screen):
         pass
-    assert terminal.file.getvalue() == ""  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setattr(cli, "SPINNER_AFTER", 0.01)
-    with spinner("slow"):
-        time.sleep(0.3)
-    assert "slow" in terminal.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "quick" not in screen.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(terminal, "SHOWN_AFTER", 0.01)
+    with sign("slow", screen) as progress:
+        time.sleep(0.15)
+        if progress is not None:
+            progress(3, 7)
+        time.sleep(0.25)
+    shown = screen.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "slow" in shown and ("3/7" in shown) == (sign is bar)
 
 
-def test_spinner_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with spinner("working"):
-        pass
-    assert capsys.readouterr().err == ""
+@pytest.mark.parametrize("sign", [spinner, bar])
+def test_signs_of_work_are_silent_without_a_terminal(sign: Any) -> None:
+    file = io.StringIO()
+    with sign("working", Console(file=file)) as progress:
+        assert progress is None
+    assert file.getvalue() == ""

@@ -148,6 +148,7 @@ BAD: dict[str, dict[str, Sequence[Any]]] = {
         "path": PATHS,
         "example_inputs": [*INPUTS, X * NAN],
         "opset": [*COUNT, None, 17, 24, 20.0],
+        "certificate": [0, "a", *BASIC],
     },
     "load": {"path": [*PATHS, "missing.pt"], "model": [v for v in MODEL if not isinstance(v, nn.Module)]},
     "montecarlo": {
@@ -289,12 +290,21 @@ BAD: dict[str, dict[str, Sequence[Any]]] = {
     "Report.text": {"all_nodes": [None, *FLAG], "width": but(COUNT, 1)},
     "Report.to_json": {"path": but(PATHS, None)},
     "Report.to_csv": {"path": but(PATHS, None)},
-    "Report.to_html": {"path": but(PATHS, None), "ledger": [0, "a", *BASIC]},
+    "Report.to_html": {"path": but(PATHS, None), "ledger": [0, "a", *BASIC], "certificate": [0, "a", *BASIC]},
     "Report.from_json": {"text": [None, 0, "", "{}", "[1]", "nonsense", b"{}", *BASIC]},
     "Report.section": {"label": [None, 0, *BASIC]},
     "Comparison.text": {"width": but(COUNT, 1), "examples": [*but(COUNT, 0, 1), None]},
     "Comparison.to_json": {"path": but(PATHS, None)},
-    "Comparison.to_html": {"path": but(PATHS, None)},
+    "Comparison.to_html": {"path": but(PATHS, None), "certificate": [0, "a", *BASIC]},
+    "TransformRecord.certificate": {
+        "n": [*COUNT, None],
+        "inputs": [*INPUTS, X * NAN, X * 0],
+        "seed": SEED,
+        "pairs": but(COUNT, 1),
+        "progress": [0, "a", True, *BASIC],
+    },
+    "Certificate.text": TEXT,
+    "Certificate.to_json": {"path": but(PATHS, None)},
     "KernelComparison.disagreements": {"sigmas": [*POSITIVE, None], "width_factor": [*AT_LEAST_0, None]},
     "KernelComparison.text": {"width": [*but(COUNT, 1), None], "all_nodes": [None, *FLAG]},
     "KernelComparison.plot": {"path": [*PATHS, "a.nonsense"]},
@@ -351,12 +361,12 @@ MADE_BY_KGRAPH = {
     ),
     *("MeasuredFluctuations", "MeasuredNode", "NTKReport", "NodeComparison", "NodeFluctuations", "NodeGram"),
     *("OrderChaosReport", "PhaseDiagram", "ResidualDepth", "ShapedConstants", "TransformRecord", "passes.Pass"),
-    *("Report", "Comparison", "MonteCarlo", "OnnxExport"),
+    *("Report", "Comparison", "MonteCarlo", "OnnxExport", "Certificate", "CertificateRow", "Figure"),
 }
 """Results: nobody builds them by hand; their methods are in the table."""
 INTERNAL = {
     "passes.Workspace": (
-        *("first", "changes", "kept", "unmet", "notes", "settled"),
+        *("first", "changes", "kept", "unmet", "notes", "settled", "laws"),
         *("_propagation", "_random", "_regions", "_names"),
     ),
 }
@@ -374,6 +384,8 @@ def result(of: str) -> Any:
         "InputMoments": lambda: kgraph.InputMoments(),
         "Report": lambda: kgraph.analyze(SMALL, X),
         "Comparison": lambda: kgraph.transform(SMALL, "tat", X).kgraph.comparison,
+        "TransformRecord": lambda: kgraph.transform(SMALL, "tat", X).kgraph,
+        "Certificate": lambda: kgraph.transform(SMALL, "tat", X).kgraph.certificate(2, pairs=2),
         "KernelComparison": lambda: kgraph.compare(SMALL, X, draws=2),
         "MonteCarlo": lambda: kgraph.montecarlo(SMALL, X, draws=2),
         "Isometry": lambda: kgraph.isometry(SMALL, X),

@@ -8,7 +8,7 @@ import json
 import math
 import types
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 import networkx as nx
@@ -26,7 +26,7 @@ def encode(value: Any) -> Any:
     """Dataclasses and tuples to dicts and lists; nan and infinities, which JSON lacks, to strings."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
-    if isinstance(value, NodeKernel | Analysis | Change | Ledger):
+    if is_dataclass(value) and not isinstance(value, type):
         return {field.name: encode(getattr(value, field.name)) for field in fields(value)}
     return [encode(item) for item in value] if isinstance(value, list | tuple) else value
 

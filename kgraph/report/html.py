@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,14 @@ Q_KINDS = frozenset({"not finite", "dead", "explodes", "vanishes"})
 C_KINDS = frozenset({"collapse", "chaos"})
 MOST_ALARMS = 40
 MOST_ROWS_IN_A_CELL = 400
+
+
+class Attachment(ABC):
+    """What else belongs on a page, between the ledger and the tables."""
+
+    @abstractmethod
+    def as_section(self) -> str:
+        """It as HTML."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,13 @@ class Section:
         return tuple(row for i, row in enumerate(rows) if i < MOST_ROWS_IN_A_CELL or row.flags)
 
 
-def render(title: str, sections: Sequence[Section], ledger: Ledger | None = None, compact: bool = False) -> str:
+def render(
+    title: str,
+    sections: Sequence[Section],
+    ledger: Ledger | None = None,
+    compact: bool = False,
+    attached: Sequence[Attachment] = (),
+) -> str:
     """The page; with `compact` only its body, for a notebook cell (style and charts, tables closed)."""
     return _template().render(
         title=title,
@@ -59,6 +74,7 @@ def render(title: str, sections: Sequence[Section], ledger: Ledger | None = None
         groups=group(ledger.changes) if ledger else {},
         headline=headline(ledger) if ledger else "",
         compact=compact,
+        attached=[Markup(one.as_section()) for one in attached],
     )
 
 

@@ -18,7 +18,7 @@ from kgraph.errors import InputError
 from kgraph.files import write_text
 from kgraph.report import data
 from kgraph.report.flags import KINDS
-from kgraph.report.html import Section, render
+from kgraph.report.html import Attachment, Section, render
 from kgraph.report.ledger import ledger_lines
 from kgraph.report.plots import plot
 from kgraph.report.rows import Row, make_rows
@@ -92,11 +92,14 @@ class Report:
         """CSV text, a line a node, also written to `path`."""
         return write_text(data.to_csv(self.analysis, self.rows), path)
 
-    def to_html(self, path: str | Path | None = None, ledger: Ledger | None = None) -> str:
+    def to_html(
+        self, path: str | Path | None = None, ledger: Ledger | None = None, certificate: Attachment | None = None
+    ) -> str:
         """One self-contained HTML page, also written to `path`; with a ledger, the changes are listed."""
         if ledger is not None and not isinstance(ledger, Ledger):
             raise InputError(f"ledger is {ledger!r}", hint="Pass the ledger of a transform's record")
-        return write_text(render(f"Kernel of {self.analysis.model}", [self.section()], ledger), path)
+        title = f"Kernel of {self.analysis.model}"
+        return write_text(render(title, [self.section()], ledger, attached=_attached(certificate)), path)
 
     def plot(self) -> Figure:
         """Curves of q and c against depth as a matplotlib figure."""
@@ -144,10 +147,10 @@ class Comparison:
         """JSON text, also written to `path`."""
         return write_text(data.to_json(self.to_dict()), path)
 
-    def to_html(self, path: str | Path | None = None) -> str:
+    def to_html(self, path: str | Path | None = None, certificate: Attachment | None = None) -> str:
         """One page with both sets of curves overlaid, the ledger and both tables, also written to `path`."""
         title = f"{self.after.analysis.model}: {self.ledger.method}"
-        return write_text(render(title, self._sections(), self.ledger), path)
+        return write_text(render(title, self._sections(), self.ledger, attached=_attached(certificate)), path)
 
     def plot(self) -> Figure:
         """Both sets of curves, before dashed, as a matplotlib figure."""
@@ -170,6 +173,14 @@ class Comparison:
             compare_table(self.before.summary, self.after.summary),
             *ledger_lines(self.ledger, width, examples),
         ]
+
+
+def _attached(certificate: Attachment | None) -> list[Attachment]:
+    if certificate is None:
+        return []
+    if not isinstance(certificate, Attachment):
+        raise InputError(f"certificate is {certificate!r}", hint="Pass what shaped.kgraph.certificate() returned")
+    return [certificate]
 
 
 def _width() -> int:
