@@ -65,6 +65,10 @@ MethodOptions = Annotated[
     list[MethodName],
     typer.Option("--method", help="How to shape the kernel. Repeat it for methods that set different things."),
 ]
+OwnMethods = Annotated[
+    list[MethodName] | None,
+    typer.Option("--method", help="How to transform a MODEL that is not transformed yet. Default: tat."),
+]
 Shortcut = Annotated[float | None, typer.Option(help="Weight of the shortcut in residual sums, in [0, 1].")]
 Seed = Annotated[int, typer.Option(help="Seed of the model's and the method's random weights.")]
 ModeOption = Annotated[Literal["train", "eval"] | None, typer.Option(help="Mode to analyse. Default: the model's own.")]
@@ -156,7 +160,7 @@ def transform(
 )
 def verify(
     model: Model,
-    methods: MethodOptions = [MethodName.tat],  # noqa: B006 (typer copies it)
+    methods: OwnMethods = None,
     kwargs: Kwargs = "{}",
     inputs: Inputs = None,
     shortcut_weight: Shortcut = None,
@@ -176,7 +180,9 @@ def verify(
     _check_places(html, json)
     module, examples = _load(model, kwargs, inputs, seed, trust)
     if not isinstance(module, EmittedModule) or module.kgraph is None:
-        module = _transformed(model, module, methods, examples, shortcut_weight, seed)
+        module = _transformed(model, module, methods or [MethodName.tat], examples, shortcut_weight, seed)
+    elif methods or inputs or shortcut_weight is not None:
+        raise typer.BadParameter(f"'{model}' is transformed already: leave --method, --input and --shortcut-weight out")
     found = _certified(module, draws, seed)
     if not _is_stdout(json):
         out = console()
@@ -237,7 +243,7 @@ def demo(
         screen.print(Text(f"note: {line}"))
     certificate = _certified(result, 4, seed)
     screen.print(Text("certificate", style="bold"))
-    for line in certificate.words:
+    for line in filter(None, (*certificate.words, certificate.warning)):
         screen.print(Text(f"  {line}"))
     with _files():
         info.comparison.to_html(out / "report.html", certificate=certificate)

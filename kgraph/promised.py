@@ -1,7 +1,8 @@
 """What a method promises of the emitted network, node by node: the plan that its constants were solved for.
 
     q = 1                    at the input of every nonlinear layer and at what layers return
-    C(c), slope C'(1)        of every layer's own map at q = 1, composed along the graph, pooling counted as keeping c
+    C(c), slope C'(1)        of every layer's own map at q = 1, composed along the graph, pooling counted as keeping c;
+                             but no more than the target (zeta; eta and 1), which a plan may have to leave unmet
 
 The plan holds no measured number: where the network departs from it, it does, and `kgraph.certificate` says so.
 """
@@ -85,14 +86,19 @@ def promised(work: Workspace, method: Method, outputs: Collection[fx.Node]) -> P
     c = own.c_maps(np.array(GRID)) if shaped and (leaky or isinstance(method, DKS)) else {}
     slopes = own.slopes() if shaped else {}
     sized = {region.source for region in own.regions if not region.gate and not is_rate(region)} | set(outputs)
+    most_c, most = (method.eta, 1.0) if isinstance(method, TAT) else (1.0, method.zeta)
+    line = most_c + (1 - most_c) * np.array(GRID)
     points = []
     for place in _places(work, own):
         node = place.node
-        curve = tuple(map(float, c[node])) if place.planned and node in c else ()
-        slope = slopes.get(node, math.nan) if place.planned else math.nan
+        curve = tuple(map(float, np.minimum(c[node], line))) if place.planned and node in c else ()
+        slope = min(slopes.get(node, math.nan), most) if place.planned else math.nan
         points.append(_point(work, place, 1.0 if node in sized else math.nan, curve, slope))
     output = _first(work)
     words = _words(method, next((p for p in points if p.node == output), None))
+    planned = next((slope for node, slope in slopes.items() if node.name == output), math.nan)
+    if planned > most * 1.01:
+        words += f" (not met by its own plan, which has {planned:.3g})"
     return Promise(tuple(points), output, _channels(work), words)
 
 

@@ -69,6 +69,25 @@ def test_a_changed_constant_fails_where_it_is(name: str) -> None:
     assert "failed" in certificate.words[2] and "first departs at linear_3 (input of" in certificate.words[2]
 
 
+class Product(nn.Module):
+    """Two branches multiplied: slope 2 by itself, which no constant repairs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.one(x)) * torch.tanh(self.two(x)))
+
+
+def test_a_target_that_the_plan_itself_misses_is_no_promise_kept() -> None:
+    shaped = transformed(Product(), "dks", 64)
+    certificate = record(shaped).certificate()
+    assert record(shaped).ledger.unmet and certificate.final.promised_slope == 1.5
+    assert "not met by its own plan, which has 3" in certificate.words[0]
+    assert certificate.passed is False and "slope" in certificate.final.departures
+
+
 def test_weights_and_generators_stay_as_they_are() -> None:
     shaped = transformed(chain(3, 32), "tat", 32)
     shaped.train()

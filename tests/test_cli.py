@@ -154,6 +154,8 @@ def test_verify_a_factory_and_a_saved_file(tmp_path: Path) -> None:
     pages = [str(tmp_path / "v.html"), str(tmp_path / "v.json")]
     saved = run("verify", file, "--trust", "-n", "3", "--html", pages[0], "--json", pages[1])
     assert saved.exit_code == made.exit_code and "promised: DKS" in saved.stdout
+    refused = run("verify", file, "--trust", "--method", "dks")
+    assert refused.exit_code == 1 and "is transformed already" in refused.stderr.replace("\n", " ")
     assert json.loads(Path(pages[1]).read_text()) == found and "Certificate: <span" in Path(pages[0]).read_text()
 
 
