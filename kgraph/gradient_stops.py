@@ -1,19 +1,21 @@
 """Stopped gradients: edges of a graph along which a value flows forwards and no gradient backwards.
 
-``detach`` and ``no_grad`` change no value, so no kernel, no region and no pattern depends on them: a captured graph has
-no such nodes. Its edges remember them instead, in the metadata of the node that reads, and an emitted module has a
-``detach`` on every one (`insert_detaches`).
+``detach``, ``no_grad`` and ``inference_mode`` change no value, so no kernel, no region and no pattern depends on them:
+a captured graph has no such nodes. Its edges remember them instead, in the metadata of the node that reads, and an
+emitted module has a ``detach`` on every one (`insert_detaches`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 _aten = torch.ops.aten
+_Inference = torch.inference_mode
 DETACHES = {_aten.detach.default, _aten.detach_.default}
 STOPS = "stops"
 """Metadata of a node: its `Stop` s."""
@@ -24,6 +26,27 @@ class Stop(NamedTuple):
 
     at: int
     line: str
+
+
+@contextmanager
+def inference_as_no_grad() -> Iterator[None]:
+    """Let ``torch.inference_mode`` be ``no_grad``, which stops the same gradients.
+
+    A trace has no word for inference mode, and autograd refuses to save what was made in it.
+    """
+    own = _Inference.__enter__, _Inference.__exit__
+
+    def enter(mode: Any) -> None:
+        mode._as_no_grad = torch.set_grad_enabled(not mode.mode)
+
+    def leave(mode: Any, *error: Any) -> None:
+        mode._as_no_grad.__exit__(*error)
+
+    _Inference.__enter__, _Inference.__exit__ = enter, leave
+    try:
+        yield
+    finally:
+        _Inference.__enter__, _Inference.__exit__ = own
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
@@ -156,6 +179,7 @@ __all__ = [
     "DETACHES",
     "STOPS",
     "Stop",
+    "inference_as_no_grad",
     "insert_detaches",
     "note_detaches",
     "operands",

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from kgraph.canonical import aten, canonicalize
 from kgraph.errors import CaptureError
+from kgraph.gradient_stops import inference_as_no_grad
 from kgraph.inputs import Inputs, batch_size
 from kgraph.site import is_library_file, read_site, source_line
 from kgraph.watched import not_held
@@ -89,6 +90,7 @@ def _export(model: nn.Module, inputs: Inputs, names: list[str], notes: list[str]
                 _quiet(),
                 _unvalidated(),
                 _without_checkpoints(),
+                inference_as_no_grad(),
                 torch.enable_grad(),
             ):  # else a region without gradients is none
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)

@@ -1,5 +1,5 @@
-"""Gradients that are not those of a captured graph: stopped on their way (``detach``, ``no_grad``), or written by hand
-(the ``backward`` of an ``autograd.Function``)."""
+"""Gradients that are not those of a captured graph: stopped on their way (``detach``, ``no_grad``,
+``inference_mode``), or written by hand (the ``backward`` of an ``autograd.Function``)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from kgraph.canonical import aten
 from kgraph.capture import Graph
 from kgraph.errors import RuleError
+from kgraph.gradient_stops import inference_as_no_grad
 from kgraph.inputs import Inputs
 from kgraph.rules.sampled import for_mode
 from kgraph.untouched import untouched
@@ -63,7 +64,7 @@ def _cached(graph: Graph) -> dict[str, str]:
 
 _unlike: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
 """What was found of every graph, by its module."""
-_STOPPED = "stops gradients on the way to {!r} (detach or no_grad)"
+_STOPPED = "stops gradients on the way to {!r} (detach, no_grad or inference_mode)"
 _BY_HAND = "has a backward written by hand (an autograd.Function) on the way to {!r}"
 
 
@@ -111,14 +112,18 @@ def not_followed(graph: Graph) -> tuple[dict[str, str], str]:
     if not found:
         return {}, ""
     by_hand = _BY_HAND in found.values()
-    what = "a backward written by hand stands" if by_hand else "a stop of gradients (detach or no_grad) stands"
+    what = (
+        "a backward written by hand stands"
+        if by_hand
+        else "a stop of gradients (detach, no_grad or inference_mode) stands"
+    )
     return found, f"no NTK: {what} before {', '.join(list(found)[:3])} (kgraph.empirical_ntk)"
 
 
 @contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, where both forwards draw no random numbers; all that a run advances is put back."""
-    with untouched(model):
+    with untouched(model), inference_as_no_grad():
         model.eval()
         yield
 
