@@ -8,6 +8,7 @@ another tensor, and which is bounded like a sigmoid, is a gate: it scales, it do
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -19,6 +20,7 @@ from torch import Tensor, fx, nn
 from kgraph.canonical import aten
 from kgraph.maps import Pointwise
 from kgraph.modules import ShapedActivation
+from kgraph.multiples import Multiples
 from kgraph.rules.pointwise import function_of, is_pointwise, leaky, pointwise_of_module, shaped_map
 from kgraph.rules.prelu import average, spread
 
@@ -212,14 +214,18 @@ def _is_complex(node: fx.Node) -> bool:
 def find_regions(module: fx.GraphModule, random: Callable[[fx.Node], bool]) -> list[Region]:
     """All nonlinear regions, in graph order.
 
+    None goes through a sum of multiples of one tensor that stops a gradient: its value is linear, and its gradient,
+    which is what it was written for, would be lost in a function of the region's source.
+
     Args:
         module: the flat graph.
         random: whether a node's value is random (depends on the input), as the propagation found.
     """
     source: dict[fx.Node, fx.Node] = {}
     members: dict[fx.Node, list[fx.Node]] = {}
+    sums = Multiples(module.graph, random).stopped()
     for node in module.graph.nodes:
-        root = _source_of(module, node, source, random)
+        root = _source_of(module, node, source, random) if node not in sums else None
         if root is not None:
             source[node] = root
             members.setdefault(root, []).append(node)
@@ -233,8 +239,24 @@ def find_regions(module: fx.GraphModule, random: Callable[[fx.Node], bool]) -> l
         own += [_region(module, root, end, nodes, getters, own) for end in _ends(nodes)]
         regions += own
     order = {node: i for i, node in enumerate(module.graph.nodes)}
-    nonlinear = [r for r in regions if any(not _is_linear(n) for n in r.nodes)]
+    nonlinear = [r for r in regions if any(not _is_linear(n) for n in r.nodes) and not _is_affine(r)]
     return sorted(nonlinear, key=lambda region: order[region.end])
+
+
+def _is_affine(region: Region) -> bool:
+    """Whether a region is ``a u + b`` by what it computes (a clone, a lerp, a clamp far out), however it is written."""
+    if region.learnable or any(node.op != "call_function" for node in region.nodes) or region.fn.closed is not None:
+        return False
+    if region.fn not in _affine:
+        u = torch.cat([torch.linspace(-7.3, 6.1, 41), torch.linspace(-1003.7, 996.1, 41)]).double()
+        values = region.fn(u).double()
+        line = values[0] + (values[-1] - values[0]) * ((u - u[0]) / (u[-1] - u[0]))
+        _affine[region.fn] = bool(((values - line).abs() <= _ROUNDING * values.abs().max()).all())
+    return _affine[region.fn]
+
+
+_affine: weakref.WeakKeyDictionary[Pointwise, bool] = weakref.WeakKeyDictionary()
+_ROUNDING = 1e-9
 
 
 def _is_linear(node: fx.Node) -> bool:

@@ -22,6 +22,7 @@ from kgraph.canonical import operation_name
 from kgraph.checks import flag, positive
 from kgraph.kernel import SAME, Kernel, Pairs
 from kgraph.modules import Scale, ShapedActivation
+from kgraph.multiples import Multiples
 from kgraph.nonlinear import Region
 from kgraph.passes.affine import affine_source
 from kgraph.passes.base import Pass, Workspace
@@ -119,14 +120,14 @@ class Rescale(Pass):
         rates = {region.end for region in regions if is_rate(region)}
         wanted = _upstream([region.source for region in regions if region.end not in rates], rates)
         wanted |= _upstream(_read_by_heads(work, regions), rates)
-        found = {}
+        multiples, found = Multiples(work.graph.module.graph, work.is_random), {}
         for node in filter(work.is_random, wanted - inside):
-            reason = self._reason(work, node, gates)
-            if reason:
+            reason = self._reason(work, node, gates, multiples)
+            if reason and not multiples.is_part(node):
                 found[node] = reason
         return found
 
-    def _reason(self, work: Workspace, node: fx.Node, gates: set[fx.Node]) -> str:
+    def _reason(self, work: Workspace, node: fx.Node, gates: set[fx.Node], multiples: Multiples) -> str:
         name = operation_name(node)
         if name == "mul" and any(n in gates for n in node.all_input_nodes):
             return "a gate"
@@ -136,6 +137,8 @@ class Rescale(Pass):
             return "an input that is not Gaussian"
         if name in ("mul", "div") and len(node.all_input_nodes) == 1:
             return "a constant factor"
+        if multiples.is_sum(node):
+            return "a sum of multiples of one tensor"
         if name == "add" and _adds_table(work, node):
             return "an added table"
         return _CHANGERS.get(name, "")

@@ -164,3 +164,29 @@ def test_centred_activations_have_no_mean_to_name() -> None:
     """DKS centres its activations: what parts there is the law of the sums alone."""
     note = plan_note(kgraph.transform(post_activation(nn.Softplus()), "dks", torch.randn(2, 32)))
     assert "its input is not Gaussian" in note and "has the mean" not in note
+
+
+AFFINE = {
+    "clone": lambda h: h.clone(),
+    "division": lambda h: torch.true_divide(h, 1.0),
+    "interpolation": lambda h: torch.lerp(h, 2 * h, 0.5) / 1.5,
+    "guard": lambda h: torch.nan_to_num(h.clamp(-1e9, 1e9)),
+}
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_what_computes_a_line_is_no_activation(name: str) -> None:
+    """A clamp within reach is one."""
+
+    class Affine(nn.Module):
+        def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.a, self.b, self.fn = nn.Linear(16, 16), nn.Linear(16, 16), fn
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.fn(self.a(x)))
+
+    shaped = kgraph.transform(Affine(AFFINE[name]), "dks", torch.randn(4, 16))
+    assert shaped.kgraph is not None and shaped.kgraph.ledger.unmet == ("the model has no activation to shape",)
+    near = kgraph.transform(Affine(lambda h: h.clamp(-1.0, 2.0)), "dks", torch.randn(4, 16))
+    assert near.kgraph is not None and near.kgraph.ledger.counts()["shape activation"] == 1

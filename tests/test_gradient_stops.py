@@ -115,9 +115,23 @@ def in_place(m: Net, x: Tensor) -> Tensor:
     return m.c(y + k)
 
 
+def inference(m: Net, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        h = F.relu(m.a(x))
+    return m.c(F.relu(m.b(h.clone())))
+
+
+def inference_but_for_a_part(m: Net, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        h = F.relu(m.a(x))
+        with torch.inference_mode(False):
+            g = torch.tanh(m.b(x))
+    return m.c(F.relu(h.clone() + g))
+
+
 STOPPED = [
     *(in_front, region, straight_through, straight_through_backwards, target_branch, weight, output),
-    *(statistics, in_front_of_norm, branch, in_place),
+    *(statistics, in_front_of_norm, branch, in_place, inference, inference_but_for_a_part),
 ]
 
 
@@ -266,6 +280,83 @@ def test_a_caller_without_gradients() -> None:
 def test_no_ntk_where_gradients_are_stopped() -> None:
     report = kgraph.analyze(Net(in_front), torch.randn(BATCH, WIDTH))
     assert report.final.ntk != report.final.ntk
-    assert any("stop of gradients (detach or no_grad) stands before a.weight" in note for note in report.analysis.notes)
+    said = "stop of gradients (detach, no_grad or inference_mode) stands before a.weight"
+    assert any(said in note for note in report.analysis.notes)
     plain = kgraph.analyze(Net(lambda m, x: m.c(F.relu(m.b(F.relu(m.a(x)))))), torch.randn(BATCH, WIDTH))
     assert plain.final.ntk > 0
+
+
+class Frozen(nn.Module):
+    """A backbone whose whole forward runs in inference mode, under a head."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.backbone, self.head = nn.Linear(width, width), nn.Linear(width, width)
+
+    @torch.inference_mode()
+    def features(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.backbone(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).clone())
+
+
+def test_inference_mode_stops_gradients_for_kernels_too() -> None:
+    """Counted without the stop, the NTK is more than the head's: that of the same layers without inference mode is.
+
+    One input's mean square of 256 tanhs has a standard error of about 8 percent, that of 16 inputs 2.
+    """
+    torch.manual_seed(0)
+    model, x = Frozen(256), torch.randn(16, 256)
+    with pytest.raises(kgraph.KGraphError, match=r"stops gradients on the way to 'backbone\.weight'"):
+        kgraph.ntk(model, x)
+    head = kgraph.ntk(model, x, multipliers={"backbone.weight": 0.0, "backbone.bias": 0.0}).trace()
+    assert abs(head / kgraph.empirical_ntk(model, x).matrix.trace() - 1) < 0.08
+    assert kgraph.ntk(nn.Sequential(model.backbone, nn.Tanh(), model.head), x).trace() > 1.2 * head
+    report = kgraph.analyze(model, x)
+    assert report.final.ntk != report.final.ntk
+    assert torch.inference_mode.__enter__.__qualname__ == "inference_mode.__enter__"  # as PyTorch has it
+
+
+REVERSED = {
+    "reversed": (-1.0, lambda h: -h + (2 * h).detach()),
+    "reversed, detached first": (-1.0, lambda h: 2 * h.detach() - h),
+    "a part of it": (0.1, lambda h: 0.1 * h + 0.9 * h.detach()),
+    "a rest detached": (0.25, lambda h: h / 4 + (h - h / 4).detach()),
+    "a difference": (0.3, lambda h: torch.add(h.detach(), h - h.detach(), alpha=0.3)),
+    "of another size": (-1.0, lambda h: (3 * h).detach() - h),
+    "interpolated": (0.2, lambda h: torch.lerp(h.detach(), h, 0.2)),
+}
+
+
+@pytest.mark.parametrize("where", ["a layer", "an activation"])
+@pytest.mark.parametrize("name", REVERSED)
+def test_a_factor_of_the_gradient_is_kept(name: str, where: str) -> None:
+    """The shaped model is the plain one but for that factor: the value of ``-h + 2 h`` is h, or a multiple of it."""
+    factor, combined = REVERSED[name]
+    given = torch.tanh if where == "an activation" else (lambda h: h)
+    size = 2.0 if name == "of another size" else 1.0  # q is restored: the gradient with it
+
+    def run(combine: Callable[[Tensor], Tensor]) -> nn.Module:
+        torch.manual_seed(0)
+        model = Net(lambda m, x: m.c(F.silu(m.b(combine(given(m.a(x)))))))
+        return kgraph.transform(model, "tat", torch.randn(BATCH, WIDTH))
+
+    shaped, plain = run(combined), run(lambda h: h)
+    x = torch.randn(BATCH, WIDTH)
+    assert torch.allclose(shaped(x), plain(x), atol=1e-4)
+    one, other = gradients(shaped)["a.weight"], gradients(plain)["a.weight"]
+    assert torch.allclose(one, factor / size * other, atol=1e-4 * float(other.abs().max()))
+    assert not shaped.kgraph.ledger.unmet  # type: ignore[union-attr]
+
+
+def test_a_sum_of_multiples_without_a_stop_is_a_multiple() -> None:
+    torch.manual_seed(0)
+
+    def twice(m: Net, x: Tensor) -> Tensor:
+        h = m.a(x)
+        return m.c(F.silu(m.b(3 * h - 2.5 * h)))
+
+    shaped = kgraph.transform(Net(twice), "dks", torch.randn(4, WIDTH))
+    assert shaped.kgraph is not None and abs(shaped.kgraph.after.final.q - 1) < 1e-6
+    assert not shaped.kgraph.ledger.unmet and shaped.kgraph.ledger.counts()["restore q"] == 1

@@ -48,6 +48,12 @@ def neg(context: Context, x: Kernel) -> Kernel:
     return x.with_parts(*(algebra.scale(part, -1.0) for part in x.parts))
 
 
+@rule(aten.lerp.Scalar)
+def lerp(context: Context, x: Operand, y: Operand, weight: float) -> Kernel:
+    """``(1 - w) x + w y``."""
+    return _sum(context, x, y, 1.0 - float(weight), float(weight))
+
+
 @rule(WeightedSum)
 def weighted_sum(context: Context, module: WeightedSum, *terms: Kernel) -> Kernel:
     total, weight = terms[0], module.weights[0]
