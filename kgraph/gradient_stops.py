@@ -36,11 +36,11 @@ def inference_as_no_grad() -> Iterator[None]:
     """
     own = _Inference.__enter__, _Inference.__exit__
 
-    def enter(mode: Any) -> None:
-        mode._as_no_grad = torch.set_grad_enabled(not mode.mode)
+    def enter(self: Any) -> None:
+        self._as_no_grad = torch.set_grad_enabled(not self.mode)
 
-    def leave(mode: Any, *error: Any) -> None:
-        mode._as_no_grad.__exit__(*error)
+    def leave(self: Any, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        self._as_no_grad.__exit__(exc_type, exc_value, traceback)
 
     _Inference.__enter__, _Inference.__exit__ = enter, leave
     try:
