@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
@@ -74,6 +75,10 @@ class TransformRecord(Bound):
         """The same record, knowing its module."""
         return replace(self, module=module)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The module stays where it is: a copied or saved record knows none."""
+        return {**vars(self), "module": None}
+
     def certificate(
         self,
         n: int = 4,
@@ -95,7 +100,7 @@ class TransformRecord(Bound):
             n: draws of the weights, at least 2.
             inputs: a batch as the model will see it, whose pairs are taken; None: white noise of q = 1.
             seed: of weights and inputs.
-            pairs: of inputs, for every draw; None: 64 of small inputs, 8 of large ones.
+            pairs: of inputs, for every draw; None: 256 of vectors, 8 of large images.
             progress: called with (done, n).
 
         Raises:

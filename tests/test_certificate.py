@@ -151,6 +151,18 @@ class Tied(nn.Module):
         return self.head(x)
 
 
+def test_a_record_alone_leaves_the_module_behind() -> None:
+    shaped = transformed(chain(2, 8), "dks", 8)
+    alone = copy.deepcopy(record(shaped))
+    assert alone.module is None and record(shaped).module is shaped and alone == record(shaped)
+
+
+def test_half_precision_is_measured_in_single() -> None:
+    shaped = transformed(chain(3, 32), "dks", 32)
+    first, half = record(shaped).certificate(3), record(copy.deepcopy(shaped).to(torch.bfloat16)).certificate(3)
+    assert half.final.slope.value == pytest.approx(first.final.slope.value, rel=1e-2)
+
+
 def test_tied_weights_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     shaped = transformed(Tied(), "dks", 64)
     assert len([name for name in record(shaped).laws if name.endswith("weight")]) == 1

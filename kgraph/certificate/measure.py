@@ -40,10 +40,8 @@ from kgraph.weight_laws import Law
 Progress = Callable[[int, int], None]
 ROWS = 2 + len(SHARES)
 _INPUT = "the input"  # no name of a node
-_BATCH = 80
-"""Inputs in one run."""
-_ENTRIES = 1 << 18
-"""Entries of all first inputs of a draw, from which the number of pairs follows."""
+_ENTRIES = 3 << 16
+"""Entries of all first inputs of a draw, and of the inputs of one run, from which the number of pairs follows."""
 
 
 def certify(
@@ -115,9 +113,13 @@ def _prepared(module: EmittedModule) -> EmittedModule:
 
 
 def _pairs(given: Inputs) -> int:
-    """More of small inputs: 64 vectors, 8 images of 224 x 224."""
-    sizes = [math.prod(x.shape[1:]) for x in pytree.tree_leaves(tuple(given)) if isinstance(x, Tensor) and x.ndim]
-    return max(8, min(64, _ENTRIES // max(sizes, default=1)))
+    """More of small inputs: 256 vectors, 64 images of 32 x 32, 8 of 224 x 224."""
+    return max(8, min(256, _ENTRIES // _size(pytree.tree_leaves(tuple(given)))))
+
+
+def _size(leaves: list[Any]) -> int:
+    """Entries of one example of the largest input."""
+    return max((math.prod(x.shape[1:]) for x in leaves if isinstance(x, Tensor) and x.ndim), default=1)
 
 
 class _Run:
@@ -131,6 +133,7 @@ class _Run:
         self, module: EmittedModule, promise: Promise, given: Inputs, as_given: bool, generator: torch.Generator
     ) -> None:
         self.module, self.promise, self.as_given, self.generator = module, promise, as_given, generator
+        self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self.leaves = pytree.tree_leaves(tuple(given))
         self.real = any(map(_is_real, self.leaves))
         names = module.meta.get(NAMES, {})
@@ -138,7 +141,7 @@ class _Run:
 
     def draw(self, pairs: int) -> dict[str, Tensor]:
         """Moments of every point, and of the input, for the weights as they are, over ``pairs`` pairs."""
-        most = max(1, _BATCH // ROWS)
+        most = max(1, _ENTRIES // (ROWS * _size(self.leaves)))
         total: dict[str, Tensor] = {}
         for start in range(0, pairs, most):
             for name, part in self._run(min(most, pairs - start)).items():
@@ -164,13 +167,13 @@ class _Run:
         if not isinstance(x, Tensor) or not x.ndim:
             return x
         if not _is_real(x):
-            return x[:1].expand(pairs * ROWS, *x.shape[1:]).clone()
+            return x[:1].expand(pairs * ROWS, *x.shape[1:]).clone().to(self.device)
         if self.as_given:
             rows = of_examples(x, pairs, self.generator)
         else:
             rows = white(tuple(x.shape[1:]), self.promise.channels[index] - 1, pairs, self.generator)
         dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), x.dtype)
-        return rows.flatten(0, 1).to(device=x.device, dtype=dtype)
+        return rows.flatten(0, 1).to(device=self.device, dtype=dtype)
 
 
 def _is_real(x: object) -> bool:

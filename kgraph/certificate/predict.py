@@ -46,7 +46,7 @@ def predicted(module: EmittedModule, given: Inputs, promise: Promise) -> Analysi
     analysis = summarize(graph, propagate(graph, mode="eval", pairs=probes_of(graph, "data")))
     names = own.meta.get(NAMES, {})
     wanted = {names.get(point.node, point.node): point.node for point in promise.points}
-    leaves = pytree.tree_leaves(tuple(given))
+    leaves = [x[:2] if isinstance(x, Tensor) and x.ndim else x for x in pytree.tree_leaves(tuple(given))]
     with untouched(own), torch.no_grad():
         own.eval()
         first, second = _Values(own, set(wanted)), _Values(graph.module)
