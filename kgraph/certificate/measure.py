@@ -88,7 +88,10 @@ def certify(
     report = predicted(module, given, promise) if data else report
     rows = tuple(_row(p, measured[p.node], cosines, report, n) for p in promise.points if p.node in measured)
     left = [point.node for point in promise.points if point.node not in measured]
-    notes = [redraw.note(), f"not measured, for no dimension is the batch: {', '.join(left)}" if left else ""]
+    notes = [
+        redraw.note(),
+        f"not measured, inside a module call or without a batch dimension: {', '.join(left)}" if left else "",
+    ]
     if data and any("q" in row.departures for row in rows):
         notes.append(_of_size(measured[_INPUT]))
     words = "the given inputs" if data else "white inputs" if run.real else "tokens"
