@@ -23,7 +23,7 @@ from kgraph.how import EXACT, QUADRATURE, How, assumed
 from kgraph.jumps import steep
 from kgraph.kernel import DIFF, SAME, Apply, Bias, Gaussian, Mask, Pairs, Part, Product, Samples, Sum, Unknown
 from kgraph.maps import Pointwise, closed_form
-from kgraph.maps.tangent import correction
+from kgraph.maps.tangent import by_factor
 from kgraph.roots import Root, Roots
 
 IDENTITY = Pointwise(lambda u: u, closed_form("identity"))
@@ -183,7 +183,10 @@ def _of_factor(centred: Pointwise, base: Part, dual: tuple[Tensor, Tensor]) -> T
     if base.factor is None:
         return 0.0
     variance = (base.q - base.mean**2).clamp_min(0)
-    return correction(centred, base.mean, base.factor, (variance, variance), base.cov - base.mean**2, dual)
+    around, (value, slope), b = base.cov - base.mean**2, dual, base.mean - base.factor.shift
+    psi = by_factor(centred, b)
+    own = value if psi is centred else psi.dual(variance, variance, around)[0]
+    return base.factor.gain * (own - slope * (around + b * b))
 
 
 def _of_terms(part: Part) -> Part | None:

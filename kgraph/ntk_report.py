@@ -1,15 +1,13 @@
 """What the NTK of a model is made of: the share of every layer, its spectrum, and multipliers that balance it.
 
-    NTK = sum over parameters p of m_p T_p        m_p: learning-rate multiplier of p (1 unless set)
-
-so the part of p is the derivative of the NTK by m_p, and one backward pass through the propagation gives all parts.
+NTK = sum over layers of the NTK by their parameters alone, a tangent each in one and the same walk
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +19,11 @@ from torch import Tensor, nn
 from kgraph.capture import Graph
 from kgraph.checks import flag
 from kgraph.errors import InputError
-from kgraph.gram import Kernels, kernels
-from kgraph.gram.kernels import batched_inputs, captured
-from kgraph.gram.options import learning
-from kgraph.gram.tiles import Bar
-
-Run = Callable[[Mapping[str, float | Tensor]], Kernels]
+from kgraph.gram.kernels import batched_inputs, captured, kernels_of
+from kgraph.gram.moments import Moments
+from kgraph.gram.options import Asked, learning
+from kgraph.gram.tangents import Seeds, ntk_of_layers
+from kgraph.gram.tiles import Bar, bytes_of_a_row
 
 
 @dataclass(frozen=True)
@@ -109,22 +106,23 @@ def ntk_report(
     graph = model if isinstance(model, Graph) else captured(model, batched_inputs(x)[0])
     given = dict.fromkeys((name for name, _ in graph.module.named_parameters(remove_duplicate=False)), 1.0)
     given |= learning(graph.root, {} if multipliers is None else multipliers, flag("count_frozen", count_frozen))
-
-    def run(chosen: Mapping[str, float | Tensor]) -> Kernels:
-        return kernels(graph, x, parametrization=parametrization, mode=mode, multipliers=chosen, seed=seed)
-
-    result = run(given)
-    gram = _positions_averaged(result)
+    asked, moments = Asked(parametrization=parametrization, mode=mode, multipliers=given, seed=seed), Moments()
+    result = kernels_of(graph, x, None, asked, moments)
+    gram = _positions_averaged(result.output.tangents["ntk"], result.positions)
     total = float(gram.diagonal().mean())
     if not total > 0:
         raise InputError("the model's NTK vanishes on these inputs", hint="Some layer passes nothing on")
-    shares = _parts_by_runs(run, given) if result.how in ("sampled", "assumed") else _parts_by_gradient(run, given)
-    shares = {name: part / total for name, part in shares.items()}
+    parts: dict[str, float] = {}
+    with Bar(_pieces(graph, given, result.positions, len(gram), asked.memory_gib), "NTK by layer") as bar:
+        for seeds in bar:
+            tangents = kernels_of(graph, x, None, asked, moments, seeds).output.tangents
+            for layer, tangent in tangents.items():
+                parts[layer] = float(_positions_averaged(tangent, result.positions).diagonal().mean())
     matrix = gram.detach()
     eigenvalues = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
     smallest = float(eigenvalues[0])
     return NTKReport(
-        _layers(shares),
+        _layers({layer: part / total for layer, part in parts.items()}),
         matrix,
         float(eigenvalues[-1]) / smallest if smallest > 0 else math.inf,
         float(matrix.mean() / matrix.diagonal().mean()),
@@ -133,47 +131,30 @@ def ntk_report(
     )
 
 
-def _parts_by_gradient(run: Run, multipliers: dict[str, float]) -> dict[str, float]:
-    """m_p d(mean diagonal) / d m_p: exact, for one propagation and its gradient."""
-    knobs = {name: torch.tensor(m, dtype=torch.float64, requires_grad=True) for name, m in multipliers.items()}
-    total = _positions_averaged(run(knobs)).diagonal().mean()
-    gradients = torch.autograd.grad(total, list(knobs.values()), materialize_grads=True)
-    return {name: float(g) * multipliers[name] for name, g in zip(knobs, gradients, strict=True)}
+_TANGENTS = 8
+"""Layers at once where not even two tangents fit in memory, so that the matrix is computed in tiles."""
 
 
-def _parts_by_runs(run: Run, multipliers: dict[str, float]) -> dict[str, float]:
-    """One propagation a parameter, all other multipliers 0: where draws stand between, a gradient does not exist."""
-    parts = {}
-    with Bar(list(multipliers.items()), "NTK by layer") as bar:
-        for name, own in bar:
-            if own == 0.0:
-                parts[name] = 0.0
-                continue
-            alone = {other: own if other == name else 0.0 for other in multipliers}
-            parts[name] = float(_positions_averaged(run(alone)).diagonal().mean())
-    return parts
+def _pieces(graph: Graph, multipliers: Mapping[str, Any], layout: str, inputs: int, memory_gib: float) -> list[Seeds]:
+    """As many layers together as fit in memory."""
+    seeds = list(ntk_of_layers(multipliers).items())
+    room = int(memory_gib * 2**30 // (inputs**2 * bytes_of_a_row(graph, layout, 0))) - 1
+    size = room if room > 0 else _TANGENTS
+    return [dict(seeds[i : i + size]) for i in range(0, len(seeds), size)]
 
 
-def _positions_averaged(result: Kernels) -> Tensor:
+def _positions_averaged(ntk: Tensor, positions: str) -> Tensor:
     """NTK [n, n, ...] -> [n, n]: the mean over equal positions, where the output has some."""
-    ntk = result.ntk
-    assert ntk is not None
     if ntk.ndim == 2:
         return ntk
-    if result.positions != "full":
+    if positions != "full":
         return ntk.flatten(2).mean(2)
     count = math.prod(ntk.shape[2 : 2 + (ntk.ndim - 2) // 2])
     return ntk.reshape(*ntk.shape[:2], count, count).diagonal(dim1=2, dim2=3).mean(-1)
 
 
 def _layers(shares: dict[str, float]) -> tuple[LayerShare, ...]:
-    """Parameters of one module together; multipliers that make all shares equal."""
-    by_layer: dict[str, float] = {}
-    for name, share in shares.items():
-        layer = name.rpartition(".")[0]
-        by_layer[layer] = by_layer.get(layer, 0.0) + share
-    taking_part = [layer for layer, share in by_layer.items() if share > 0]
+    """Multipliers that make all shares equal."""
+    taking_part = [layer for layer, share in shares.items() if share > 0]
     equal = 1 / max(len(taking_part), 1)
-    return tuple(
-        LayerShare(layer, share, equal / share if share > 0 else math.inf) for layer, share in by_layer.items()
-    )
+    return tuple(LayerShare(layer, share, equal / share if share > 0 else math.inf) for layer, share in shares.items())

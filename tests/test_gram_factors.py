@@ -10,11 +10,11 @@ from gram_montecarlo import SIGMAS
 from torch import Tensor, nn
 
 import kgraph
-from kgraph.gram.factors import holds_factor, trained_factor
-from kgraph.gram.field import Known, Leaf, Product
+from kgraph.gram.factors import Factor, factors, holds_factor
+from kgraph.gram.field import Known, Leaf, Product, Sum
 from kgraph.gram.kinds import mapped
 from kgraph.maps import pointwise
-from kgraph.maps.tangent import TrainedFactor, homogeneous
+from kgraph.maps.tangent import homogeneous
 
 WIDTH, DRAWS = 256, 16
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -47,7 +47,7 @@ def test_part_of_a_norm(name: str, bias: float, parameter: str, monkeypatch: pyt
     allowed = SIGMAS * error + 2 * 2.5 / WIDTH * found.diagonal().max()
     assert bool(((found - measured).abs() <= allowed).all())
     if parameter == "1.weight":
-        monkeypatch.setattr(mapped, "trained_factor", lambda u: None)
+        monkeypatch.setattr(mapped, "factors", lambda u: None)
         assert bool(((kgraph.ntk(model, X, multipliers=alone) - measured).abs() > allowed).any())
 
 
@@ -71,11 +71,51 @@ def test_what_is_not_known_is_assumed() -> None:
 
 
 def test_factors_are_found() -> None:
-    t, c = Leaf(()), Known((), data=torch.full((1, 3), 2.0), gain=3.0)
-    assert trained_factor(t) is None and not holds_factor(t)
-    assert trained_factor(Product((), left=t, right=c)) == TrainedFactor(0.75, 0.0)
-    uneven = Product((), left=t, right=Known((), data=torch.arange(3.0)[None], gain=1.0))
-    assert trained_factor(uneven) is None and holds_factor(uneven)
+    t, c, b = (
+        Leaf(()),
+        Known((), data=torch.full((1, 3), 2.0), own={"ntk": 3.0}),
+        Known((), data=torch.full((1, 3), 0.75)),
+    )
+    alone = factors(t)
+    assert alone is not None and alone.still is t and not alone.each and not holds_factor(t)
+    inner = Product((), left=t, right=c)
+    outer = factors(
+        Sum((), terms=((1.0, Product((), left=Sum((), terms=((1.0, inner), (1.0, b))), right=c)), (-2.0, b)))
+    )
+    assert outer is not None and not holds_factor(outer.still)
+    assert outer.each == (Factor(0.0, 2.0, c), Factor(-1.5, 2.0, c))
+    uneven = Product((), left=t, right=Known((), data=torch.arange(3.0)[None], own={"ntk": 1.0}))
+    assert factors(uneven) is None and holds_factor(uneven)
+
+
+class Twice(nn.Module):
+    """Two gains with a shift between them, and two functions of the result, read by one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.mid, self.out = nn.Linear(8, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 16)
+        self.inner, self.outer = nn.Parameter(torch.full((WIDTH,), 0.8)), nn.Parameter(torch.full((WIDTH,), 1.3))
+        self.shift = nn.Parameter(torch.full((WIDTH,), 0.9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.outer * (self.inner * self.read(x) + self.shift)
+        return self.out(torch.relu(self.mid(torch.tanh(z)) + self.mid(torch.relu(z))))
+
+
+@pytest.mark.parametrize("name", ["inner", "outer"])
+def test_part_of_a_gain_behind_another(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each against its own shift: within four standard errors and 5 / width a layer; one shift for both is not."""
+    torch.manual_seed(0)
+    alone = part(Twice(), name)
+    found = kgraph.kernels(Twice(), X, multipliers=alone)
+    assert found.how in ("exact", "quadrature") and found.ntk is not None
+    draws = torch.stack([kgraph.empirical_ntk(Twice(), X, multipliers=alone).matrix for _ in range(DRAWS)])
+    allowed = SIGMAS * draws.std(0) / DRAWS**0.5 + 3 * 2.5 / WIDTH * found.ntk.diagonal().max()
+    assert bool(((found.ntk - draws.mean(0)).abs() <= allowed).all())
+    by_factor = mapped.by_factor
+    monkeypatch.setattr(mapped, "by_factor", lambda fn, b: by_factor(fn, 0.0 if b else 1.17))
+    wrong = kgraph.ntk(Twice(), X, multipliers=alone)
+    assert bool(((wrong - draws.mean(0)).abs() > allowed).any())
 
 
 def test_homogeneous_functions() -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import gram_reference as reference
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import kgraph
-from kgraph.capture import capture
-from kgraph.ntk_report import _parts_by_gradient, _parts_by_runs
+from kgraph.gram.options import Asked
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -50,27 +51,55 @@ def test_balanced_multipliers_balance() -> None:
     assert float(balanced.ntk.diagonal().mean()) == pytest.approx(float(report.ntk.diagonal().mean()), rel=1e-9)
 
 
-def test_gradient_and_single_runs_agree() -> None:
+class Mixed(nn.Module):
+    """A norm's gain in front of a nonlinearity, PReLU, a scaling vector; perhaps softmax attention."""
+
+    def __init__(self, attends: bool) -> None:
+        super().__init__()
+        self.read, self.norm, self.act = nn.Linear(6, 16), nn.LayerNorm(16), nn.PReLU(16)
+        self.branch, self.scale, self.out = nn.Linear(16, 16), nn.Parameter(torch.full((16,), 0.3)), nn.Linear(16, 2)
+        self.attend = nn.MultiheadAttention(16, 2, batch_first=True) if attends else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.branch(torch.tanh(self.norm(self.read(x))))
+        h = self.scale * self.act(h.movedim(-1, 1)).movedim(1, -1)
+        return self.out(h if self.attend is None else self.attend(h, h, h, need_weights=False)[0].mean(1))
+
+
+@pytest.mark.parametrize("attends", [False, True])
+def test_tangents_of_layers_are_what_walks_of_their_own_give(attends: bool) -> None:
+    """Also where draws stand between: the same random numbers serve every tangent. All add up to the NTK."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.LayerNorm(8),
-        nn.Linear(8, 2),
-    )
-    x = torch.randn(2, 3, 4, 4)
-    graph = capture(model, x)
-    names = dict.fromkeys((name for name, _ in graph.module.named_parameters()), 1.0)
+    model, x = Mixed(attends), torch.randn(2, 3, 6) if attends else torch.randn(3, 6)
+    names = [name for name, _ in model.named_parameters()]
+    whole = kgraph.kernels(model, x)
+    assert whole.ntk is not None and (whole.how in ("sampled", "assumed")) == attends
+    shares = {row.layer: row.share for row in kgraph.ntk_report(model, x).layers}
+    for layer, share in shares.items():
+        ntk = kgraph.ntk(model, x, multipliers={name: float(name.rpartition(".")[0] == layer) for name in names})
+        assert share == pytest.approx(float(ntk.diagonal().mean() / whole.ntk.diagonal().mean()), rel=1e-9)
+    assert all(share > 0 for share in shares.values())
+    assert sum(shares.values()) == pytest.approx(1.0, rel=0.05 if attends else 1e-12)
+    if attends:
+        return
+    knobs = {name: torch.ones((), dtype=torch.float64, requires_grad=True) for name in names}
+    total = kgraph.ntk(model, x, multipliers=knobs).diagonal().mean() / whole.ntk.diagonal().mean()
+    slopes = torch.autograd.grad(total, list(knobs.values()))  # the NTK is linear in every multiplier
+    for layer, share in shares.items():
+        own = [slope for name, slope in zip(names, slopes, strict=True) if name.rpartition(".")[0] == layer]
+        assert share == pytest.approx(float(torch.stack(own).sum()), rel=1e-9)
 
-    def run(multipliers: object) -> kgraph.Kernels:
-        return kgraph.kernels(graph, x, multipliers=multipliers)
 
-    by_gradient = _parts_by_gradient(run, names)
-    by_runs = _parts_by_runs(run, names)
-    assert by_gradient == pytest.approx(by_runs, rel=1e-9, abs=1e-15)
-    assert all(part > 0 for part in by_gradient.values())
+def test_layers_in_pieces_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2))
+    expected = kgraph.ntk_report(model, X)
+    module = sys.modules["kgraph.ntk_report"]  # by its name there is the function of that name
+    monkeypatch.setattr(module, "bytes_of_a_row", lambda *_: Asked().memory_gib * 2**30 / (3 * len(X) ** 2))
+    found = kgraph.ntk_report(model, X)
+    assert [(row.layer, row.share) for row in found.layers] == [
+        (row.layer, pytest.approx(row.share, rel=1e-13)) for row in expected.layers
+    ]
 
 
 def test_table_names_layers_and_spectrum() -> None:

@@ -13,6 +13,7 @@ from kgraph.gram import field as f
 from kgraph.gram.build import moved, sliced
 from kgraph.gram.field import Field
 from kgraph.gram.places import Relabel
+from kgraph.gram.tangents import Own
 from kgraph.gram.value import Axes, Axis, CannotFollow, Value, expanded, places_of, roles, size_of
 from kgraph.roots import Root
 
@@ -116,12 +117,12 @@ def _range(x: Value, low: int, high: int) -> Field:
     raise CannotFollow("channel groups that do not meet")
 
 
-def known_value(tensor: Tensor, like: Value, root: str | None, gain: float | Tensor) -> Value:
+def known_value(tensor: Tensor, like: Value, root: str | None = None, own: Own | None = None) -> Value:
     """A known tensor as a value, its dimensions meaning what they mean in ``like`` (its last ones, broadcast).
 
     Args:
         root: name of the parameter it is, None for constants.
-        gain: its NTK with itself.
+        own: own terms of its tangents.
     """
     x = tensor.detach().double()
     x = x.reshape((1,) * (len(like.axes) - x.ndim) + tuple(x.shape))
@@ -148,5 +149,5 @@ def known_value(tensor: Tensor, like: Value, root: str | None, gain: float | Ten
     roots = frozenset({Root(root)}) if root is not None else frozenset()
     if bool((data != data[:, :1]).any()):  # two known tensors that vary over channels do so over the same ones
         roots |= {CHANNELS}
-    known = f.Known(tuple(sizes["p"]), roots, data=data, gain=gain)
+    known = f.Known(tuple(sizes["p"]), roots, data=data, own=own or {})
     return Value(((channels, known),), tuple(axes))

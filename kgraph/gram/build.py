@@ -44,7 +44,7 @@ def scaled(u: Field, factor: float) -> Field:
     """``factor * u``."""
     if factor == 1.0:
         return u
-    if isinstance(u, Known) and not u.gain:
+    if isinstance(u, Known) and not u.own:
         return Known(u.places, u.roots, u.how, u.data * factor)
     if isinstance(u, Sum):
         return Sum(u.places, u.roots, u.how, tuple((w * factor, t) for w, t in u.terms))
@@ -58,7 +58,7 @@ def scaled(u: Field, factor: float) -> Field:
 def mapped(fn: Pointwise, u: Field) -> Field:
     """``fn(u)``: one function of what ``u`` itself is a function of; a fixed tensor is mapped at once."""
     match u:
-        case Known() if not u.gain:  # what is trained moves by the function's slope, which draws know
+        case Known() if not u.own:  # what moves does so by the function's slope, which draws know
             return Known(u.places, u.roots, u.how, fn(u.data.clone()).double())
         case Moved(arg=arg, op=op) if not op.mixes and not isinstance(op, Gather):
             return moved(mapped(fn, arg), op)
@@ -88,7 +88,7 @@ def shifted(u: Field, constant: float) -> Field:
     if constant == 0.0:
         return u
     if isinstance(u, Known):
-        return Known(u.places, u.roots, u.how, u.data + constant, u.gain)
+        return Known(u.places, u.roots, u.how, u.data + constant, u.own, u.given)
     if isinstance(u, Mapped):
         return Mapped(u.places, u.roots, u.how, transformed(u.fn, 1.0, constant), u.arg)
     one = torch.ones((1,) * (1 + len(u.places)), dtype=torch.float64)
@@ -98,7 +98,7 @@ def shifted(u: Field, constant: float) -> Field:
 def moved(u: Field, op: PlaceMap) -> Field:
     """A linear map of positions, applied to a known tensor at once."""
     places = op.places(u.places)
-    if isinstance(u, Known) and not u.gain:  # a trained tensor keeps its own positions: its NTK is about them
+    if isinstance(u, Known) and not u.own:  # what moves keeps its own positions: its tangents are about them
         return Known(places, u.roots, u.how, apply(op, u.data, 2, u.places))
     return once_moved(u, op)
 
@@ -164,8 +164,10 @@ def _cut_once(u: Field, cut: Cut, pick: Pick, seen: dict[Field, Field]) -> Field
     match u:
         case Known():
             whole = u.data.shape[1] == 1 or u.constant is not None
-            if not u.gain:  # channels of an input are as like each other as they are: no cut makes them independent
+            if not u.own:  # channels of an input are as like each other as they are: no cut makes them independent
                 roots = u.roots
+            elif u.given:
+                roots |= u.roots
             return replace(u, roots=roots, data=u.data if whole else pick(u.data))
         case Affine() | Leaf() | Sliced() | Scores():
             return Sliced(u.places, roots, u.how, u)

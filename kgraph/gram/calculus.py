@@ -15,6 +15,7 @@ from kgraph.gram.field import Field
 from kgraph.gram.layout import Layout
 from kgraph.gram.places import PlaceMap, Places
 from kgraph.gram.rows import Rows
+from kgraph.gram.tangents import Seeds
 
 
 class Calculus(ABC):
@@ -24,11 +25,11 @@ class Calculus(ABC):
         rows: pairs of inputs.
         layout: position model.
         parametrization: of the NTK, "standard" or "ntk".
-        with_ntk: whether to carry the NTK.
+        seeds: the tangents to carry, by name.
     """
 
-    def __init__(self, rows: Rows, layout: Layout, parametrization: str, with_ntk: bool) -> None:
-        self.rows, self.layout, self.parametrization, self.with_ntk = rows, layout, parametrization, with_ntk
+    def __init__(self, rows: Rows, layout: Layout, parametrization: str, seeds: Seeds) -> None:
+        self.rows, self.layout, self.parametrization, self.seeds = rows, layout, parametrization, seeds
         self._blocks: weakref.WeakKeyDictionary[Field, weakref.WeakKeyDictionary[Field, Block]]
         self._blocks = weakref.WeakKeyDictionary()
         self._means: weakref.WeakKeyDictionary[Field, Tensor] = weakref.WeakKeyDictionary()
@@ -83,10 +84,9 @@ class Calculus(ABC):
 
     def outer_means(self, u: Field, v: Field) -> Block:
         """Block of fields that share nothing: the product of their means."""
-        mean_u, mean_v, zero = self.mean(u), self.mean(v), nothing(self.with_ntk)
-        if not (mean_u.any() and mean_v.any()):
-            return zero
-        return Block(self.layout.outer(self.rows, self.means(u), self.means(v), u.places, v.places), zero.ntk)
+        if not (self.mean(u).any() and self.mean(v).any()):
+            return nothing()
+        return Block(self.layout.outer(self.rows, self.means(u), self.means(v), u.places, v.places))
 
 
 @dataclass(frozen=True)

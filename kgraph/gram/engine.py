@@ -1,7 +1,7 @@
-"""The engine: covariance and NTK of any two fields, from how they are made.
+"""The engine: covariance and tangents of any two fields, from how they are made.
 
     pair(W u, W v)       = sum over taps of sw2 pair(u, v) at the tap + sb2      (one weight; else 0)
-    pair(f(u), f(v))     = E[f f],  NTK = E[f' f'] NTK(u, v)                     (Gaussian u, v)
+    pair(f(u), f(v))     = E[f f],  tangents E[f' f'] T(u, v)                  (Gaussian u, v)
     pair(f(u), v)        = E[f'(u)] pair(u, v)                                   (Stein's lemma)
     pair(sum, v)         = sum of pairs;  pair of maps of positions = the maps on either side
     pair(u v, u' v')     = pair(u, u') pair(v, v')                               (u, u' independent of v, v')
@@ -27,6 +27,7 @@ from kgraph.gram.joint import JointDraws
 from kgraph.gram.layout import Layout
 from kgraph.gram.places import total_places
 from kgraph.gram.rows import Rows
+from kgraph.gram.tangents import Seeds
 from kgraph.how import EXACT, How, assumed, sampled
 
 AVERAGING = ("stationary", "exchangeable")
@@ -37,12 +38,12 @@ class Engine(Calculus):
     """A calculus with joint draws for what has no law, gaps, and what it came to know on the way.
 
     Args:
-        rows, layout, parametrization, with_ntk: as `Calculus`.
+        rows, layout, parametrization, seeds: as `Calculus`.
         seed: of the joint draws.
     """
 
-    def __init__(self, rows: Rows, layout: Layout, parametrization: str, with_ntk: bool, seed: int = 0) -> None:
-        super().__init__(rows, layout, parametrization, with_ntk)
+    def __init__(self, rows: Rows, layout: Layout, parametrization: str, seeds: Seeds, seed: int = 0) -> None:
+        super().__init__(rows, layout, parametrization, seeds)
         self.draws = JointDraws(self, seed)
         self.gaps = Gaps(self) if layout.name == "diagonal" else None
         self.crossed: weakref.WeakSet[Field] = weakref.WeakSet()  # functions integrated with other ones

@@ -18,6 +18,7 @@ from torch import Tensor
 from kgraph.gram.block import Block
 from kgraph.gram.layout import Run
 from kgraph.gram.places import PlaceMap, Places
+from kgraph.gram.tangents import Own
 from kgraph.how import EXACT, How
 from kgraph.maps import Pointwise
 from kgraph.roots import Root
@@ -64,10 +65,16 @@ class Field:
 
 @dataclass(frozen=True, eq=False)
 class Known(Field):
-    """A known tensor [N or 1, C, *places]: an input, or a parameter used entrywise (``gain`` is its NTK)."""
+    """A known tensor [N or 1, C, *places]: an input, or a parameter used entry by entry.
+
+    Attributes:
+        own: own terms of its tangents; what has some moves.
+        given: whether its channels are what they are, as an input's: no cut makes them independent.
+    """
 
     data: Tensor = field(default_factory=lambda: torch.zeros(1, 1))
-    gain: float | Tensor = 0.0
+    own: Own = field(default_factory=dict)
+    given: bool = False
 
     @cached_property
     def constant(self) -> float | None:
@@ -85,7 +92,7 @@ class Geometry:
     """Taps of a convolution: for every tap its variance share and, per axis, where it reads and writes.
 
     Attributes:
-        terms: (sum over inputs of E[W_o^2], runs) of every tap; the NTK of a tap counts channels instead.
+        terms: (sum over inputs of E[W_o^2], runs) of every tap; own terms of a tap count channels instead.
         passes: the same as successive one-axis passes when all taps weigh alike (faster), else ().
         sizes: output sizes.
         channels: inputs of one output at one tap.
@@ -107,7 +114,7 @@ class Layer:
         root: name of its weight.
         weight: sw2 = fan_in E[W^2].
         bias, bias_mean: E[b^2], E[b].
-        own: factors (of the input's kernel, constant) of the NTK's own term.
+        own, own_bias: own terms of the tangents: factors of the input's kernel, and constants.
         geometry: taps of a convolution, None for a linear layer.
     """
 
@@ -115,7 +122,8 @@ class Layer:
     weight: float
     bias: float
     bias_mean: float
-    own: tuple[float | Tensor, float | Tensor]
+    own: Own = field(default_factory=dict)
+    own_bias: Own = field(default_factory=dict)
     geometry: Geometry | None = None
 
 
@@ -124,7 +132,7 @@ class Affine(Field):
     """``W u + b``: Gaussian; two outputs of one weight are correlated as their inputs are."""
 
     arg: Field = field(default_factory=lambda: Field(()))
-    layer: Layer = field(default_factory=lambda: Layer("", 1.0, 0.0, 0.0, (1.0, 0.0)))
+    layer: Layer = field(default_factory=lambda: Layer("", 1.0, 0.0, 0.0))
 
     @property
     def level(self) -> float | None:
@@ -185,7 +193,7 @@ class Product(Field):
     @cached_property
     def level(self) -> float | None:  # type: ignore[override]
         one, two = self.left.level, self.right.level
-        if one is None or two is None or not any(isinstance(s, Known) for s in (self.left, self.right)):
+        if one is None or two is None or all(constant_of(side) is None for side in (self.left, self.right)):
             return None
         return one * two
 
@@ -201,6 +209,13 @@ class Moved(Field):
     def level(self) -> float | None:  # type: ignore[override]
         level = self.arg.level
         return level if not level or self.op.keeps_constants else None
+
+
+def constant_of(u: Field) -> float | None:
+    """The one number that a known tensor holds, perhaps repeated at other positions; None of any other field."""
+    while isinstance(u, Moved) and u.op.keeps_constants:
+        u = u.arg
+    return u.constant if isinstance(u, Known) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,7 +308,7 @@ class Drawn(Field):
 
     Attributes:
         args: the fields that go in.
-        run: tensors [S, N, *places] of the args -> tensor [S, N, *places]; differentiable if the NTK is asked for.
+        run: tensors [S, N, *places] of the args -> tensor [S, N, *places]; differentiable if tangents are carried.
     """
 
     args: tuple[Field, ...] = ()

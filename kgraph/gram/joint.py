@@ -1,26 +1,26 @@
 """Joint draws of fields, for whatever has no closed form: maxima, batch statistics, gates of several Gaussians.
 
 Every Gaussian leaf is drawn over all inputs and positions at once from its exact covariance, given the leaves drawn
-before that it is correlated with; an expression is then evaluated draw by draw. The NTK needs one more set of
-numbers: directions t with covariance NTK, pushed through the expression's derivative, E[(J t)_a (J t)_b].
+before that it is correlated with; an expression is then evaluated draw by draw. A tangent needs one more set
+of numbers: directions t with it as their covariance, pushed through the expression's derivative, E[(J t)_a (J t)_b].
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kgraph.errors import InputError
 from kgraph.gram import laws
-from kgraph.gram.block import Block
+from kgraph.gram.block import Block, Draws
 from kgraph.gram.build import arguments
 from kgraph.gram.calculus import Calculus
 from kgraph.gram.device import normal, sobol
 from kgraph.gram.field import Field
-from kgraph.gram.laws import Draws
 from kgraph.gram.layout import NeedsFull
 from kgraph.gram.places import total_places
 
@@ -35,7 +35,7 @@ class NeedsAllPairs(Exception):
 
 
 class JointDraws:
-    """Draws [S, N, *places] of fields and of their NTK directions; one object is one joint draw."""
+    """Draws [S, N, *places] of fields and of their directions; one object is one joint draw."""
 
     def __init__(self, engine: Calculus, seed: int) -> None:
         self.engine, self.seed = engine, seed
@@ -51,25 +51,22 @@ class JointDraws:
         """Block of two fields, measured."""
         self.used.update((u, v))
         x, y = self.of(u), self.of(v)
-        cov = self.engine.layout.moment(self.engine.rows, x[0], y[0])
-        if not self.engine.with_ntk:
-            return Block(cov)
-        if x[1] is None or y[1] is None:
-            return Block(cov, torch.full_like(cov, float("nan")))
-        return Block(cov, self.engine.layout.moment(self.engine.rows, x[1], y[1]))
+        moment = partial(self.engine.layout.moment, self.engine.rows)
+        tangents = {name: moment(t, y.tangents[name]) for name, t in x.tangents.items() if name in y.tangents}
+        return Block(moment(x.value, y.value), tangents)
 
     def mean(self, u: Field) -> Tensor:
         """E[u], [N, *places]."""
-        return self.of(u)[0].mean(0)
+        return self.of(u).value.mean(0)
 
     def standard_error(self, u: Field) -> float:
         """Relative standard error of the mean q value, from blocks of the draws."""
-        x = self.of(u)[0]
+        x = self.of(u).value
         blocks = x[: len(x) // _BLOCKS * _BLOCKS].square().reshape(_BLOCKS, -1).mean(1)
         return float(blocks.std() / (_BLOCKS**0.5 * blocks.mean().clamp_min(1e-300)))
 
     def of(self, u: Field) -> Draws:
-        """Draws of a field and of its NTK directions."""
+        """Draws of a field and of its directions."""
         if u not in self._fields:
             self._check(u)
             law = laws.draw.get(u)
@@ -96,16 +93,15 @@ class JointDraws:
         if self.engine.layout.name == "diagonal" and any(arg.places for arg in arguments(u)):
             raise NeedsFull
 
-    def each(self, arg: Field, change: Callable[[Tensor], Tensor]) -> Draws:
-        """A linear map of what ``arg`` is, draw by draw."""
-        value, direction = self.of(arg)
-        return change(value), None if direction is None else change(direction)
-
     def once(self, key: object, drawn: Callable[[], Tensor]) -> Tensor:
         """Random numbers that several fields share, drawn for the first of them."""
         if key not in self._drawn_once:
             self._drawn_once[key] = drawn()
         return self._drawn_once[key]
+
+    def normal(self, *shape: int) -> Tensor:
+        """New Gaussian numbers for every draw, [S, *shape]."""
+        return normal((self.count, *shape), self.generator())
 
     def generator(self) -> torch.Generator:
         self._streams += 1
@@ -118,40 +114,37 @@ class JointDraws:
     def _gaussian(self, u: Field) -> Draws:
         """Draw a leaf given those drawn before that it is correlated with."""
         earlier = self.earlier(u)
-        value = self._conditional(u, earlier, "cov")
-        mean = self.engine.mean(u)
-        value = value + mean
-        direction = self._conditional(u, earlier, "ntk") if self.engine.with_ntk else None
+        own = self.matrix(u, u, None)
+        value = self._conditional(u, earlier, None, own, self._normals(*own.shape[:2])) + self.engine.mean(u)
+        z = self._normals(*own.shape[:2]) if self.engine.seeds else Tensor()  # one for all: they never meet
+        names = self.engine.pair(u, u).tangents
+        tangents = {name: self._conditional(u, earlier, name, self.matrix(u, u, name), z) for name in names}
         self._leaves.append(u)
-        return value, direction
+        return Draws(value, tangents)
 
-    def _conditional(self, u: Field, earlier: list[Field], name: str) -> Tensor:
-        own = self.matrix(u, u, name)
-        known = Tensor()
-        if earlier:
-            across = torch.cat([self.matrix(u, leaf, name) for leaf in earlier], 2)
-            between = torch.cat([torch.cat([self.matrix(a, b, name) for b in earlier], 2) for a in earlier], 1)
-            slope = across @ torch.linalg.pinv(between, hermitian=True, rtol=1e-12)
-            known = torch.cat([self._flat(leaf, 0 if name == "cov" else 1) for leaf in earlier], 2) @ slope.mT
-            own = own - slope @ across.mT
-        z = self._normals(own.shape[0], own.shape[1])
-        drawn = z @ root(own).mT
-        drawn = drawn + known if earlier else drawn
-        return self._unflat(drawn, u)
+    def _conditional(self, u: Field, earlier: list[Field], name: str | None, own: Tensor, z: Tensor) -> Tensor:
+        """Numbers of covariance ``own`` from independent ones z, given what was drawn before."""
+        if not earlier:
+            return self._unflat(z @ root(own).mT, u)
+        across = torch.cat([self.matrix(u, leaf, name) for leaf in earlier], 2)
+        between = torch.cat([torch.cat([self.matrix(a, b, name) for b in earlier], 2) for a in earlier], 1)
+        slope = across @ torch.linalg.pinv(between, hermitian=True, rtol=1e-12)
+        known = torch.cat([self._flat(leaf, name) for leaf in earlier], 2) @ slope.mT
+        return self._unflat(z @ root(own - slope @ across.mT).mT + known, u)
 
-    def matrix(self, u: Field, v: Field, name: str) -> Tensor:
+    def matrix(self, u: Field, v: Field, name: str | None) -> Tensor:
+        """Covariance (None), or a tangent, of all of u with all of v."""
         uv, vu = self.engine.pair(u, v), self.engine.pair(v, u)
-        one, two = getattr(uv, name), getattr(vu, name)
-        if name == "cov":
-            one, two = one - self.engine.outer_means(u, v).cov, two - self.engine.outer_means(v, u).cov
+        if name is None:
+            one, two = uv.cov - self.engine.outer_means(u, v).cov, vu.cov - self.engine.outer_means(v, u).cov
+        else:
+            one, two = uv.tangent(name), vu.tangent(name)
         return self.engine.layout.matrices(self.engine.rows, one, two, u.places, v.places)
 
-    def _flat(self, u: Field, which: int) -> Tensor:
+    def _flat(self, u: Field, name: str | None) -> Tensor:
         """[S, N, *places] -> [batches, S, inputs x positions of one batch], centred."""
-        x = self._fields[u][which]
-        assert x is not None
-        if which == 0:
-            x = x - self.engine.mean(u)
+        drawn = self._fields[u]
+        x = drawn.value - self.engine.mean(u) if name is None else drawn.along(name)
         batches, _ = self.engine.layout.draws_shape(u.places)
         flat = x.flatten(2) if u.places else x[..., None]
         return flat.permute(2, 0, 1) if batches > 1 or not u.places else flat.flatten(1)[None]

@@ -25,6 +25,7 @@ from kgraph.gram.read import gram_of
 from kgraph.gram.result import Kernels, NodeGram
 from kgraph.gram.rows import Rows
 from kgraph.gram.stops import refuse_stops
+from kgraph.gram.tangents import Seed, Seeds
 from kgraph.gram.tiles import (
     Bar,
     Tile,
@@ -99,8 +100,8 @@ def kernels(
     return kernels_of(graph, x1, x2, asked, Moments())
 
 
-def kernels_of(graph: Graph, x1: Any, x2: Any, asked: Asked, moments: Moments) -> Kernels:
-    """`kernels` of a captured graph, with what was measured on its tensors before."""
+def kernels_of(graph: Graph, x1: Any, x2: Any, asked: Asked, moments: Moments, seeds: Seeds | None = None) -> Kernels:
+    """`kernels` of a captured graph, with what was measured on its tensors before; with other tangents if given."""
     device = computing_device(x1)
     first, n1 = batched_inputs(x1)
     second, n2 = batched_inputs(x2) if x2 is not None else (None, n1)
@@ -108,11 +109,12 @@ def kernels_of(graph: Graph, x1: Any, x2: Any, asked: Asked, moments: Moments) -
     speeds = learning(graph.root, multipliers, asked.count_frozen) if asked.with_ntk else {}
     if asked.with_ntk:
         refuse_stops(graph, speeds)
-    options = Options(mode, variances, speeds, moments)
-    differentiated = any(isinstance(m, Tensor) and m.requires_grad for m in options.multipliers.values())
+    if seeds is None:
+        seeds = {"ntk": Seed(multipliers=speeds)} if asked.with_ntk else {}
+    differentiated = any(isinstance(m, Tensor) and m.requires_grad for m in speeds.values())
     with torch.set_grad_enabled(differentiated), on(device):
         inputs, rows = _joined(here(first), here(second), n1, n2)
-        request = _Request(graph, inputs, options, asked)
+        request = _Request(graph, inputs, Options(mode, variances, moments), asked, seeds)
         result = _escalating(request, rows, LAYOUTS[asked.positions], n1, n2 if x2 is not None else None)
     return result.to(device_of(x1))
 
@@ -224,6 +226,7 @@ class _Request:
     inputs: list[Any]
     options: Options
     asked: Asked
+    seeds: Seeds
 
 
 def _escalating(request: _Request, rows: Rows, layouts: tuple[Layout, ...], n1: int, n2: int | None) -> Kernels:
@@ -244,7 +247,7 @@ def _escalating(request: _Request, rows: Rows, layouts: tuple[Layout, ...], n1: 
 
 def _fitting(request: _Request, rows: Rows, layout: Layout, n1: int, n2: int | None) -> Kernels:
     """At once, or in tiles where that would take too much memory."""
-    row = bytes_of_a_row(request.graph, layout.name, request.asked.with_ntk)
+    row = bytes_of_a_row(request.graph, layout.name, len(request.seeds))
     allowed, needed = request.asked.memory_gib * 2**30, float(row * len(rows.first))
     if needed <= allowed:
         return _run(request, rows, layout, n1, n2)
@@ -281,7 +284,7 @@ def _run(
     on_draws: InputError | None = None,
 ) -> Kernels:
     """Walk the graph once; ``on_draws`` is raised if joint draws were needed."""
-    engine = Engine(rows, layout, request.asked.parametrization, request.asked.with_ntk, request.asked.seed)
+    engine = Engine(rows, layout, request.asked.parametrization, request.seeds, request.asked.seed)
     wanted: dict[str, NodeGram] = {}
 
     def take(node: fx.Node, value: Value) -> None:

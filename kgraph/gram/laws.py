@@ -11,7 +11,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from torch import Tensor
 
-from kgraph.gram.block import Block
+from kgraph.gram.block import Block, Draws
 from kgraph.gram.field import Field
 from kgraph.how import How
 
@@ -21,8 +21,6 @@ More = ParamSpec("More")
 OneLaw = Callable[Concatenate[Any, F, More], T | None]
 Asked = tuple[Any, Field, Field]
 """Who asks, a field of the law's own kind, and any other."""
-Draws = tuple[Tensor, Tensor | None]
-"""Draws of a field and of its NTK directions, [S, N, *places]."""
 
 
 class Table(Generic[T]):

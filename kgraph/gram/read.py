@@ -26,12 +26,13 @@ def gram_of(engine: Engine, name: str, value: Value, n1: int, n2: int | None) ->
         return _matrix(rows, forth, back, n1, n2)
 
     engine.second(u)  # a negative q value is an error
-    both = engine.pair(u, u).each(matrix)
+    block = engine.pair(u, u)
+    tangents = {name: matrix(block.tangent(name)) for name in engine.seeds}
     apart = None
     if not u.places or layout.name == "diagonal":
         differs = _one_minus_c(engine, u)
         apart = _matrix(rows, differs, differs, n1, n2)
-    return NodeGram(name, both.cov, both.ntk, u.places, engine.how(u).name, apart)
+    return NodeGram(name, matrix(block.cov), tangents, u.places, engine.how(u).name, apart)
 
 
 def _one_minus_c(engine: Engine, u: Field) -> Tensor:

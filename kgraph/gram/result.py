@@ -17,7 +17,7 @@ class NodeGram:
     Attributes:
         name: fx node name.
         nngp: E[u_a u_b] averaged over channels, ``[n1, n2, *places]`` or ``[n1, n2, *places, *places]`` (full).
-        ntk: NTK block, alike; None if not asked for.
+        tangents: alike, by name (`kgraph.gram.tangents`); "ntk" if it was asked for.
         places: sizes of the position axes.
         how: how the numbers were obtained.
         one_minus_c: 1 - c, ``[n1, n2, *places]``; nan where q = 0. Under "diagonal" positions it is carried from layer
@@ -27,7 +27,7 @@ class NodeGram:
 
     name: str
     nngp: Tensor
-    ntk: Tensor | None
+    tangents: dict[str, Tensor]
     places: tuple[int, ...]
     how: str
     one_minus_c: Tensor | None = None
@@ -35,8 +35,14 @@ class NodeGram:
     def to(self, device: torch.device) -> NodeGram:
         """The same with its tensors on another device."""
         device = device_named(device)
-        moved = {n: getattr(self, n) for n in ("nngp", "ntk", "one_minus_c")}
-        return replace(self, **{n: None if t is None else t.to(device) for n, t in moved.items()})
+        tangents = {name: t.to(device) for name, t in self.tangents.items()}
+        apart = None if self.one_minus_c is None else self.one_minus_c.to(device)
+        return replace(self, nngp=self.nngp.to(device), tangents=tangents, one_minus_c=apart)
+
+    @property
+    def ntk(self) -> Tensor | None:
+        """The NTK's block; None if it was not asked for."""
+        return self.tangents.get("ntk")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from kgraph.gram.device import here, uniform
 from kgraph.gram.rules.table import Context, parameters_behind
+from kgraph.gram.tangents import Own
 
 _PROBES = 4
 _INSTEAD = "kgraph.nngp leaves the NTK out, kgraph.empirical_ntk measures it"
@@ -69,43 +70,36 @@ def _signs(like: Tensor, probe: int) -> Tensor:
     return (2.0 * (drawn < 0.5).double() - 1.0).to(like)
 
 
-def _speed(context: Context, name: str, leaf: Tensor) -> float | Tensor:
-    """How fast a parameter itself moves."""
-    own = context.multipliers.get(name, 1.0)
-    if context.engine.parametrization == "standard":
-        return own
-    return own * context.variances.get(name, float(leaf.detach().double().square().mean()))
-
-
-def _total(context: Context, source: _Source) -> tuple[float | Tensor, list[list[Tensor]]]:
-    """Mean of the diagonal of J J^T, speeds counted in, and ``J^T v`` of all probes v (entries +-1)."""
+def _shares(context: Context, source: _Source) -> tuple[dict[str, float], list[list[Tensor]]]:
+    """Every parameter's share of the mean of the diagonal of J J^T, and ``J^T v`` of all probes v (entries +-1)."""
     probes = [source.slopes(_signs(source.value, probe)) for probe in range(_PROBES)]
-    total: float | Tensor = 0.0
+    shares: dict[str, float] = {}
     for i, (name, leaf) in enumerate(zip(source.names, source.leaves, strict=True)):
         square = sum(float(found[i].square().sum()) for found in probes) / _PROBES
-        total = total + _speed(context, name, leaf) * (square / max(source.value.numel(), 1))
-    return total, probes
+        speed = 1.0
+        if context.engine.parametrization == "ntk":
+            speed = context.variances.get(name, float(leaf.detach().double().square().mean()))
+        shares[name] = speed * (square / max(source.value.numel(), 1))
+    return shares, probes
 
 
-def layer_speed(context: Context, name: str) -> float | Tensor:
-    """Factor on a weight's or bias's own part of the NTK; 0 where nothing behind it is trained."""
+def layer_terms(context: Context, name: str) -> Own:
+    """Factors on a weight's or bias's own terms; none where nothing behind it moves."""
     node = context.named.get(name)
-    if node is None:
-        return context.multipliers.get(name, 1.0)
-    if node.op == "get_attr":
-        return context.multipliers.get(name, 1.0) if context.trained(name) else 0.0
-    if not parameters_behind(context, node):
-        return 0.0
+    if node is None or node.op == "get_attr":
+        return context.own({name: 1.0}) if node is None or context.trained(name) else {}
+    if not context.moves(node):
+        return {}
     source = _source(context, node, unchanged)
-    total, _ = _total(context, source)
+    shares, _ = _shares(context, source)
     if context.engine.parametrization == "standard":
-        return total
+        return context.own(shares)
     moment = float(source.value.detach().double().square().mean())
-    return total / moment if moment else 0.0
+    return context.own({name: share / moment for name, share in shares.items()}) if moment else {}
 
 
-def entry_speed(context: Context, node: fx.Node, change: Change, places: bool) -> float | Tensor:
-    """Mean square speed of the entries of a tensor that is used entry by entry.
+def entry_terms(context: Context, node: fx.Node, change: Change, places: bool) -> Own:
+    """Own terms of a tensor that is used entry by entry: the mean square speed of its entries.
 
     Args:
         node: the tensor; ``change`` says what is made of it.
@@ -115,7 +109,7 @@ def entry_speed(context: Context, node: fx.Node, change: Change, places: bool) -
         RuleError: they do not.
     """
     source = _source(context, node, change)
-    total, probes = _total(context, source)
+    shares, probes = _shares(context, source)
     # |J^T v| is the same for all v where every entry of a parameter feeds one entry of the tensor.
     alike = all(
         torch.allclose(a.abs(), b.abs(), rtol=1e-5) for f in probes[1:] for a, b in zip(probes[0], f, strict=True)
@@ -124,7 +118,7 @@ def entry_speed(context: Context, node: fx.Node, change: Change, places: bool) -
         what = f"no rule for the part of {source.names[0]!r} in the NTK: positions share it, or move unlike one another"
         raise context.error(what, _INSTEAD)
     _read(context, source, node.name)
-    return total
+    return context.own(shares)
 
 
 def repeated(context: Context, node: fx.Node, change: Change, dims: list[int]) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -54,11 +54,11 @@ def positions_of(graph: Graph) -> int:
     return most
 
 
-def bytes_of_a_row(graph: Graph, layout: str, with_ntk: bool) -> int:
-    """Memory that one pair of inputs takes while the kernels are computed."""
+def bytes_of_a_row(graph: Graph, layout: str, tangents: int) -> int:
+    """Memory that one pair of inputs takes while its kernel and that many tangents are computed."""
     positions = positions_of(graph)
     numbers = {"full": positions**2, "exchangeable": 2}.get(layout, positions)
-    return numbers * 8 * LIVE_BLOCKS * (2 if with_ntk else 1)
+    return numbers * 8 * LIVE_BLOCKS * (1 + tangents)
 
 
 def needs_whole_batch(graph: Graph, mode: str) -> bool:
@@ -115,13 +115,12 @@ def assembled(parts: list[tuple[Tile, NodeGram]], n1: int, n2: int | None) -> No
     """The whole matrices of one node."""
     last = max((gram for _, gram in parts), key=lambda gram: gram.how)
 
-    def whole(name: str) -> Tensor | None:
-        tensors = [(tile, getattr(gram, name)) for tile, gram in parts]
-        return None if tensors[0][1] is None else _placed(tensors, last.places, n1, n2)
+    def whole(number: Callable[[NodeGram], Tensor]) -> Tensor:
+        return _placed([(tile, number(gram)) for tile, gram in parts], last.places, n1, n2)
 
-    nngp = whole("nngp")
-    assert nngp is not None
-    return replace(last, nngp=nngp, ntk=whole("ntk"), one_minus_c=whole("one_minus_c"))
+    apart = None if last.one_minus_c is None else whole(lambda gram: gram.one_minus_c)  # type: ignore[return-value]
+    tangents = {name: whole(lambda gram, name=name: gram.tangents[name]) for name in last.tangents}
+    return replace(last, nngp=whole(lambda gram: gram.nngp), tangents=tangents, one_minus_c=apart)
 
 
 def _placed(parts: list[tuple[Tile, Tensor]], places: tuple[int, ...], n1: int, n2: int | None) -> Tensor:

@@ -21,6 +21,7 @@ from kgraph.gram.engine import Engine
 from kgraph.gram.moments import Moments
 from kgraph.gram.rules import Context, find_rule, sample, several, unary
 from kgraph.gram.rules.table import untransposed
+from kgraph.gram.tangents import Own
 from kgraph.gram.value import Axis, CannotFollow, Value
 from kgraph.propagate import known_result
 from kgraph.roots import Root
@@ -40,13 +41,11 @@ class Options:
     Attributes:
         mode: "train" or "eval".
         variances: declared E[w^2] by parameter name; measured where absent.
-        multipliers: learning-rate multipliers by parameter name.
         moments: what was measured on the model's tensors by earlier walks.
     """
 
     mode: str
     variances: Mapping[str, float] = field(default_factory=dict)
-    multipliers: Mapping[str, float | Tensor] = field(default_factory=dict)
     moments: Moments = field(default_factory=Moments)
 
 
@@ -97,7 +96,8 @@ class Walk:
 
     def _placeholder(self, node: fx.Node, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
-            known = known_input(node, value)
+            moves = {name: seed.at_inputs for name, seed in self.engine.seeds.items() if seed.at_inputs}
+            known = known_input(node, value, moves)
             self.engine.draws.channels = max(self.engine.draws.channels, known.channels)
             return known
         if isinstance(value, Tensor):
@@ -152,7 +152,6 @@ class Walk:
             self.graph.module,
             self.uses,
             dict(self.options.variances),
-            dict(self.options.multipliers),
             self.named,
             self.options.moments,
         )
@@ -177,8 +176,8 @@ def _refuse_noise(node: fx.Node) -> None:
         )
 
 
-def known_input(node: fx.Node, x: Tensor) -> Value:
-    """Real inputs: a known field [N, C, *places]."""
+def known_input(node: fx.Node, x: Tensor, own: Own) -> Value:
+    """Real inputs: a known field [N, C, *places], whose tangents start with ``own``."""
     channel = channel_dim(node, x.ndim)
     data = x.detach().double().movedim(channel, 1)
     sizes = [s for i, s in enumerate(x.shape) if i not in (0, channel) and s > 1]
@@ -187,7 +186,8 @@ def known_input(node: fx.Node, x: Tensor) -> Value:
         role = "b" if i == 0 else "c" if i == channel else "p"
         axes.append(((role, size),) if size > 1 or role == "b" else ())
     root = Root(f"input {node.name}")  # what else reads these numbers is not independent of them
-    known = f.Known(tuple(sizes), frozenset({root}), data=data.reshape(len(x), x.shape[channel], *sizes))
+    data = data.reshape(len(x), x.shape[channel], *sizes)
+    known = f.Known(tuple(sizes), frozenset({root}), data=data, own=own, given=True)
     return Value(((x.shape[channel], known),), tuple(axes))
 
 

@@ -13,6 +13,7 @@ psi is f itself where f is homogeneous, as relu is (Euler).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -31,37 +32,12 @@ class TrainedFactor:
     shift: float
 
 
-def correction(
-    fn: Pointwise,
-    mean: float,
-    factor: TrainedFactor,
-    sides: tuple[Tensor, Tensor],
-    cov: Tensor,
-    dual: tuple[Tensor, Tensor],
-) -> Tensor:
-    """What the factor's part is more than independence gives it.
-
-    Args:
-        fn: of z - mean.
-        mean: of z.
-        sides, cov: variances and covariance of z - mean.
-        dual: those of ``fn`` there.
-    """
-    value, slope = dual
-    b = mean - factor.shift
-    if not (b == 0.0 and homogeneous(fn)):
-        value = tangent(fn, b).dual(*sides, cov)[0]
-    return factor.gain * (value - slope * (cov + b * b))
-
-
-_known: dict[tuple[Pointwise, float], Pointwise] = {}
-
-
-def tangent(fn: Pointwise, b: float) -> Pointwise:
-    """``psi(z) = fn'(z) (z + b)``; made once."""
-    if (fn, b) not in _known:
-        _known[fn, b] = Pointwise(lambda z: value_and_slope(fn.fn, z)[1] * (z + b))
-    return _known[fn, b]
+@cache
+def by_factor(fn: Pointwise, b: float) -> Pointwise:
+    """``psi(z) = fn'(z) (z + b)``; ``fn`` itself where it is that."""
+    if b == 0.0 and homogeneous(fn):
+        return fn
+    return Pointwise(lambda z: value_and_slope(fn.fn, z)[1] * (z + b))
 
 
 def homogeneous(fn: Pointwise) -> bool:

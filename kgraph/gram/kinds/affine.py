@@ -46,30 +46,39 @@ def affine_block(engine: Engine, u: f.Affine, v: f.Affine) -> Block:
 def _through_layer(engine: Engine, inner: Block, u: f.Affine, v: f.Affine) -> Block:
     """K' = sum_o sw2_o K at tap o + sb2; T' = own K + own + sum_o sw2_o T at tap o."""
     layer = u.layer
-    weight_own, bias_own = layer.own
     if inner.cov.ndim == 0:
         shape = engine.layout.shape(u.arg.places, v.arg.places)
-        inner = Block(inner.cov.expand(len(engine.rows.first), *shape), inner.ntk)
+        inner = Block(inner.cov.expand(len(engine.rows.first), *shape), inner.tangents)
     geometry = layer.geometry
     if geometry is None:
-        summed, counted = inner.times(layer.weight), (inner.cov, 1.0)
+        summed = inner.times(layer.weight)
     else:
         summed = inner.each(lambda x: convolve(engine.layout, x, geometry, u.arg.places))
-        counted = (summed.cov, 1.0)
     cov = summed.cov + layer.bias if layer.bias else summed.cov
-    if summed.ntk is None:
-        return Block(cov)
+    if not (layer.own or layer.own_bias):
+        return Block(cov, summed.tangents)
+    kernel, factor = _counted(engine, inner.cov, summed.cov, u)
+    unit = layer.bias if engine.parametrization == "ntk" else 1.0
+    tangents = dict(summed.tangents)
+    for name in {**layer.own, **layer.own_bias}:
+        weight, bias = layer.own.get(name, 0.0) * factor, layer.own_bias.get(name, 0.0) * unit
+        tangents[name] = _own(kernel, weight, bias, summed.tangent(name))
+    return Block(cov, tangents)
+
+
+def _counted(engine: Engine, inner: Tensor, summed: Tensor, u: f.Affine) -> tuple[Tensor, float | Tensor]:
+    """The kernel that the weight's own term is a multiple of, and by what: of what it reads, all entries alike."""
     if engine.parametrization == "ntk":
-        return Block(cov, _own(summed.cov, weight_own, bias_own * layer.bias, summed.ntk))
-    if geometry is not None:
-        counted = count_taps(engine.layout, inner.cov, summed.cov, geometry, u.arg.places)
-    return Block(cov, _own(counted[0], weight_own * counted[1], bias_own, summed.ntk))
+        return summed, 1.0
+    geometry = u.layer.geometry
+    return (inner, 1.0) if geometry is None else count_taps(engine.layout, inner, summed, geometry, u.arg.places)
 
 
-def _own(kernel: Tensor, weight: float | Tensor, bias: float | Tensor, ntk: Tensor) -> Tensor:
-    """``weight kernel + bias + ntk`` with one new tensor: these are as large as kernels get."""
+def _own(kernel: Tensor, weight: float | Tensor, bias: float | Tensor, tangent: Tensor) -> Tensor:
+    """``weight kernel + bias + tangent`` with one new tensor: these are as large as kernels get."""
     total = kernel * weight
-    total = total.add_(ntk) if total.shape == torch.broadcast_shapes(total.shape, ntk.shape) else total + ntk
+    alike = total.shape == torch.broadcast_shapes(total.shape, tangent.shape)
+    total = total.add_(tangent) if alike else total + tangent
     return total.add_(bias) if isinstance(bias, Tensor) or bias else total
 
 

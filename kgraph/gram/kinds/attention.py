@@ -14,11 +14,9 @@ from torch import Tensor
 
 from kgraph.gram import field as f
 from kgraph.gram import laws
-from kgraph.gram.block import Block
-from kgraph.gram.device import normal
+from kgraph.gram.block import Block, Draws, added, names_of
 from kgraph.gram.engine import Engine
 from kgraph.gram.joint import JointDraws, root
-from kgraph.gram.laws import Draws
 from kgraph.gram.layout import NeedsFull
 from kgraph.gram.places import total_places
 
@@ -32,11 +30,6 @@ def _four(engine: Engine, x: Tensor, u: f.Field, v: f.Field, shared: int) -> Ten
     return whole.reshape(-1, count, u.places[shared], count, v.places[shared])
 
 
-def _crossed(left: Tensor, right: Tensor) -> Tensor:
-    """[R, S, i, S', j] and [R, S, k, S', l] -> [R, S, i, k, S', j, l]."""
-    return torch.einsum("rsiuj,rskul->rsikujl", left, right)
-
-
 @laws.pair.alike(f.Scores)
 def scores_block(engine: Engine, u: f.Scores, v: f.Scores) -> Block:
     """Block of two logit fields (their own: queries and keys of the same heads)."""
@@ -46,27 +39,18 @@ def scores_block(engine: Engine, u: f.Scores, v: f.Scores) -> Block:
     shape = (-1, *u.places, *v.places)
     factor = u.scale * v.scale * u.width
 
-    def term(left: Tensor, right: Tensor, crossed: bool) -> Tensor:
-        if crossed:
-            a = _four(engine, left, u.query, v.key, shared)
-            b = _four(engine, right, u.key, v.query, shared)
-            return torch.einsum("rsiul,rskuj->rsikujl", a, b).reshape(shape)
-        a = _four(engine, left, u.query, v.query, shared)
-        b = _four(engine, right, u.key, v.key, shared)
-        return _crossed(a, b).reshape(shape)
+    def straight(left: Tensor, right: Tensor) -> Tensor:
+        a, b = _four(engine, left, u.query, v.query, shared), _four(engine, right, u.key, v.key, shared)
+        return torch.einsum("rsiuj,rskul->rsikujl", a, b).reshape(shape)
 
-    tied = not (qk.zero or kq.zero)
-    cov = factor * term(qq.cov, kk.cov, False)
-    if tied:
-        cov = cov + factor * term(qk.cov, kq.cov, True)
-        x, y = engine.mean(u), engine.mean(v)
-        cov = cov + engine.layout.outer(engine.rows, x, y, u.places, v.places)
-    if qq.ntk is None or kk.ntk is None:
-        return Block(cov)
-    ntk = term(qq.ntk, kk.cov, False) + term(qq.cov, kk.ntk, False)
-    if tied and qk.ntk is not None and kq.ntk is not None:
-        ntk = ntk + term(qk.ntk, kq.cov, True) + term(qk.cov, kq.ntk, True)
-    return Block(cov, factor * ntk)
+    def crossed(left: Tensor, right: Tensor) -> Tensor:
+        a, b = _four(engine, left, u.query, v.key, shared), _four(engine, right, u.key, v.query, shared)
+        return torch.einsum("rsiul,rskuj->rsikujl", a, b).reshape(shape)
+
+    block = qq.product(kk, straight)
+    if not (qk.zero or kq.zero):
+        block = block + qk.product(kq, crossed)
+    return block.times(factor) + engine.outer_means(u, v)
 
 
 @laws.mean(f.Scores)
@@ -85,18 +69,23 @@ def scores_draws(draws: JointDraws, u: f.Scores) -> Draws | None:
     draws.spread(u)
     if draws.earlier(u):
         return None
-    mean = draws.engine.mean(u)
-    value = _scores(draws, u, ("cov", "cov")) + mean
-    if not draws.engine.with_ntk:
-        return value, None
-    return value, _scores(draws, u, ("ntk", "cov")) + _scores(draws, u, ("cov", "ntk"))
+    mean, (q, k) = draws.engine.mean(u), _roots(draws, u, None)
+    z, *dz = (draws.normal(q.shape[1], k.shape[1]) for _ in range(3 if draws.engine.seeds else 1))
+    tangents: dict[str, Tensor] = {}
+    for name in names_of(draws.engine.pair(t, t) for t in (u.query, u.key)):
+        dq, dk = _roots(draws, u, name)
+        tangents[name] = _scores(draws, u, dq, dz[0], k) + _scores(draws, u, q, dz[1], dk)
+    return Draws(_scores(draws, u, q, z, k) + mean, tangents)
 
 
-def _scores(draws: JointDraws, u: f.Scores, names: tuple[str, str]) -> Tensor:
-    """``s sqrt(d) Q Z K^T`` with Q Q^T and K K^T the kernels of queries and keys, [S, N, *places]."""
+def _roots(draws: JointDraws, u: f.Scores, name: str | None) -> tuple[Tensor, Tensor]:
+    """Q and K with Q Q^T and K K^T the covariances (None) or a tangent of queries and of keys."""
+    return root(draws.matrix(u.query, u.query, name)[0]), root(draws.matrix(u.key, u.key, name)[0])
+
+
+def _scores(draws: JointDraws, u: f.Scores, q: Tensor, z: Tensor, k: Tensor) -> Tensor:
+    """``s sqrt(d) Q Z K^T``, [S, N, *places]."""
     inputs, shared = draws.engine.rows.inputs, total_places(u.places[: u.shared])
-    q, k = (root(draws.matrix(t, t, name)[0]) for t, name in zip((u.query, u.key), names, strict=True))
-    z = normal((draws.count, q.shape[1], k.shape[1]), draws.generator())
     ti, tk = u.places[u.shared], u.places[u.shared + 1]
     q, k = q.reshape(inputs * shared, ti, -1), k.reshape(inputs * shared, tk, -1)
     value = torch.stack([a @ z @ b.mT for a, b in zip(q, k, strict=True)], 1)
@@ -107,9 +96,7 @@ def _scores(draws: JointDraws, u: f.Scores, names: tuple[str, str]) -> Tensor:
 def attended_draws(draws: JointDraws, u: f.Attended) -> Draws:
     """``sum_k A_ik v_k`` draw by draw."""
     draws.spread(u)
-    (a, da), (v, dv) = draws.of(u.weights), draws.of(u.value)
-    value = _averages(a, v)
-    return value, None if da is None or dv is None else _averages(da, v) + _averages(a, dv)
+    return draws.of(u.weights).product(draws.of(u.value), _averages)
 
 
 def _averages(weights: Tensor, value: Tensor) -> Tensor:
@@ -154,23 +141,22 @@ def _known_weights(engine: Engine, u: f.Attended, v: f.Attended, values: Block) 
 def _drawn_weights(engine: Engine, u: f.Attended, v: f.Attended, values: Block) -> Block:
     rows, draws = engine.rows, engine.draws
     draws.used.update((u, v))
-    (a, da), (b, db) = draws.of(u.weights), draws.of(v.weights)
+    left, right = draws.of(u.weights), draws.of(v.weights)
 
     def moment(x: Tensor, y: Tensor, middle: Tensor) -> Tensor:
         four = _four(engine, middle, u.value, v.value, u.shared)
         total = []
         for row, (one, two) in enumerate(zip(rows.first.tolist(), rows.second.tolist(), strict=True)):
-            left = x[:, one].reshape(1, len(x), -1, *u.weights.places[-2:])
-            right = y[:, two].reshape(1, len(y), -1, *v.weights.places[-2:])
-            total.append(_contract(left, four[row : row + 1], right, len(x)))
+            a = x[:, one].reshape(1, len(x), -1, *u.weights.places[-2:])
+            b = y[:, two].reshape(1, len(y), -1, *v.weights.places[-2:])
+            total.append(_contract(a, four[row : row + 1], b, len(x)))
         return torch.cat(total).reshape(-1, *u.places, *v.places)
 
-    cov = moment(a, b, values.cov)
-    if values.ntk is None:
-        return Block(cov)
-    if da is None or db is None:
-        return Block(cov, torch.full_like(cov, float("nan")))
-    return Block(cov, moment(a, b, values.ntk) + moment(da, db, values.cov))
+    tangents = {name: moment(left.value, right.value, t) for name, t in values.tangents.items()}
+    both = {
+        name: moment(t, right.tangents[name], values.cov) for name, t in left.tangents.items() if name in right.tangents
+    }
+    return Block(moment(left.value, right.value, values.cov), added(tangents, both))
 
 
 def _block_weights(engine: Engine, u: f.Attended, v: f.Attended, values: Block) -> Block:
@@ -185,10 +171,7 @@ def _block_weights(engine: Engine, u: f.Attended, v: f.Attended, values: Block) 
         four = _four(engine, y, u.value, v.value, u.shared)
         return torch.einsum("rsikujl,rskul->rsiuj", six, four).reshape(-1, *u.places, *v.places)
 
-    cov = contract(weights.cov, values.cov)
-    if weights.ntk is None or values.ntk is None:
-        return Block(cov)
-    return Block(cov, contract(weights.ntk, values.cov) + contract(weights.cov, values.ntk))
+    return weights.product(values, contract)
 
 
 @laws.mean(f.Attended)

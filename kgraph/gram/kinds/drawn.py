@@ -6,19 +6,21 @@ import torch
 
 from kgraph.gram import field as f
 from kgraph.gram import laws
+from kgraph.gram.block import Draws, names_of
 from kgraph.gram.joint import JointDraws
-from kgraph.gram.laws import Draws
 
 
 @laws.draw(f.Drawn)
 def drawn_draws(draws: JointDraws, u: f.Drawn) -> Draws:
     draws.spread(u)
     drawn = [draws.of(arg) for arg in u.args]
-    values = tuple(x.contiguous() for x, _ in drawn)
-    tangents = tuple(d.contiguous() for _, d in drawn if d is not None)
-    if not draws.engine.with_ntk or len(tangents) < len(drawn):
-        return u.run(*values), None
-    try:
-        return torch.func.jvp(u.run, values, tangents)[:2]  # type: ignore[return-value]
-    except (NotImplementedError, RuntimeError):
-        return u.run(*values), None
+    values = tuple(x.value.contiguous() for x in drawn)
+    result, tangents = None, {}
+    for name in names_of(drawn):
+        along = tuple(x.along(name).contiguous() for x in drawn)
+        try:
+            result, tangents[name] = torch.func.jvp(u.run, values, along)[:2]
+        except (NotImplementedError, RuntimeError):  # nobody knows its derivative
+            result = u.run(*values)
+            tangents[name] = torch.full_like(result, torch.nan)
+    return Draws(u.run(*values) if result is None else result, tangents)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kgraph.gram import field as f
 from kgraph.gram import laws
-from kgraph.gram.block import Block, nothing
+from kgraph.gram.block import Block, Draws, names_of, nothing
 from kgraph.gram.calculus import Side
 from kgraph.gram.engine import Engine
 from kgraph.gram.field import Field
 from kgraph.gram.gaps import Gaps
 from kgraph.gram.joint import JointDraws
-from kgraph.gram.laws import Draws
 from kgraph.gram.layout import NeedsFull
 
 
@@ -48,8 +48,8 @@ def _one_side(e: Side, u: f.Joined, v: Field) -> Block:
         ]
         return torch.cat(wide, 1 + (len(v.places) if e.swapped else 0) + u.axis)
 
-    ntk = [part.ntk for part in parts if part.ntk is not None]
-    return Block(join([part.cov for part in parts]), join(ntk) if ntk else None)
+    tangents = {name: join([part.tangent(name) for part in parts]) for name in names_of(parts)}
+    return Block(join([part.cov for part in parts]), tangents)
 
 
 @laws.pair.alike(f.Joined)
@@ -61,23 +61,23 @@ def both_joined_block(engine: Engine, u: f.Joined, v: f.Joined) -> Block | None:
         return _one_side(Side(engine, False), u, v)
     apart = engine.layout.name == "diagonal"
     grid = [
-        [nothing(engine.with_ntk) if apart and i != j else engine.pair(a, b) for j, b in enumerate(v.args)]
+        [nothing() if apart and i != j else engine.pair(a, b) for j, b in enumerate(v.args)]
         for i, a in enumerate(u.args)
     ]
-    cov = engine.layout.join([[b.cov for b in line] for line in grid], u.axis, engine.rows, places)
-    if not engine.with_ntk:
-        return Block(cov)
-    ntk = [[b.ntk for b in line if b.ntk is not None] for line in grid]
-    return Block(cov, engine.layout.join(ntk, u.axis, engine.rows, places))
+
+    def join(number: Callable[[Block], Tensor]) -> Tensor:
+        return engine.layout.join([[number(b) for b in line] for line in grid], u.axis, engine.rows, places)
+
+    names = names_of(block for line in grid for block in line)
+    return Block(join(lambda b: b.cov), {name: join(partial(Block.tangent, name=name)) for name in names})
 
 
 @laws.draw(f.Joined)
 def joined_draws(draws: JointDraws, u: f.Joined) -> Draws:
     draws.spread(u)
     drawn = [draws.of(arg) for arg in u.args]
-    directions = [d for _, d in drawn if d is not None]
-    value = torch.cat([x for x, _ in drawn], 2 + u.axis)
-    return value, torch.cat(directions, 2 + u.axis) if len(directions) == len(drawn) else None
+    tangents = {name: torch.cat([x.along(name) for x in drawn], 2 + u.axis) for name in names_of(drawn)}
+    return Draws(torch.cat([x.value for x in drawn], 2 + u.axis), tangents)
 
 
 @laws.mean(f.Grouped)

@@ -7,30 +7,27 @@ from torch import Tensor
 
 from kgraph.gram import field as f
 from kgraph.gram import laws
-from kgraph.gram.block import Block, nothing
+from kgraph.gram.block import Block, Draws
 from kgraph.gram.calculus import Side
-from kgraph.gram.device import normal
 from kgraph.gram.field import Field
 from kgraph.gram.gaps import Gaps
 from kgraph.gram.joint import JointDraws
-from kgraph.gram.laws import Draws
 
 laws.mean(f.Known)(lambda engine, u: u.data.mean(1))
 
 
 @laws.pair.outright(f.Known)
 def known_block(e: Side, u: f.Known, v: Field) -> Block | None:
-    """<x, y> / C; a trained parameter's own NTK is 1 (times its gain)."""
+    """<x, y> / C; what moves has own terms between equal positions of itself."""
     if not isinstance(v, f.Known):
         return None
     engine, channels = e.engine, max(u.data.shape[1], v.data.shape[1])
     if u.data.shape[1] != v.data.shape[1] and 1 not in (u.data.shape[1], v.data.shape[1]):
         return e.apart(u, v)
     x, y = (t.expand(t.shape[0], channels, *t.shape[2:]) for t in (u.data, v.data))
-    ntk = nothing(engine.with_ntk).ntk
-    if engine.with_ntk and u.roots and u.roots == v.roots and u.gain:
-        ntk = u.gain * engine.layout.alike(u.places)
-    return Block(engine.layout.known(engine.rows, x, y), ntk)
+    own = u.own if u.roots == v.roots else {}
+    tangents = {name: term * engine.layout.alike(u.places) for name, term in own.items()}
+    return Block(engine.layout.known(engine.rows, x, y), tangents)
 
 
 @laws.gap.outright(f.Known)
@@ -50,8 +47,9 @@ def known_draws(draws: JointDraws, u: f.Known) -> Draws:
     turn = torch.arange(draws.count)
     chosen = turn % channels if channels <= draws.count else turn * channels // draws.count
     value = u.data[:, chosen].transpose(0, 1).expand(-1, inputs, *u.places)
-    if not draws.engine.with_ntk:
-        return value, None
-    shape = (draws.count, 1, *u.places)  # one direction for a parameter, however often it is read
-    direction = draws.once((u.roots, u.places), lambda: normal(shape, draws.generator()))
-    return value, (u.gain**0.5 * direction).expand(-1, inputs, *u.places)
+    if not draws.engine.seeds:
+        return Draws(value)
+    shape = (1, *u.places)  # one direction for a parameter, however often it is read
+    direction = draws.once((u.roots, u.places), lambda: draws.normal(*shape))
+    tangents = {name: (term**0.5 * direction).expand(-1, inputs, *u.places) for name, term in u.own.items()}
+    return Draws(value, tangents)

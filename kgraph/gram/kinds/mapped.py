@@ -1,31 +1,31 @@
 """Functions of fields: of one Gaussian, of two, against what is Gaussian.
 
-pair(f(u), f(v)) = E[f f],  NTK = E[f' f'] NTK(u, v)
+pair(f(u), f(v)) = E[f f],  tangents E[f' f'] T(u, v)
 pair(f(u), v)    = E[f'(u)] cov(u, v) + E[f] E[v]        (Stein's lemma)
 """
 
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from kgraph.gram import field as f
 from kgraph.gram import laws
-from kgraph.gram.block import Block
+from kgraph.gram.block import Block, Draws, added
 from kgraph.gram.calculus import Calculus, Side
 from kgraph.gram.engine import Engine
-from kgraph.gram.factors import holds_factor, trained_factor, unresolved
+from kgraph.gram.factors import Factor, factors
 from kgraph.gram.field import Field
 from kgraph.gram.gaps import Gaps
 from kgraph.gram.joint import JointDraws
-from kgraph.gram.laws import Draws
 from kgraph.how import QUADRATURE, How, assumed
 from kgraph.maps import Pointwise
 from kgraph.maps.cross import cross
 from kgraph.maps.quadrature import line_rule, value_and_slope
-from kgraph.maps.tangent import correction
+from kgraph.maps.tangent import by_factor
 
 _CLOSE = 1e-3
 
@@ -57,42 +57,64 @@ def mapped_mean(engine: Engine, u: f.Mapped) -> Tensor | None:
 
 @laws.how(f.Mapped)
 def mapped_how(engine: Engine, u: f.Mapped) -> How | None:
-    if engine.with_ntk and unresolved(u.arg):
+    if factors(u.arg) is None:
         return assumed("the gradient by a factor in front of a nonlinearity is taken to be independent of it")
     return QUADRATURE if u.fn.how == "quadrature" or u in engine.crossed else None
 
 
 @laws.pair.alike(f.Mapped)
 def mapped_block(engine: Engine, u: f.Mapped, v: f.Mapped) -> Block | None:
+    """None for one function at two levels, and for two where factors in front of them cannot be told apart."""
     if not (u.arg.gaussian and v.arg.gaussian):
         return None
-    return _one_function(engine, u, v) if u.fn is v.fn else _two_functions(engine, u, v)
-
-
-def _variances(engine: Engine, u: f.Mapped, v: f.Mapped) -> tuple[Tensor, Tensor]:
-    """Those of the arguments on either side of a block."""
-    q1, q2 = engine.variance(u.arg), engine.variance(v.arg)
-    return engine.layout.sides(engine.rows, q1, q2, u.arg.places, v.arg.places)
-
-
-def _one_function(engine: Engine, u: f.Mapped, v: f.Mapped) -> Block | None:
-    shift = engine.level(u.arg)
-    if shift != engine.level(v.arg):
+    (x, mine), (y, theirs), resolved = _still(u.arg, v.arg)
+    levels = engine.level(x), engine.level(y)
+    if u.fn is not v.fn:
+        engine.crossed.update((u, v))
+        if not resolved:
+            return None
+    elif levels[0] != levels[1]:
         return None
-    fn, inner, variances = centred(u.fn, shift), engine.pair(u.arg, v.arg), _variances(engine, u, v)
-    around = inner.cov - shift**2 if shift else inner.cov
-    cov, slope = fn.dual(*variances, around)
-    if inner.ntk is None:
-        return Block(cov)
-    factor = trained_factor(u.arg)
-    if factor is not None and u.arg.roots == v.arg.roots and factor == trained_factor(v.arg):
-        more = correction(fn, shift, factor, variances, around, (cov, slope))
-        return Block(cov, slope * inner.ntk + more)
-    if engine.gaps is not None and u is v:
+    one, two, inner = centred(u.fn, levels[0]), centred(v.fn, levels[1]), engine.pair(x, y)
+    variances = engine.layout.sides(engine.rows, engine.variance(x), engine.variance(y), x.places, y.places)
+    around = inner.cov - levels[0] * levels[1] if all(levels) else inner.cov
+    cov, slope = _dual(one, two, variances, around)
+    if engine.gaps is not None and inner.tangents and u is v:
         slope = _sharper(engine.gaps, u, slope, cov)
-    if torch.is_grad_enabled() or slope.shape != inner.ntk.shape:
-        return Block(cov, slope * inner.ntk)
-    return Block(cov, slope.mul_(inner.ntk))  # the slope is ours, and as large as kernels get
+    block = _through(inner, cov, slope)
+    for a, b in product(mine, theirs):
+        shared = engine.pair(a.known, b.known).tangents
+        if shared:
+            psi = by_factor(one, levels[0] - a.shift), by_factor(two, levels[1] - b.shift)
+            kernel = cov if psi == (one, two) else _dual(*psi, variances, around)[0]
+            own = {name: kernel * (t / (a.size * b.size)) for name, t in shared.items()}
+            block = Block(cov, added(block.tangents, own))
+    return block
+
+
+_Side = tuple[Field, tuple[Factor, ...]]
+
+
+def _still(u: Field, v: Field) -> tuple[_Side, _Side, bool]:
+    """Both with factors that do not move, and those; as they are, and False, where factors cannot be told apart."""
+    one, two = factors(u), factors(v)
+    if one is None or two is None:
+        return (u, ()), (v, ()), False
+    return (one.still, one.each), (two.still, two.each), True
+
+
+def _dual(one: Pointwise, two: Pointwise, variances: tuple[Tensor, Tensor], cov: Tensor) -> tuple[Tensor, Tensor]:
+    """``(E[f g], E[f' g'])``."""
+    return one.dual(*variances, cov) if one is two else cross(one, two, *variances, cov)
+
+
+def _through(inner: Block, cov: Tensor, slope: Tensor) -> Block:
+    """The block behind a function; in the slope's memory where that is enough, for it is as large as kernels get."""
+    if len(inner.tangents) == 1 and not torch.is_grad_enabled():
+        ((name, tangent),) = inner.tangents.items()
+        if slope.shape == tangent.shape:
+            return Block(cov, {name: slope.mul_(tangent)})
+    return inner.mapped(cov, slope)
 
 
 def _sharper(gaps: Gaps, u: f.Mapped, slope: Tensor, cov: Tensor) -> Tensor:
@@ -105,17 +127,6 @@ def _sharper(gaps: Gaps, u: f.Mapped, slope: Tensor, cov: Tensor) -> Tensor:
     return torch.where(close, exact, slope)
 
 
-def _two_functions(engine: Engine, u: f.Mapped, v: f.Mapped) -> Block | None:
-    """None where a trained factor stands in front of them."""
-    engine.crossed.update((u, v))
-    inner = engine.pair(u.arg, v.arg)
-    if inner.ntk is not None and (holds_factor(u.arg) or holds_factor(v.arg)):
-        return None
-    one, two = engine.level(u.arg), engine.level(v.arg)
-    cov, slope = cross(centred(u.fn, one), centred(v.fn, two), *_variances(engine, u, v), inner.cov - one * two)
-    return Block(cov, None if inner.ntk is None else slope * inner.ntk)
-
-
 @laws.pair.against(f.Mapped)
 def stein_block(e: Side, u: f.Mapped, v: Field) -> Block | None:
     """``E[f(u) v] = E[f'(u)] cov(u, v) + E[f] E[v]``."""
@@ -126,7 +137,7 @@ def stein_block(e: Side, u: f.Mapped, v: Field) -> Block | None:
     cov = (inner.cov - engine.level(u.arg) * level) * factor
     if level:
         cov = cov + e.outer(engine.means(u), engine.means(v), u.places, v.places)
-    return Block(cov, None if inner.ntk is None else inner.ntk * factor)
+    return inner.mapped(cov, factor)
 
 
 def _slope(engine: Calculus, u: f.Mapped) -> Tensor:
@@ -163,6 +174,5 @@ def stein_gap(gaps: Gaps, u: f.Mapped, v: Field) -> Tensor | None:
 
 @laws.draw(f.Mapped)
 def mapped_draws(draws: JointDraws, u: f.Mapped) -> Draws:
-    value, direction = draws.of(u.arg)
-    out, slope = value_and_slope(u.fn.fn, value)
-    return out, None if direction is None else slope * direction
+    inner = draws.of(u.arg)
+    return inner.mapped(*value_and_slope(u.fn.fn, inner.value))

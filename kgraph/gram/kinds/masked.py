@@ -6,13 +6,12 @@ from torch import Tensor
 
 from kgraph.gram import field as f
 from kgraph.gram import laws
-from kgraph.gram.block import Block
+from kgraph.gram.block import Block, Draws
 from kgraph.gram.calculus import Side
 from kgraph.gram.device import uniform
 from kgraph.gram.engine import Engine
 from kgraph.gram.field import Field
 from kgraph.gram.joint import JointDraws
-from kgraph.gram.laws import Draws
 
 laws.mean(f.Masked)(lambda engine, u: engine.mean(u.arg))
 
@@ -46,4 +45,4 @@ def _one_mask(engine: Engine, u: f.Masked) -> Tensor:
 def masked_draws(draws: JointDraws, u: f.Masked) -> Draws:
     shape = (draws.count, draws.engine.rows.inputs, *((1,) * len(u.places) if u.whole else u.places))
     factor = draws.once(u.mask.name, lambda: (uniform(shape, draws.generator()) < u.keep).double() / u.keep)
-    return draws.each(u.arg, lambda x: x * factor)
+    return draws.of(u.arg).times(factor)

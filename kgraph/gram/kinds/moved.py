@@ -7,13 +7,12 @@ from torch import Tensor
 
 from kgraph.gram import field as f
 from kgraph.gram import laws
-from kgraph.gram.block import Block
+from kgraph.gram.block import Block, Draws
 from kgraph.gram.calculus import Calculus, Side
 from kgraph.gram.engine import Engine
 from kgraph.gram.field import Field
 from kgraph.gram.gaps import Gaps
 from kgraph.gram.joint import JointDraws
-from kgraph.gram.laws import Draws
 from kgraph.gram.places import apply
 
 laws.mean(f.Moved)(lambda engine, u: apply(u.op, engine.means(u.arg), 1, u.arg.places))
@@ -46,7 +45,7 @@ def _both_moved(engine: Calculus, x: Tensor, u: f.Moved, v: f.Moved) -> Tensor:
 @laws.draw(f.Moved)
 def moved_draws(draws: JointDraws, u: f.Moved) -> Draws:
     draws.spread(u)
-    return draws.each(u.arg, lambda x: apply(u.op, x, 2, u.arg.places))
+    return draws.of(u.arg).each(lambda x: apply(u.op, x, 2, u.arg.places))
 
 
 @laws.pair.linear(f.Located)
@@ -57,7 +56,7 @@ def located_block(e: Side, u: f.Located, v: Field) -> Block:
     if not u.shift.any():
         return block
     constant = e.outer(u.shift, e.engine.means(v), u.places, v.places)
-    return Block(block.cov + constant, block.ntk)
+    return Block(block.cov + constant, block.tangents)
 
 
 @laws.gap.linear(f.Located)
@@ -84,8 +83,8 @@ def located_skew(gaps: Gaps, v: f.Located, t: Field) -> Tensor | None:
 
 @laws.draw(f.Located)
 def located_draws(draws: JointDraws, u: f.Located) -> Draws:
-    value, direction = draws.of(u.arg)
-    return value * u.gain + u.shift, None if direction is None else direction * u.gain
+    scaled = draws.of(u.arg).times(u.gain)
+    return Draws(scaled.value + u.shift, scaled.tangents)
 
 
 @laws.pair.alike(f.Folded)

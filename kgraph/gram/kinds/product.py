@@ -7,13 +7,12 @@ from torch import Tensor
 
 from kgraph.gram import field as f
 from kgraph.gram import laws
-from kgraph.gram.block import Block
+from kgraph.gram.block import Block, Draws
 from kgraph.gram.calculus import Side
 from kgraph.gram.engine import Engine
 from kgraph.gram.field import Field
 from kgraph.gram.gaps import Gaps
 from kgraph.gram.joint import JointDraws
-from kgraph.gram.laws import Draws
 
 laws.mean(f.Product)(lambda e, u: e.mean(u.left) * e.mean(u.right) if u.left.independent(u.right) else None)
 laws.mean(f.Crossed)(lambda e, u: e.mean(u.left) * e.mean(u.right))
@@ -34,7 +33,7 @@ def _gap(gaps: Gaps, u: f.Product | f.Crossed) -> Tensor:
 
 def _factor(u: f.Product) -> float | None:
     """The one number that the field multiplies, if it is untrained."""
-    return u.right.constant if isinstance(u.right, f.Known) and not u.right.gain else None
+    return u.right.constant if isinstance(u.right, f.Known) and not u.right.own else None
 
 
 @laws.pair.linear(f.Product)
@@ -54,13 +53,9 @@ def products_block(engine: Engine, u: f.Product, v: f.Product) -> Block | None:
     """A product of blocks where each factor shares random numbers with one of the other product's at most."""
     for pairs in (((u.left, v.left), (u.right, v.right)), ((u.left, v.right), (u.right, v.left))):
         if all(a.independent(b) for a in pairs[0] for b in pairs[1]):
-            return _times(*(engine.pair(*pair) for pair in pairs))
+            one, two = (engine.pair(*pair) for pair in pairs)
+            return one.product(two, torch.mul)
     return None
-
-
-def _times(one: Block, two: Block) -> Block:
-    ntk = None if one.ntk is None or two.ntk is None else one.ntk * two.cov + one.cov * two.ntk
-    return Block(one.cov * two.cov, ntk)
 
 
 @laws.pair.against(f.Product)
@@ -76,11 +71,10 @@ def known_factor_block(e: Side, u: f.Product, v: Field) -> Block | None:
 
 @laws.draw(f.Product)
 def product_draws(draws: JointDraws, u: f.Product) -> Draws:
-    (x, dx), (y, dy) = draws.of(u.left), draws.of(u.right)
-    return x * y, None if dx is None or dy is None else dx * y + x * dy
+    return draws.of(u.left).product(draws.of(u.right), torch.mul)
 
 
 @laws.pair.alike(f.Crossed)
 def crossed_block(engine: Engine, u: f.Crossed, v: f.Crossed) -> Block:
     """Every channel of one factor meets every one of the other: averages factorize, whatever they share."""
-    return _times(engine.pair(u.left, v.left), engine.pair(u.right, v.right))
+    return engine.pair(u.left, v.left).product(engine.pair(u.right, v.right), torch.mul)

@@ -8,13 +8,12 @@ from torch import Tensor
 from kgraph.errors import RuleError
 from kgraph.gram import field as f
 from kgraph.gram import laws
-from kgraph.gram.block import Block, nothing
+from kgraph.gram.block import Block, Draws, nothing
 from kgraph.gram.calculus import Side
 from kgraph.gram.engine import Engine
 from kgraph.gram.field import Field
 from kgraph.gram.gaps import Gaps
 from kgraph.gram.joint import JointDraws
-from kgraph.gram.laws import Draws
 from kgraph.how import How, assumed
 
 _ROUNDING = 1e-9
@@ -54,10 +53,7 @@ def sum_how(engine: Engine, u: f.Sum) -> How | None:
 
 @laws.pair.first(f.Sum)
 def sum_block(e: Side, u: f.Sum, v: Field) -> Block:
-    total = nothing(e.engine.with_ntk)
-    for weight, term in u.terms:
-        total = total + e.pair(term, v).times(weight)
-    return total
+    return sum((e.pair(term, v).times(weight) for weight, term in u.terms), nothing())
 
 
 @laws.gap.linear(f.Sum)
@@ -67,7 +63,5 @@ def sum_gap(gaps: Gaps, u: f.Sum, v: Field) -> Tensor:
 
 @laws.draw(f.Sum)
 def sum_draws(draws: JointDraws, u: f.Sum) -> Draws:
-    drawn = [(w, *draws.of(t)) for w, t in u.terms]
-    directions = [w * d for w, _, d in drawn if d is not None]
-    value = torch.stack([w * x for w, x, _ in drawn]).sum(0)
-    return value, torch.stack(directions).sum(0) if len(directions) == len(drawn) else None
+    first, *others = (draws.of(term).times(weight) for weight, term in u.terms)
+    return sum(others, first)

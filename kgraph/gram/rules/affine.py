@@ -18,7 +18,8 @@ from kgraph.gram.rules.measured import second_moment
 from kgraph.gram.rules.over_positions import position_layer, sums_positions
 from kgraph.gram.rules.repeats import draws_of
 from kgraph.gram.rules.table import Context, rule
-from kgraph.gram.shares import layer_speed
+from kgraph.gram.shares import layer_terms
+from kgraph.gram.tangents import times
 from kgraph.gram.taps import axis_runs, geometry_of, tap_shares
 from kgraph.gram.value import Axes, CannotFollow, Value, channel_range, place_start, places_of, roles, size_of
 from kgraph.how import EXACT, How, assumed
@@ -43,7 +44,7 @@ def fold(u: Field, axes: tuple[int, ...]) -> Field:
     if not axes:
         return u
     places = tuple(s for i, s in enumerate(u.places) if i not in axes)
-    if isinstance(u, f.Known) and not u.gain:
+    if isinstance(u, f.Known) and not u.own:
         data = u.data
         kept = [i for i in range(len(u.places)) if i not in axes]
         data = data.permute(0, 1, *(2 + i for i in axes), *(2 + i for i in kept))
@@ -74,21 +75,14 @@ def layer_output(context: Context, u: Field, layer: Layer, places: tuple[int, ..
 def make_layer(
     context: Context, names: tuple[str, str], weight: Tensor, bias: Tensor | None, fan_in: int, geometry: Any = None
 ) -> Layer:
-    """Moments of a layer and its NTK's own factors: (fan_in, 1) as PyTorch trains, (sw2, sb2) in NTK form."""
+    """Moments of a layer, and its own terms: times (fan_in, 1) as PyTorch trains, (sw2, sb2) in NTK form."""
     sb2 = second_moment(context, names[1], bias) if bias is not None else 0.0
     mean = 0.0 if bias is None or names[1] in context.variances else context.measured(real_mean, names[1], bias)
     sw2 = fan_in * second_moment(context, names[0], weight)
-    per_weight: float | Tensor = 0.0
-    per_bias: float | Tensor = 0.0
-    if context.engine.with_ntk:
-        per_weight = layer_speed(context, names[0])
-        per_bias = layer_speed(context, names[1]) if bias is not None else 0.0
-    if context.engine.parametrization == "ntk":
-        own = (per_weight, per_bias)
-    else:
-        count = float(fan_in if geometry is None else geometry.channels)
-        own = (count * per_weight, per_bias)
-    return Layer(names[0], sw2, sb2, mean, own, geometry)
+    own, own_bias = (layer_terms(context, name) for name in names)
+    if context.engine.parametrization == "standard":
+        own = times(own, float(fan_in if geometry is None else geometry.channels))
+    return Layer(names[0], sw2, sb2, mean, own, {} if bias is None else own_bias, geometry)
 
 
 def _linear(

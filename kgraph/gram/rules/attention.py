@@ -64,7 +64,7 @@ def softmax(context: Context, x: Value, dim: int, mask: Tensor | None = None) ->
 
     def change(u: Field) -> Field:
         u = certain(context, u) if isinstance(u, Scores) else u
-        if isinstance(u, Known) and not u.gain:
+        if isinstance(u, Known) and not u.own:
             return Known(u.places, u.roots, u.how, run(u.data))
         return Drawn(u.places, u.roots, u.how, (u,), run)
 

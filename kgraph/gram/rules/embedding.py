@@ -14,7 +14,8 @@ from kgraph.gram.field import Field, Leaf, Located
 from kgraph.gram.rules.measured import second_moment
 from kgraph.gram.rules.pool import mixed
 from kgraph.gram.rules.table import Context, rule
-from kgraph.gram.shares import layer_speed
+from kgraph.gram.shares import layer_terms
+from kgraph.gram.tangents import times
 from kgraph.gram.value import Value
 from kgraph.roots import Root
 from kgraph.rules.weights import real_mean
@@ -22,7 +23,7 @@ from kgraph.rules.weights import real_mean
 
 @rule(aten.embedding.default)
 def embedding(context: Context, table: Tensor, ids: Tensor, padding: int = -1, *_: object) -> Value:
-    """K = E[w^2] for equal tokens, E[w]^2 for different ones; NTK 1 for equal ones. ``padding`` is not trained."""
+    """K = E[w^2] for equal tokens, E[w]^2 for different ones; own term 1 for equal ones. ``padding`` is not trained."""
     engine, name = context.engine, context.name(0)
     engine.tables.add(table.data_ptr())
     blank = padding >= 0 and not bool(table[padding].any())  # as nn.Embedding makes it: no draw, but zeros
@@ -37,7 +38,7 @@ def embedding(context: Context, table: Tensor, ids: Tensor, padding: int = -1, *
         first = first.reshape(len(first), *places, *(1 for _ in places))
         second = second.reshape(len(second), *(1 for _ in places), *places)
     equal = (first == second).double()
-    own = (1.0 if engine.parametrization == "standard" else q) * (layer_speed(context, name) if engine.with_ntk else 0)
+    own = times(layer_terms(context, name), 1.0 if engine.parametrization == "standard" else q)
     if engine.layout.name not in ("full", "diagonal"):  # what stands where is known: its average is too
         equal = _averaged_equality(engine, ids)
     alive = (ids != padding).double()
@@ -45,7 +46,7 @@ def embedding(context: Context, table: Tensor, ids: Tensor, padding: int = -1, *
     if padding >= 0:
         left, right = engine.layout.sides(engine.rows, alive, alive, places, places)
         moves = equal * left * right
-    block = Block(mean**2 + (q - mean**2) * equal, own * moves if engine.with_ntk else None)
+    block = Block(mean**2 + (q - mean**2) * equal, {tangent: term * moves for tangent, term in own.items()})
     leaf: Field = Leaf(places, frozenset({Root(name)}), block=block, mean=mean)
     if blank:
         leaf = Located(places, leaf.roots, leaf.how, leaf, alive, torch.zeros_like(alive))

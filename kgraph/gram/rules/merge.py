@@ -17,7 +17,7 @@ from kgraph.gram.field import Field
 from kgraph.gram.functions import of_one
 from kgraph.gram.rules.pointwise import of_one_field, unary
 from kgraph.gram.rules.table import Context, rule
-from kgraph.gram.shares import Change, entry_speed, parameters_behind, repeated, unchanged
+from kgraph.gram.shares import Change, entry_terms, repeated, unchanged
 from kgraph.gram.value import Axes, Axis, CannotFollow, Value, expanded, place_start, roles, single_place, size_of
 from kgraph.how import How, assumed
 from kgraph.maps import Pointwise
@@ -34,7 +34,7 @@ def combine(x: Value, y: Value, meet: Callable[[Field, Field], Field]) -> Value:
 
 def plus(u: Field, v: Field) -> Field:
     """``u + v``."""
-    if isinstance(u, f.Known) and isinstance(v, f.Known) and not (u.gain or v.gain) and _fits(u.data, v.data):
+    if isinstance(u, f.Known) and isinstance(v, f.Known) and not (u.own or v.own) and _fits(u.data, v.data):
         return f.Known(u.places, u.roots | v.roots, u.how | v.how, u.data + v.data)
     if (one := of_one(u, v)) is not None:  # put together before they are integrated: differences keep their digits
         (first, second), base = one
@@ -55,7 +55,7 @@ def _fits(x: Tensor, y: Tensor) -> bool:
 
 def times(u: Field, v: Field) -> Field:
     """``u v``: one function where both are functions of one and the same field."""
-    if isinstance(u, f.Known) and isinstance(v, f.Known) and not (u.gain or v.gain) and _fits(u.data, v.data):
+    if isinstance(u, f.Known) and isinstance(v, f.Known) and not (u.own or v.own) and _fits(u.data, v.data):
         return f.Known(u.places, u.roots | v.roots, u.how | v.how, u.data * v.data)
     if (one := of_one(u, v)) is not None:
         (first, second), base = one
@@ -66,7 +66,7 @@ def times(u: Field, v: Field) -> Field:
 
 
 def known(context: Context, tensor: Any, like: Value, index: int) -> Value:
-    """A known operand as a value; a parameter is trained, so it has an NTK of its own."""
+    """A known operand as a value; a parameter is trained, so tangents have a term of its own."""
     x = torch.as_tensor(tensor)
     argument = context.node.args[index] if index < len(context.node.args) else None
     return as_known(context, x, like, context.named_of(argument))
@@ -80,14 +80,13 @@ def as_known(context: Context, x: Tensor, like: Value, name: str | None, change:
         raise context.error(why, "Set its entries instead")
     context.refuse_declared(name or "", "it is used entry by entry")
     shared = one_for_all(x, like)
-    fixed = known_value(change(shared(x)), like, None, 0.0)
-    if node is None or not context.engine.with_ntk or not parameters_behind(context, node):
+    fixed = known_value(change(shared(x)), like)
+    if node is None or not context.moves(node):
         return fixed
     if fixed.places:
         shared = _without_repeats(context, node, shared, x, like)
-        fixed = known_value(change(shared(x)), like, None, 0.0)
-    gain = entry_speed(context, node, lambda t: change(shared(t)), places=bool(fixed.places))
-    moving = known_value(change(shared(x)), like, name, gain)
+    own = entry_terms(context, node, lambda t: change(shared(t)), places=bool(fixed.places))
+    moving = known_value(change(shared(x)), like, name, own)
     if moving.channels == 1 < like.channels:
         return moving.each(lambda u: replace(u, how=u.how | ONE_FOR_ALL))
     return moving
@@ -297,7 +296,7 @@ def _side_by_side(fields: tuple[Field, ...], axis: int) -> Field:
     places[axis] = sum(u.places[axis] for u in fields)
     roots = frozenset().union(*(u.roots for u in fields))
     how = max((u.how for u in fields), key=lambda h: h.level)
-    if all(isinstance(u, f.Known) and not u.gain for u in fields):
+    if all(isinstance(u, f.Known) and not u.own for u in fields):
         count = max(len(u.data) for u in fields)  # type: ignore[attr-defined]
         data = torch.cat([u.data.expand(count, *u.data.shape[1:]) for u in fields], 2 + axis)  # type: ignore[attr-defined]
         return f.Known(tuple(places), roots, how, data)

@@ -54,7 +54,7 @@ def normalized(context: Context, x: Value, over: tuple[int, ...], eps: float, *,
 
 
 def gain_and_bias(context: Context, x: Value, weight: Any, bias: Any, at: tuple[int, int], dim: int) -> Value:
-    """Entrywise gain and bias along one dimension: trained, so they have an NTK of their own."""
+    """Entrywise gain and bias along one dimension: trained, so tangents have terms of their own there."""
     for tensor, index, meet in ((weight, at[0], times), (bias, at[1], plus)):
         if tensor is None:
             continue
@@ -179,10 +179,10 @@ def _by_running_statistics(x: Value, mean: Tensor, variance: Tensor, eps: float)
     gain = (variance.double() + eps).rsqrt()
     shift = -mean.double() * gain
     trailing = (1,) * (len(x.axes) - 2)
-    result = combine(x, known_value(gain.reshape(-1, *trailing), x, None, 0.0), times)
+    result = combine(x, known_value(gain.reshape(-1, *trailing), x), times)
     if not shift.any():
         return result
-    return combine(result, known_value(shift.reshape(-1, *trailing), x, None, 0.0), plus)
+    return combine(result, known_value(shift.reshape(-1, *trailing), x), plus)
 
 
 @rule(aten.batch_norm.default)

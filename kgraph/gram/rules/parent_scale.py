@@ -40,7 +40,7 @@ def _plus_bias(context: Context, u: Field, bias: Tensor) -> Field:
     name = context.name(2)
     moment = second_moment(context, name, bias)
     mean = 0.0 if name in context.variances else real_mean(bias)
-    layer = Layer(name, 0.0, moment, mean, (0.0, context.multipliers.get(name, 1.0)))
+    layer = Layer(name, 0.0, moment, mean, own_bias=context.own({name: 1.0}))
     zero = f.Known(u.places, data=torch.zeros(1, 1, *u.places, dtype=torch.float64))
     roots = frozenset({Root(name)})
     added = Affine(u.places, roots, arg=zero, layer=layer)

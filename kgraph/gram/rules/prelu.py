@@ -1,4 +1,4 @@
-"""PReLU: leaky relu of a trained slope a, whose own part of the NTK is E[min(u, 0) min(u', 0)]."""
+"""PReLU: leaky relu of a trained slope a, whose own term in tangents is E[min(u, 0) min(u', 0)]."""
 
 from __future__ import annotations
 
@@ -32,17 +32,18 @@ def prelu(context: Context, x: Any, weight: Any) -> Value:
     name = context.parameter(context.node.args[1])
     if name is None and context.trains(1):
         context.refuse_ntk([context.node.name], "slopes that are computed from a parameter")
-    if not context.engine.with_ntk or name is None or not context.trained(name):
+    if name is None or not context.moves(context.node.args[1]):
         return shaped
-    gain = 1.0 if context.engine.parametrization == "standard" else float(slopes.square().mean())
-    gains = gain * context.multipliers.get(name, 1.0)
+    speed = 1.0 if context.engine.parametrization == "standard" else float(slopes.square().mean())
+    terms = context.own({name: speed})
     root = Root(f"{name} at {context.node.name}")
 
     def with_own(before: Field, after: Field) -> Field:
         negative = mapped(NEGATIVE_PART, before)
-        own = context.engine.pair(negative, negative).cov * gains
-        zero = torch.zeros_like(own)
-        leaf = Leaf(after.places, frozenset({root}), block=Block(zero, own), gap=zero)
+        kernel = context.engine.pair(negative, negative).cov
+        zero = torch.zeros_like(kernel)
+        block = Block(zero, {tangent: kernel * term for tangent, term in terms.items()})
+        leaf = Leaf(after.places, frozenset({root}), block=block, gap=zero)
         how = after.how | _ONE_FOR_ALL if len(slopes) == 1 else after.how
         return Sum(after.places, after.roots | leaf.roots, how, ((1.0, after), (1.0, leaf)))
 

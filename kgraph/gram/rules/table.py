@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from kgraph.canonical import aten
 from kgraph.errors import RuleError
 from kgraph.gram.engine import Engine
 from kgraph.gram.moments import Moments, T
+from kgraph.gram.tangents import Own, own_terms
 from kgraph.gram.value import Value
 from kgraph.site import site_of
 
@@ -31,7 +32,6 @@ class Context:
         module: the graph's module.
         uses: how often each parameter is read.
         variances: declared variances by parameter name; measured where a name is not in it.
-        multipliers: learning-rate multipliers by parameter name.
         named: nodes by the name of the parameter that they are, or by their own.
         moments: what was measured on the model's tensors.
     """
@@ -42,7 +42,6 @@ class Context:
     module: nn.Module
     uses: Counter[str]
     variances: dict[str, float] = field(default_factory=dict)
-    multipliers: dict[str, float | Tensor] = field(default_factory=dict)
     named: dict[str, fx.Node] = field(default_factory=dict)
     moments: Moments = field(default_factory=Moments)
 
@@ -110,9 +109,18 @@ class Context:
         if declared:
             raise self.error(f"the variance declared of {declared[0]!r} has no rule: {why}", "Set its entries instead")
 
+    def own(self, shares: Mapping[str, float]) -> Own:
+        """Own terms of the tangents that parameters have shares in."""
+        return own_terms(self.engine.seeds, shares)
+
+    def moves(self, node: object) -> bool:
+        """Whether a known tensor is computed from parameters, and a tangent is carried that is theirs."""
+        theirs = any(seed.others or seed.multipliers for seed in self.engine.seeds.values())
+        return theirs and bool(parameters_behind(self, node))
+
     def refuse_ntk(self, parameters: Sequence[str], reason: str) -> None:
-        """Raise a RuleError if the NTK is asked for: the part of ``parameters`` in it has no rule."""
-        if parameters and self.engine.with_ntk:
+        """Raise a RuleError if a tangent has own terms of ``parameters``: their part in the NTK has no rule."""
+        if self.own(dict.fromkeys(parameters, 1.0)):
             what = f"no exact kernel rule ({reason}), and the part of {parameters[0]} in the NTK is not known"
             raise self.error(what, "kgraph.nngp leaves the NTK out, kgraph.empirical_ntk measures it")
 
