@@ -21,6 +21,7 @@ from kgraph.rules.embedding import token_rows
 from kgraph.rules.sampled import for_mode
 from kgraph.rules.speeds import same_tensor
 from kgraph.site import shape_of
+from kgraph.written_buffers import writes, written
 
 
 def tied(table: fx.Node) -> bool:
@@ -89,9 +90,9 @@ class Runner(fx.Interpreter):
             result = self._embedded(n)
         elif n.target is aten.batch_norm.default and self.mode == "train":
             result = self._batch_norm(n)
-        elif n.op == "call_function" and getattr(getattr(n.target, "_schema", None), "is_mutable", False):
+        elif n.op == "call_function" and writes(n):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            result = args[0] if n.args[0].op == "get_attr" else n.target(*args, **kwargs)  # type: ignore
+            result = written(n, tuple(args), kwargs, self.env)
         else:
             result = self._plain(n)
         self._record(n, result)

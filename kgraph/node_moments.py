@@ -22,6 +22,7 @@ from kgraph.float64 import InFloat64
 from kgraph.gram.taps import tap_shares
 from kgraph.montecarlo import redrawn
 from kgraph.rules.sampled import for_mode
+from kgraph.written_buffers import writes_buffer, written
 
 DIRECTIONS = 32
 """Outputs up to which a draw's NTK is summed over all of them; beyond, this many random directions are drawn."""
@@ -108,8 +109,8 @@ class MeasuringInterpreter(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n.op == "placeholder":
             result = super().run_node(n)
-        elif _writes_a_buffer(n):
-            result = args[0]
+        elif writes_buffer(n):
+            result = written(n, tuple(args), kwargs, self.env)
         else:
             result = getattr(self, n.op)(n.target, self._in_mode(n, tuple(args)), kwargs)
         if isinstance(result, Tensor) and result.is_floating_point() and result.ndim and n.op != "get_attr":
@@ -122,12 +123,6 @@ class MeasuringInterpreter(fx.Interpreter):
         if self.mode == "train":
             return (*args[:3], None, None, True, *args[6:])
         return (*args[:5], args[3] is None, *args[6:])
-
-
-def _writes_a_buffer(n: fx.Node) -> bool:
-    schema = getattr(n.target, "_schema", None)
-    first = n.args[0] if n.args else None
-    return bool(schema is not None and schema.is_mutable and isinstance(first, fx.Node) and first.op == "get_attr")
 
 
 def flip_taps(model: nn.Module, generator: torch.Generator) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import ChainMap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
@@ -28,6 +28,7 @@ from kgraph.rules.pointwise import is_pointwise, unary
 from kgraph.rules.sampled import for_mode
 from kgraph.rules.unallocated import Unallocated
 from kgraph.site import located
+from kgraph.written_buffers import written
 
 TOKEN_VIEWS = frozenset(
     """chunk clone contiguous expand flatten flip gather getitem index index_select movedim narrow permute repeat
@@ -211,7 +212,7 @@ class _Walk:
         if not _random(args, kwargs):
             if draws_noise(node):
                 return noise_kernel(node, args, kwargs, self.pairs)
-            return known_result(node, for_mode(node, args, self.mode), kwargs, self.tokens)
+            return known_result(node, for_mode(node, args, self.mode), kwargs, self.tokens, self.values)
         args, kwargs = self.unallocated.filled(node, self.values)
         context = self._context(node)
         rule = None if is_pointwise(target) and _with_complex(args) else find_rule(target)
@@ -232,18 +233,15 @@ class _Walk:
         return Context(node, self.mode, self.pairs, self.parametrization, sample, self.count_frozen, self.values)
 
 
-def known_result(node: fx.Node, args: Any, kwargs: Any, tokens: set[fx.Node]) -> Any:
+def known_result(
+    node: fx.Node, args: Any, kwargs: Any, tokens: set[fx.Node], values: MutableMapping[fx.Node, Any]
+) -> Any:
     """Value of a function of known values; the user's buffers are never advanced, and views of tokens are tokens."""
-    target: Any = node.target
     if any(n in tokens for n in node.all_input_nodes) and operation_name(node) in TOKEN_VIEWS:
         tokens.add(node)
-    schema = getattr(target, "_schema", None)
-    first = node.args[0] if node.args else None
-    if schema is not None and schema.is_mutable and isinstance(first, fx.Node) and first.op == "get_attr":
-        return args[0]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        return target(*args, **kwargs)
+        return written(node, args, kwargs, values)
 
 
 def still_infinite(value: Kernel, inputs: list[Any]) -> Kernel:

@@ -23,6 +23,7 @@ from kgraph.gradient_stops import inference_as_no_grad
 from kgraph.inputs import Inputs
 from kgraph.rules.sampled import for_mode
 from kgraph.untouched import untouched
+from kgraph.written_buffers import writes, writes_buffer, written
 
 _STOPS = {
     *(torch.detach, Tensor.detach, Tensor.detach_, Tensor.register_hook),
@@ -165,9 +166,9 @@ class _Operations(fx.Interpreter):
         if n.op != "call_function":
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        schema = getattr(n.target, "_schema", None)
-        mutates = schema is not None and schema.is_mutable  # a running statistic, a counter
-        if mutates or n.target is aten.detach.default:  # which rules take for a copy
+        if writes_buffer(n):
+            return written(n, tuple(args), kwargs, self.env)
+        if writes(n) or n.target is aten.detach.default:  # which rules take for a copy
             return args[0]
         args = for_mode(n, tuple(args), "eval")
         if n.target is aten.batch_norm.default:

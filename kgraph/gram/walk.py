@@ -126,7 +126,7 @@ class Walk:
         if not _random(args, kwargs):
             _refuse_noise(node)
             self._note_parameters(node)
-            result = here(known_result(node, for_mode(node, args, self.options.mode), kwargs, self.tokens))
+            result = here(known_result(node, for_mode(node, args, self.options.mode), kwargs, self.tokens, self.values))
             if isinstance(result, Tensor) and not result.is_floating_point():
                 self.tokens.update({node} if self.tokens.intersection(node.all_input_nodes) else ())
             return result
