@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -166,3 +168,62 @@ def test_a_second_uneven_mixture_is_assumed(times: int, how: str) -> None:
         found = [Twofold(times)(torch.randn(200, 6, 64)).square().mean() for _ in range(8)]
     right = abs(float(torch.stack(found).mean()) / row.q - 1) < 0.05
     assert row.how == how and right == (how == "exact")
+
+
+class Picked(nn.Module):
+    """What ``made`` makes of positions or channels, and what ``read`` reads of it."""
+
+    def __init__(self, made: Callable[[Tensor], Tensor], read: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.made, self.read = nn.Linear(64, 64, bias=False), made, read
+        nn.init.normal_(self.layer.weight, std=1 / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.made(self.layer(x)))
+
+
+RUNS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda x: x.cumsum(1),
+    "running mean": lambda x: x.cumsum(1) / torch.arange(1, 7).view(1, 6, 1),
+    "largest so far": lambda x: x.cummax(1).values,
+    "least so far": lambda x: x.cummin(1)[0],
+    "in order": lambda x: x.sort(1)[0] + 1.0,
+    "top": lambda x: torch.topk(x, 4, 1).values * 2,
+    "product": lambda x: (1 + x).cumprod(1),
+    "logarithm": lambda x: x.logcumsumexp(1),
+}
+READS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one": lambda x: x[:, 0],
+    "last": lambda x: x.select(1, -1),
+    "two": lambda x: x.narrow(1, 1, 2),
+    "every second": lambda x: x[:, ::2],
+    "bent": torch.tanh,
+    "weighed": lambda x: x * torch.linspace(0, 1, x.shape[1]).view(1, -1, 1),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("read", READS)
+def test_positions_of_a_running_sum_or_an_order_are_not_alike(run: str, read: str) -> None:
+    row = kgraph.analyze(Picked(RUNS[run], READS[read]), torch.randn(2, 6, 64)).final
+    assert row.how == "assumed"
+
+
+def test_the_first_of_a_running_sum_is_no_average() -> None:
+    """q of position i is i, and 3.5 the mean of six; averages over all of them stay what they are."""
+    x = torch.randn(2, 6, 64)
+    one = kgraph.analyze(Picked(RUNS["sum"], READS["one"]), x).final
+    assert one.how == "assumed" or one.q == pytest.approx(1.0, rel=0.2)
+    for read in (lambda x: x, lambda x: 3 * x.transpose(1, 2), lambda x: x.mean(1)):
+        whole = kgraph.analyze(Picked(RUNS["sum"], read), x).final
+        assert whole.how == "sampled"
+    assert kgraph.analyze(Picked(lambda x: x, READS["one"]), x).final.how == "exact"
+
+
+@pytest.mark.parametrize("made", [lambda x: x.cumsum(-1), lambda x: x.sort(-1)[0]])
+def test_channels_of_a_running_sum_or_an_order_are_not_alike(made: Callable[[Tensor], Tensor]) -> None:
+    """One of them is not like the rest; a layer behind sums over all."""
+    x, head = torch.randn(2, 64), nn.Linear(64, 8, bias=False)
+    assert kgraph.analyze(Picked(made, lambda x: x[:, :4]), x).final.how == "assumed"
+    assert kgraph.analyze(Picked(made, torch.tanh), x).final.how == "assumed"
+    assert kgraph.analyze(nn.Sequential(Picked(made, lambda x: x), head), x).final.how == "sampled"

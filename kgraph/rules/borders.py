@@ -32,6 +32,8 @@ MIXED = "positions mixed in different ways counted like one"
 NEAR = "neighbouring positions counted as little alike as distant ones"
 UNEVEN = "inputs of several mean squares counted as if all had their average"
 CAUSAL = "positions that attend to few others counted like those that attend to many"
+RUNNING = "positions that a running sum or an order makes differ, counted like one"
+ORDERED = "channels that a running sum or an order makes differ, counted like one"
 
 _AT_ONCE = (TAPS, COPIED, WINDOWS, BETWEEN)
 """Of these the average over pairs of positions is wrong already, not only what is made of it."""
@@ -52,7 +54,9 @@ _VIEWS = {
     "contiguous",
     "clone",
 }
-_CUTS = {"select", "slice", "narrow", "chunk", "split", "split_with_sizes", "unbind"}
+_RUNS = {"cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "topk"}
+_LAYERS = ("linear", "conv", "addmm", "matmul", "mm", "bmm", "einsum")
+_CUTS = {"index_select", "gather", "select", "slice", "narrow", "chunk", "split", "split_with_sizes", "unbind"}
 
 
 class Borders:
@@ -77,13 +81,14 @@ class Borders:
         before = [self.reasons[n] for n in read if n in self.reasons]
         kernels = [values[n] for n in node.all_input_nodes if isinstance(values[n], Kernel)]
         if not isinstance(value, Kernel):
-            if before and isinstance(value, (list, tuple)):
-                self.reasons[node] = before[0]
-                if kernels and _needs_positions(node, len(before), kernels):
+            reason = _run_along(node, kernels) or next(iter(before), "")
+            if reason and isinstance(value, (list, tuple)):
+                self.reasons[node] = reason
+                if before and kernels and _needs_positions(node, before, kernels, values):
                     self.said[node] = before[0]
             return value
         told = [self.said[n] for n in node.all_input_nodes if n in self.said]
-        if not told and before and _needs_positions(node, len(before), kernels):
+        if not told and before and _needs_positions(node, before, kernels, values):
             told = [before[0]]
         inside = any(n in self.near for n in node.all_input_nodes)
         shared = any(n in self.shared for n in node.all_input_nodes)
@@ -108,7 +113,10 @@ class Borders:
             value = said(value, assumed(told[0]))
             self.said[node] = told[0]
         reason = made or next(iter(before), "")
-        if reason and (value.positions > 1 or operation_name(node) in _VIEWS or _is_function(node)):
+        stays = value.positions > 1 or operation_name(node) in _VIEWS or _is_function(node)
+        if reason == ORDERED:
+            stays = not operation_name(node).startswith(_LAYERS)  # those sum over all channels
+        if reason and stays:
             self.reasons[node] = reason
         return value
 
@@ -123,21 +131,43 @@ def _is_function(node: fx.Node) -> bool:
     return is_pointwise(node.target) and operation_name(node).strip("_") not in _LINEAR and node.target not in COPIES
 
 
-def _needs_positions(node: fx.Node, uneven: int, kernels: list[Kernel]) -> bool:
-    name = operation_name(node)
+def _needs_positions(node: fx.Node, reasons: list[str], kernels: list[Kernel], values: Mapping[fx.Node, Any]) -> bool:
+    name, uneven = operation_name(node), len(reasons)
+    if reasons[0] == ORDERED and name.startswith(_LAYERS):
+        return False
     if name.startswith("conv"):
         return True  # windows read some positions more often than others
     if name.startswith("avg_pool"):
         return True
     if name in ("mul", "div"):
-        return uneven > 1 or (name == "div" and len(kernels) > 1)
+        known = [v for n in node.all_input_nodes if isinstance(v := values[n], Tensor)]
+        return uneven > 1 or (name == "div" and len(kernels) > 1) or any(_differs(t, kernels[0]) for t in known)
+    if name == "index":
+        return True
     if name in _CUTS:
-        return _cuts_positions(node, kernels)
+        return _cuts_positions(node, kernels, "c" if reasons[0] == ORDERED else "p")
     return _is_function(node) or name in _PER_POSITION or name.startswith(("max_pool", "adaptive_max_pool"))
 
 
-def _cuts_positions(node: fx.Node, kernels: list[Kernel]) -> bool:
-    """Whether a cut goes through positions, and not between tensors whose kernels are remembered."""
+def _differs(known: Tensor, x: Kernel) -> bool:
+    """Whether a known factor of ``x`` has other numbers at some positions."""
+    dims = range(1, min(known.ndim, len(x.axes)) + 1)
+    placed = [at for at in dims if known.shape[-at] > 1 and any(role == "p" for role, _ in x.axes[-at])]
+    return any(known.is_meta or bool((known != known.narrow(-at, 0, 1)).any()) for at in placed)
+
+
+def _run_along(node: fx.Node, kernels: list[Kernel]) -> str:
+    """Why the entries of a running sum, or of what is put in order, are not alike, or ""."""
+    if operation_name(node) not in _RUNS or not kernels:
+        return ""
+    axes = kernels[0].axes
+    dim = _argument(node, "dim", -1)
+    roles = {role for role, _ in axes[dim % len(axes)]} if isinstance(dim, int) and axes else set[str]()
+    return RUNNING if "p" in roles else ORDERED if "c" in roles else ""
+
+
+def _cuts_positions(node: fx.Node, kernels: list[Kernel], cut: str) -> bool:
+    """Whether a cut goes through positions (or channels), and not between tensors whose kernels are remembered."""
     index = 2 if operation_name(node) in ("chunk", "split", "split_with_sizes") else 1
     dim = node.args[index] if len(node.args) > index else 0
     if not kernels or not isinstance(dim, int):
@@ -145,7 +175,7 @@ def _cuts_positions(node: fx.Node, kernels: list[Kernel]) -> bool:
     x = kernels[0]
     dim %= len(x.axes)
     beside = x.joined is not None and x.joined[0] == dim
-    return not beside and x.shape[dim] > 1 and all(role == "p" for role, _ in x.axes[dim])
+    return not beside and x.shape[dim] > 1 and all(role == cut for role, _ in x.axes[dim])
 
 
 def _argument(node: fx.Node, name: str, default: Any) -> Any:
@@ -175,6 +205,8 @@ def _strided(node: fx.Node) -> bool:
 def _made_by(node: fx.Node, value: Kernel, kernels: list[Kernel], values: Mapping[fx.Node, Any]) -> str:
     """Why the positions of the node's own result are not alike, or ""."""
     name = operation_name(node)
+    if run := _run_along(node, kernels):
+        return run
     if value.positions == 1:
         return ""
     if name.startswith("conv_transpose"):
