@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kgraph import laws
 from kgraph.biases import bias_of
-from kgraph.draws import evaluate, leaves_of, unknown_law
+from kgraph.draws import CONSTANTS_APART, evaluate, leaves_of, uneven, unknown_law
 from kgraph.errors import InputError
 from kgraph.how import EXACT, QUADRATURE, How, assumed
 from kgraph.jumps import steep
@@ -272,6 +272,8 @@ def add(left: Part, right: Part, left_weight: float = 1.0, right_weight: float =
         expr=Sum(_terms(left) + _terms(right)),
         how=left.how | right.how,
     )
+    if bool(cross) and left.independent(right) and uneven(left) and uneven(right):
+        return replace(total, how=total.how | assumed(CONSTANTS_APART))  # E[g] E[h] stands for E[g h]
     return _settle(total, left, right)
 
 
@@ -290,6 +292,8 @@ def multiply(left: Part, right: Part) -> Part:
         expr=Product(left, right),
         how=left.how | right.how,
     )
+    if left.independent(right) and uneven(left) and uneven(right):
+        return replace(product, how=product.how | assumed(CONSTANTS_APART))
     if _reads(left, right) or _reads(right, left):
         return replace(product, how=product.how | assumed("sums of few channels taken as independent of the channels"))
     return _settle(product, left, right)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from kgraph import algebra
 from kgraph.alignment import broadcast_axes
-from kgraph.kernel import DIFF, SAME, Apply, Axes, Kernel, Part, Product, Sum
+from kgraph.draws import CONSTANTS_APART, uneven
+from kgraph.how import assumed
+from kgraph.kernel import DIFF, SAME, Apply, Axes, Channel, Gaussian, Kernel, Part, Product, Sum
 from kgraph.maps import Pointwise
 from kgraph.roots import Root, Roots
 
@@ -100,7 +102,8 @@ def _times(part: Part, c: Moments) -> Part:
     fields = {name: getattr(part, name) * gains for name in ("cov", "slope", "ntk")}
     own = known_part(part, c, "factor")  # known, not random: it has no root that a later sum could meet
     law = Product(replace(own, roots=Roots()), part)
-    return replace(part, **fields, mean=part.mean * c.mean, expr=law)
+    how = part.how | assumed(CONSTANTS_APART) if uneven(own) and uneven(part) else part.how
+    return replace(part, **fields, mean=part.mean * c.mean, expr=law, how=how)
 
 
 def by_channel(part: Part, gains: Tensor | None, shifts: Tensor | None, name: str) -> Part:
@@ -135,7 +138,7 @@ def _channels(like: Part, name: str, *, by_position: bool = False) -> Part:
     cov = torch.ones_like(like.cov)
     cov[:, DIFF] = float(not by_position)
     zero = torch.zeros_like(cov)
-    return Part(like.size, cov, zero, zero, 0.0, Roots({Root(name)}))
+    return Part(like.size, cov, zero, zero, 0.0, Roots({Root(name)}), Gaussian() if by_position else Channel())
 
 
 def _looked_up(channel: Part, values: Tensor) -> Part:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kgraph.biases import bias_of
-from kgraph.kernel import SAME, Apply, Gaussian, Mask, Pairs, Part, Product, Samples, Sum, Unknown, made_of
+from kgraph.kernel import SAME, Apply, Channel, Gaussian, Mask, Pairs, Part, Product, Samples, Sum, Unknown, made_of
 
 COUNT = 4096
 """Draws of an expression; a power of two (Sobol points)."""
@@ -216,10 +216,23 @@ def leaves_of(part: Part) -> frozenset[Part]:
     return _found[part]
 
 
+CONSTANTS_APART = "known tensors that differ by channel as independent of one another (they meet in the same channels)"
+
+
+def uneven(part: Part) -> bool:
+    """Whether channels differ in law: a known tensor with a number for every channel went into them."""
+    return any(
+        isinstance(leaf.expr, Channel) or (isinstance(leaf.expr, Samples) and leaf.expr.uneven)
+        for leaf in leaves_of(part)
+    )
+
+
 def unknown_law(part: Part) -> str:
     """Why draws of the part are of another law than its own, or ""."""
     leaves = leaves_of(part)
     reason = next((leaf.expr.reason for leaf in leaves if isinstance(leaf.expr, Unknown)), "")
+    if sum(isinstance(leaf.expr, Channel) for leaf in leaves) > 1:
+        return CONSTANTS_APART
     if not reason and any(isinstance(leaf.expr, Gaussian) and bias_of(leaf) is not None for leaf in leaves):
         return "Gaussian biases (they are not, and a large share of what few inputs give)"
     return reason

@@ -60,7 +60,7 @@ def _expanded(part: Part) -> Part:
 
     expr = part.expr
     if isinstance(expr, Samples):
-        expr = Samples(expr.first, expr.second[:, SAME : SAME + 1].expand(-1, 2, -1))
+        expr = replace(expr, second=expr.second[:, SAME : SAME + 1].expand(-1, 2, -1))
     elif isinstance(expr, Mask):
         expr = Mask(expr.keep, expr.height, same(expr.shared))
     return replace(part, cov=same(part.cov), slope=same(part.slope), ntk=same(part.ntk), expr=expr)
@@ -80,7 +80,7 @@ def slice_part(part: Part, low: int, high: int, label: str) -> Part:
 def _other_draws(known: Samples, seed: int) -> Samples:
     """The same draws in another order: what stands for one range of channels must not stand for the next as well."""
     order = torch.randperm(len(known.first), generator=torch.Generator().manual_seed(seed))
-    return Samples(known.first[order], known.second[..., order])
+    return replace(known, first=known.first[order], second=known.second[..., order])
 
 
 _origins: weakref.WeakKeyDictionary[Part, Part] = weakref.WeakKeyDictionary()

@@ -74,6 +74,7 @@ class Samples:
 
     first: Tensor
     second: Tensor
+    uneven: bool = False  # whether channels differ in what made them
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +116,11 @@ class Gaussian:
     """
 
     bias: Bias | None = None
+
+
+@dataclass(frozen=True)
+class Channel(Gaussian):
+    """The part says which channel is read: what is looked up by it is known, and differs from channel to channel."""
 
 
 @dataclass(frozen=True)

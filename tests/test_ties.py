@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import kgraph
 
@@ -71,3 +72,56 @@ def test_zeros_and_meta_weights_do_not_count_as_repeated() -> None:
     with torch.device("meta"):
         model = nn.Linear(8, 8)
     assert kgraph.analyze(model, torch.randn(2, 8, device="meta")).final.how == "exact"
+
+
+class Chain(nn.Module):
+    """One weight in every layer: "n" as it is, "t" transposed, and a tanh between two."""
+
+    def __init__(self, ways: str, kind: str) -> None:
+        super().__init__()
+        self.ways, self.kind = ways, kind
+        self.w = nn.Parameter(torch.randn(WIDE, WIDE, *(1, 1) * (kind == "conv")) * WIDE**-0.5)
+
+    def layer(self, x: Tensor, turned: bool) -> Tensor:
+        if self.kind == "conv":
+            return (functional.conv_transpose2d if turned else functional.conv2d)(x, self.w)
+        if self.kind == "einsum":
+            return torch.einsum("bi,ij->bj" if turned else "bi,ji->bj", x, self.w)
+        if self.kind == "matmul":
+            return x @ (self.w if turned else self.w.T)
+        return functional.linear(x, self.w.T if turned else self.w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, way in enumerate(self.ways):
+            x = self.layer(torch.tanh(x) if i else x, way == "t")
+        return x
+
+
+WIDE = 96
+
+
+@pytest.mark.parametrize("kind", ["linear", "matmul", "einsum", "conv"])
+@pytest.mark.parametrize("ways", ["nt", "ntn", "tnt", "nntn"])
+def test_a_weight_and_its_transpose_in_a_chain(ways: str, kind: str) -> None:
+    """W^T tanh(W x) holds a multiple of x, and so on: with new weights in its place q is another."""
+    torch.manual_seed(0)
+    spread = (2, 2) * (kind == "conv")
+    row = kgraph.analyze(Chain(ways, kind), torch.randn(2, WIDE, *spread)).final
+
+    def q(tied: bool, draws: int = 40) -> tuple[float, float]:
+        found = []
+        for seed in range(draws):
+            torch.manual_seed(seed)
+            x = torch.randn(4, WIDE, *spread)
+            models = [Chain(way, kind) for way in ways]
+            for i, way in enumerate(ways):
+                with torch.no_grad():
+                    x = models[0 if tied else i].layer(torch.tanh(x) if i else x, way == "t")
+            found.append(x.square().mean())
+        drawn = torch.stack(found)
+        return float(drawn.mean()), float(drawn.std()) / draws**0.5
+
+    (right, error), (fresh, _) = q(True), q(False)
+    assert row.how in ("sampled", "assumed")
+    assert abs(row.q - right) <= 4 * error + 0.1 * right, (row.q, right, fresh)
+    assert abs(row.q - fresh) > 0.15 * right, "what independent layers give"

@@ -18,6 +18,8 @@ from kgraph.gram.value import Axes, Axis, CannotFollow, Value, expanded, places_
 from kgraph.roots import Root
 
 CHANNELS = Root("channels of known tensors")
+DRAWN_CHANNELS = Root("channels of known tensors that were drawn")
+"""Of what was measured on draws of its channels: which draw is which channel is not kept."""
 
 
 def aligned(x: Value, y: Value) -> tuple[list[tuple[int, Field, Field]], Axes, int | None]:

@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from torch import Tensor, fx
 
 from kgraph.canonical import aten
+from kgraph.entries import said
+from kgraph.how import EXACT, How
 from kgraph.kernel import Axes, Kernel
 from kgraph.rules.linear import Affine, contract, last_dim, to_positions
 from kgraph.rules.spatial import over_positions
 from kgraph.rules.speeds import is_parameter
 from kgraph.rules.table import TURNED, Context, parameter_of, rule
-from kgraph.rules.weights import mean_square
+from kgraph.rules.weights import assumed_of, mean_square, off_centre, uneven_rows
 
 
 @rule(aten.mm.default, aten.matmul.default)
@@ -103,7 +105,16 @@ def _by_parameter(context: Context, letters: Letters, x: Kernel, weight: Tensor,
         to_positions(x.axes[letters.random.index(letter)]) if letter in letters.random else (("c", sizes[letter]),)
         for letter in letters.out
     )
-    return contract(context, x, summed, layer, axes)
+    result, rows = contract(context, x, summed, layer, axes), _of_rows(letters, weight)
+    return result if rows is EXACT else said(result, rows)
+
+
+def _of_rows(letters: Letters, weight: Tensor) -> How:
+    """What is assumed of its units, which the letters that stay count."""
+    kept = [i for i, letter in enumerate(letters.known) if letter not in letters.random]
+    rows = weight.permute(*kept, *(i for i in range(weight.ndim) if i not in kept))
+    uneven = len(kept) > 0 and uneven_rows(rows.flatten(0, len(kept) - 1))
+    return assumed_of(None, off_centre(weight), uneven)
 
 
 def _by_constant(context: Context, letters: Letters, x: Kernel, known: Tensor) -> Kernel:

@@ -19,7 +19,7 @@ from kgraph.canonical import aten
 from kgraph.entries import once, said
 from kgraph.how import EXACT, assumed
 from kgraph.kernel import DIFF, SAME, Kernel, Part, Unknown
-from kgraph.rules.linear import FEW, Affine, affine_part, bias_moments, of_rows, without_shared_channels
+from kgraph.rules.linear import FEW, Affine, affine_part, bias_moments, both_ways, of_rows, without_shared_channels
 from kgraph.rules.table import Context, rule
 
 
@@ -79,6 +79,9 @@ def _convolve(
 ) -> Kernel:
     if any(isinstance(a, Kernel) != (a is x) for a in (x, weight, bias)):
         return context.sample()
+    name, other = both_ways(context, 1, transposed)
+    if any(part.roots.named(other) for part in x.parts):
+        return context.sample()
     dims = weight.ndim - 2
     strides, dilations = each_axis(stride, dims), each_axis(dilation, dims)
     paddings = paddings_of(padding, weight.shape[2:], dilations)
@@ -98,7 +101,6 @@ def _convolve(
     channels = weight.shape[0] // groups if transposed else weight.shape[1]
     fan_in = channels * float(met.sum())
     speeds = context.speed("weight"), context.speed("bias")
-    name = context.argument_name(1)
     layer = Affine(1.0, sb2, mean, fan_in, bias is not None, name, speeds, bias_law(bias, mean))
     mixes = any(role == "c" for axis in x.axes[-dims:] for role, _ in axis)
 
@@ -112,7 +114,7 @@ def _convolve(
     batch = x.axes[: -dims - 1]
     spatial = tuple((("p", size),) if size > 1 else () for size in sizes_out)
     result = Kernel((part,), (*batch, (("c", out_channels),), *spatial))
-    rows = of_rows(context, 1, weight.transpose(0, 1) if transposed else weight)
+    rows = of_rows(context, 1, weight.transpose(0, 1) if transposed else weight, x)
     return result if rows is EXACT else said(result, rows)
 
 

@@ -9,13 +9,23 @@ from torch import Tensor, fx
 
 from kgraph.biases import bias_law
 from kgraph.canonical import aten, operation_name
+from kgraph.draws import uneven
 from kgraph.entries import once, said
 from kgraph.how import EXACT, How, assumed
 from kgraph.kernel import DIFF, Axes, Bias, Gaussian, Kernel, Part, Unknown
 from kgraph.roots import Root, Roots
 from kgraph.rules.speeds import same_tensor
 from kgraph.rules.table import TURNED, Context, parameter_of, rule
-from kgraph.rules.weights import assumed_of, mean_square, off_centre, real_mean, repeats
+from kgraph.rules.weights import (
+    UNEVEN_COLUMNS,
+    assumed_of,
+    mean_square,
+    off_centre,
+    real_mean,
+    repeats,
+    uneven_columns,
+    uneven_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -56,8 +66,8 @@ def bias_moments(bias: Tensor | None) -> tuple[float, float]:
     return mean_square(bias), real_mean(bias)
 
 
-def of_rows(context: Context, index: int, weight: Tensor) -> How:
-    """What is assumed of a weight's rows: that they are draws of their own, and of no other use.
+def of_rows(context: Context, index: int, weight: Tensor, x: Kernel) -> How:
+    """What is assumed of the rows of a weight that reads ``x``: that they are draws of their own, and of no other use.
 
     A head that is the embedding's table adds, to the logit of the token itself, the square of its row.
     """
@@ -67,7 +77,9 @@ def of_rows(context: Context, index: int, weight: Tensor) -> How:
         return assumed("a head tied to the embedding, whose logit of the token itself is not counted")
     if repeats(weight):
         return assumed("independent channels, though rows of the weight repeat")
-    return assumed_of(source if isinstance(source, fx.Node) else None, off_centre(weight))
+    own = assumed_of(source if isinstance(source, fx.Node) else None, off_centre(weight), uneven_rows(weight))
+    apart = own is EXACT and (len(x.parts) > 1 or uneven(x.merged)) and uneven_columns(weight)
+    return UNEVEN_COLUMNS if apart else own
 
 
 FEW = 32
@@ -120,17 +132,22 @@ def to_positions(axis: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ..
     return tuple(("p" if role == "c" else role, size) for role, size in axis)
 
 
+def both_ways(context: Context, index: int, turned: bool) -> tuple[str, str]:
+    """Roots of the weight that is argument ``index``: as it is read, and turned around."""
+    source = context.node.args[index]
+    if not isinstance(source, fx.Node):
+        return context.argument_name(index), context.argument_name(index) + TURNED
+    base, own = parameter_of(source)
+    return (base + TURNED, base) if own ^ turned else (base, base + TURNED)
+
+
 def last_dim(
     context: Context, x: Kernel, weight: Tensor, bias: Tensor | None, out: int, index: int, *, turned: bool = False
 ) -> Kernel:
     """An affine layer over the last dimension; W^T f(W u) is no fresh Gaussian: it holds a multiple of u itself."""
-    name = context.argument_name(index)
-    source = context.node.args[index]
-    if isinstance(source, fx.Node):
-        base, own = parameter_of(source)
-        name, other = (base + TURNED, base) if own ^ turned else (base, base + TURNED)
-        if any(part.roots.named(other) for part in x.parts):
-            return context.sample()
+    name, other = both_ways(context, index, turned)
+    if any(part.roots.named(other) for part in x.parts):
+        return context.sample()
     fan_in = weight.numel() // max(out, 1)
     sb2, mean = bias_moments(bias)
     speeds = context.speed(index), context.speed("self" if turned else "bias") if bias is not None else 0.0
@@ -138,7 +155,7 @@ def last_dim(
         fan_in * mean_square(weight), sb2, mean, fan_in, bias is not None, name, speeds, bias_law(bias, mean)
     )
     axes = (*(to_positions(axis) for axis in x.axes[:-1]), (("c", out),))
-    rows = of_rows(context, index, weight.T if turned and weight.ndim == 2 else weight)
+    rows = of_rows(context, index, weight.T if turned and weight.ndim == 2 else weight, x)
     result = contract(context, x, (len(x.axes) - 1,), layer, axes)
     return result if rows is EXACT else said(result, rows)
 

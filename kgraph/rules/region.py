@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from kgraph import algebra
+from kgraph.canonical import operation_name
 from kgraph.draws import leaves_of
 from kgraph.kernel import Kernel, Part, Samples
 from kgraph.modules import Scale
@@ -97,6 +98,19 @@ def weights_of(node: fx.Node, values: Mapping[fx.Node, Any]) -> list[str]:
     """Names of the known tensors that a node reads, as rules name their roots."""
     known = [n for n in node.all_input_nodes if isinstance(values.get(n), Tensor)]
     return [parameter_of(n)[0] for n in known]
+
+
+_TURNING = ("addmm", "matmul", "mm", "conv_transpose")
+
+
+def ways_of(node: fx.Node, values: Mapping[fx.Node, Any]) -> list[str]:
+    """The same as rules name them by the dimension that is summed over: W u and W^T u are two roots."""
+    name, found = operation_name(node), []
+    for source in (n for n in node.all_input_nodes if isinstance(values.get(n), Tensor)):
+        base, turned = parameter_of(source)
+        found.append(base + TURNED if turned ^ name.startswith(_TURNING) else base)
+        found += [base, base + TURNED] if name == "einsum" else []  # its letters say which
+    return found
 
 
 def of_draws(part: Part) -> bool:

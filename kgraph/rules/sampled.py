@@ -23,15 +23,15 @@ from torch.utils import _pytree as pytree
 
 from kgraph import algebra
 from kgraph.canonical import aten, operation_name
-from kgraph.draws import COUNT, unknown_law
+from kgraph.draws import COUNT, uneven, unknown_law
 from kgraph.fields import FieldDraws
 from kgraph.how import assumed
-from kgraph.kernel import SAME, Kernel, Pairs, Part
+from kgraph.kernel import SAME, Axes, Kernel, Pairs, Part
 from kgraph.modes import mode_argument
 from kgraph.roots import Root, Roots
 from kgraph.rules.crossings import jumped, may_jump, shifted
 from kgraph.rules.measured import Measured, matched, result_axes
-from kgraph.rules.region import Region, find_region, kernels_of, of_draws, weights_of
+from kgraph.rules.region import Region, find_region, kernels_of, of_draws, parts_of, ways_of
 from kgraph.rules.runs import Outcome, Point, Runs
 from kgraph.rules.speeds import is_parameter
 from kgraph.site import site_of
@@ -154,6 +154,23 @@ class Sampler:
             known[node] = result = pytree.tree_map_only(Tensor, _widened, result)  # a cast to 32 bits is the node's own
         return result
 
+    def _uneven(self, region: Region, axes: Axes) -> bool:
+        """Whether a known tensor with a number for every channel went in since the last layer."""
+        channel = next((i - len(axes) for i, axis in enumerate(axes) for role, _ in axis if role == "c"), None)
+        for node in reversed(region.nodes):
+            if channel is None or _is_layer(node):
+                return False
+            known = [t for n in node.all_input_nodes if isinstance(t := self.values[n], Tensor)]
+            if any(t.ndim >= -channel and t.shape[channel] > 1 and varies(t, channel) for t in known):
+                return True
+        return any(uneven(part) for n in region.frontier for part in parts_of(self.values[n]))
+
+    def _looks_up(self, node: fx.Node) -> bool:
+        """Whether a node picks few rows of a known tensor by numbers computed from activations."""
+        first = node.args[0] if node.args else None
+        known = isinstance(first, fx.Node) and self._known(first)
+        return known and operation_name(node) in ("embedding", "index", "index_select", "gather", "take")
+
     def _known(self, node: fx.Node) -> bool:
         return isinstance(self.values.get(node), Tensor)
 
@@ -162,7 +179,7 @@ class Sampler:
         axes = result_axes(tuple(measured[0].first.shape), inputs, site_of(node).shape)
         fields = [m.moments(axes) for m in measured]
         roots = Roots.union(part.roots for kernel in inputs for part in kernel.parts)
-        roots |= Roots({Root(name) for n in region.nodes if _is_layer(n) for name in weights_of(n, self.values)})
+        roots |= Roots({Root(name) for n in region.nodes if _is_layer(n) for name in ways_of(n, self.values)})
         channels = next((size for axis in axes for role, size in axis if role == "c"), 1)
         mean = {name: torch.stack([f[name] for f in fields]).mean(0) for name in fields[0]}
         error = _relative_error(torch.stack([f["cov"][:, SAME] for f in fields]))
@@ -179,14 +196,23 @@ class Sampler:
             reason = reason or "Gaussian fields of the moments that were drawn"
         if self.mode == "train" and any(n.target is aten.batch_norm.default for n in region.nodes):
             reason = reason or _OF_A_BATCH
+        if any(self._looks_up(n) for n in region.nodes):
+            reason = reason or "the rows of a table that activations choose, as they are"
         if any(_without_batch(n) for n in region.nodes):
             reason = reason or _OF_A_BATCH
         how = how | assumed(reason) if reason else how
         like = Part(channels, mean["cov"], mean["slope"], mean["ntk"], float(mean["mean"]), roots)
         drawn = algebra.empirical(like, first, second, mean["slope"], mean["ntk"], roots)
+        if axes and self._uneven(region, axes):
+            drawn = replace(drawn, expr=replace(drawn.expr, uneven=True))
         part = replace(drawn, cov=mean["cov"], mean=float(mean["mean"]), how=how)
         jumps = any(algebra.endless(own) for kernel in inputs for own in kernel.parts)
         return Kernel((algebra.infinite(part) if jumps else part,), axes)
+
+
+def varies(tensor: Tensor, dim: int) -> bool:
+    """Whether a tensor of numbers has others at one place along ``dim`` than at the next."""
+    return not tensor.is_meta and bool((tensor != tensor.narrow(dim, 0, 1)).any())
 
 
 _OF_A_BATCH = "statistics over a batch of the few inputs that were drawn"
@@ -222,7 +248,7 @@ def _two_sigmas(freedom: int) -> float:
 
 
 def _is_layer(node: fx.Node) -> bool:
-    return operation_name(node).startswith(("linear", "conv", "addmm", "matmul", "mm"))
+    return operation_name(node).startswith(("linear", "conv", "addmm", "matmul", "mm", "einsum"))
 
 
 def _entries(value: Any) -> int:

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 from scipy.special import ndtr, stdtrit
+from scipy.stats import chi2, norm
 from torch import Tensor, fx
 
 from kgraph.canonical import operation_name
@@ -14,6 +15,11 @@ from kgraph.how import EXACT, How, assumed
 
 _SHARE_OF_MEAN = 5e-3
 """Of a unit's q in the mean of its weights: (sum_j w_j)^2 against the sum of their squares."""
+UNEVEN_ROWS = assumed("channels of one variance, though rows of the weight differ in theirs (pruned, masked or scaled)")
+UNEVEN_COLUMNS = assumed("channels read alike, though they differ, and columns of the weight differ in variance")
+_SPREAD = 5e-3
+"""Of the variance of the units' variances, against their mean's square: below it a function of them hardly differs."""
+_SIX_SIGMA = 2 * float(norm.sf(6.0))
 _MIRRORS = {"t", "transpose", "permute", "numpy_T", "mT", "flip", "rot90", "roll"}
 
 
@@ -41,14 +47,16 @@ def real_mean(x: Tensor) -> float:
     return float(mean) if bool(mean.abs() > noise) else 0.0
 
 
-def assumed_of(source: fx.Node | None, off: bool) -> How:
+def assumed_of(source: fx.Node | None, off: bool, uneven: bool) -> How:
     """What is assumed of a weight: entries about zero (it is ``off`` centre), and, if computed, not mirror images.
 
     With a mean m, all channels share m times the sum over the inputs: neither their second moments nor their
-    independence are those of draws about zero.
+    independence are those of draws about zero. With ``uneven`` rows the mean of functions is not that of the mean.
     """
     if off:
         return assumed("weights about zero, though their mean is not")
+    if uneven:
+        return UNEVEN_ROWS
     if source is not None and source.op != "get_attr" and _mirrored(source):
         return assumed("a weight and its mirror image taken as new weights")
     return EXACT
@@ -61,6 +69,42 @@ def off_centre(weight: Tensor) -> bool:
     least = _SHARE_OF_MEAN * mean_square(weight) / weight[0].numel()
     mean = float(weight.detach().mean(dtype=torch.float64))  # cheap: most weights end here
     return mean**2 > least and real_mean(weight) ** 2 > least
+
+
+def uneven_rows(weight: Tensor) -> bool:
+    """Whether units of a weight [out, ...] differ in variance (pruned, masked or scaled rows), beyond sampling noise.
+
+    Analysis of variance of the squares: n Var_i[v_i] / Var[w^2] is 1 on average for v_i = mean_j w_ij^2 of alike
+    entries, with the spread of a chi square of R - 1 degrees over R - 1, and more where squares have heavy tails.
+    """
+    if weight.is_meta or weight.is_complex() or weight.ndim < 2 or not any(weight.stride()):
+        return False
+    rows = weight.detach().flatten(1)
+    n = rows.shape[1]
+    if len(rows) < 2 or n < 2:
+        return False
+    units = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square() / n
+    mean, variance = float(units.mean()), float(units.var())
+    if not variance > _SPREAD * mean**2:  # cheap: wide layers end here
+        return False
+    squares = rows.square()
+    off = squares - mean
+    spread = float(off.square().mean(dtype=torch.float64))
+    if variance - spread / n <= _SPREAD * mean**2:
+        return False
+    tails = float(off.pow(4).mean(dtype=torch.float64)) / max(spread**2, 1e-300) - 3
+    freedom = (len(units.unique()) - 1) / (1 + max(tails, 0.0) / (2 * n))
+    return n * variance > spread * float(chi2.isf(_SIX_SIGMA, freedom)) / freedom
+
+
+def uneven_columns(weight: Tensor) -> bool:
+    """The same of what its units read: weights [out, in, ...] by input."""
+    if weight.ndim < 2 or not uneven_rows(weight.transpose(0, 1)):
+        return False
+    if not repeats(weight):
+        return True
+    rows = torch.unique(weight.detach().flatten(1), dim=0)  # copies are no draws of their own
+    return uneven_rows(rows.reshape(-1, *weight.shape[1:]).transpose(0, 1))
 
 
 def _mirrored(source: fx.Node) -> bool:

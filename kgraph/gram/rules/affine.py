@@ -95,7 +95,7 @@ def _linear(
     u, axes = contracted(x, [len(x.axes) - 1])
     context.read_one_way(at[0], along)
     layer = make_layer(context, names, weight, bias, weight.numel() // max(out, 1))
-    how = u.how | draws_of(context, names[0], weight if along else weight.T)
+    how = u.how | draws_of(context, names[0], weight if along else weight.T, u)
     how |= _TIED if weight.data_ptr() in context.engine.tables else EXACT
     result = layer_output(context, u, layer, u.places, how)
     return Value(((out, result),), (*axes[:-1], (("c", out),) if out > 1 else ()))
@@ -195,7 +195,8 @@ def _convolve(
     layer = make_layer(context, (context.name(1), context.name(2)), weight, bias, channels * taps.numel(), geometry)
     out = weight.shape[1] * groups if transposed else weight.shape[0]
     at = len(x.axes) - dims - 1
-    way = draws_of(context, layer.root, weight.transpose(0, 1) if transposed else weight)
+    read = contracted(x, [at])[0]
+    way = draws_of(context, layer.root, weight.transpose(0, 1) if transposed else weight, read)
     results = _by_groups(context, x, at, channels, layer, out, way)
     axes = (*contracted(x, [at])[1][:at], (("c", out),), *((("p", s),) for s in sizes))
     return _without_ones(Value(results, axes, at if len(results) > 1 else None))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from kgraph.canonical import aten
+from kgraph.draws import CONSTANTS_APART
 from kgraph.gram import field as f
-from kgraph.gram.align import aligned, known_value, ranges
+from kgraph.gram.align import CHANNELS, DRAWN_CHANNELS, aligned, known_value, ranges
 from kgraph.gram.build import mapped, scaled, shifted
 from kgraph.gram.field import Field
 from kgraph.gram.functions import of_one
@@ -62,7 +63,14 @@ def times(u: Field, v: Field) -> Field:
         return function_on(multiplied(first, second), base, u.how | v.how)
     if isinstance(u, f.Known):  # known factors stand on the right
         u, v = v, u
-    return f.Product(u.places, u.roots | v.roots, u.how | v.how, u, v)
+    how = u.how | v.how
+    if DRAWN_CHANNELS in u.roots | v.roots and all(u.roots & _OF_CHANNELS for u in (u, v)):
+        how = how | _MEET
+    return f.Product(u.places, u.roots | v.roots, how, u, v)
+
+
+_OF_CHANNELS = frozenset({CHANNELS, DRAWN_CHANNELS})
+_MEET = assumed(CONSTANTS_APART)
 
 
 def known(context: Context, tensor: Any, like: Value, index: int) -> Value:
@@ -186,7 +194,7 @@ def mul(context: Context, x: Any, y: Any) -> Value:
 def where(context: Context, condition: Any, x: Any, y: Any) -> Value:
     """``1[c] x + 1[not c] y``; the gradient is that of what is chosen."""
     if not isinstance(condition, Value):
-        raise CannotFollow("a choice by a known mask")
+        return _by_known_mask(context, condition, x, y)
     if (one := of_one_field(chosen, (condition, x, y))) is not None:
         return one
     other = condition.each(lambda u: shifted(scaled(u, -1.0), 1.0))
@@ -205,6 +213,19 @@ def masked_fill(context: Context, x: Any, mask: Any, value: Any) -> Value:
     other = mask.each(lambda u: shifted(scaled(u, -1.0), 1.0))
     kept = _chosen(context, other, x, 0)
     return kept if float(value) == 0 else combine(kept, _scaled(mask, float(value)), plus)
+
+
+def _by_known_mask(context: Context, condition: Any, x: Any, y: Any) -> Value:
+    """``c x + (1 - c) y`` for a known mask c: a factor like others, the same channels of which meet."""
+    numbers = all(isinstance(o, Value) or not isinstance(o, Tensor) or o.numel() == 1 for o in (x, y))
+    if not numbers or not isinstance(condition, Tensor):
+        raise CannotFollow("a choice by a known mask")
+    like = x if isinstance(x, Value) else y
+    mask = known_value(condition.double(), like, None, 0.0)
+    rest = mask.each(lambda u: shifted(scaled(u, -1.0), 1.0))
+    kept = [combine(v, m, times) if isinstance(v, Value) else _scaled(m, float(v)) for v, m in ((x, mask), (y, rest))]
+    zero = [not isinstance(v, Value) and float(v) == 0 for v in (x, y)]
+    return kept[1] if zero[0] else kept[0] if zero[1] else combine(kept[0], kept[1], plus)
 
 
 def _chosen(context: Context, mask: Value, x: Any, at: int) -> Value:

@@ -11,11 +11,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kgraph.gram.field import Field
+from kgraph.gram.align import CHANNELS, DRAWN_CHANNELS
+from kgraph.gram.field import Field, Grouped, Known
 from kgraph.gram.rules.table import Context, parameters_behind
 from kgraph.gram.value import Value
 from kgraph.how import EXACT, How, assumed
-from kgraph.rules.weights import assumed_of, off_centre
+from kgraph.rules.weights import UNEVEN_COLUMNS, assumed_of, off_centre, uneven_columns, uneven_rows
 
 
 def warned(context: Context, x: Value) -> Value:
@@ -23,13 +24,21 @@ def warned(context: Context, x: Value) -> Value:
     return x.each(lambda u: _warned(context, u), x.axes, x.split)
 
 
-def draws_of(context: Context, name: str, weight: Tensor) -> How:
-    """What is taken for granted when a layer's weight [out, ...] counts as independent draws about zero."""
+def draws_of(context: Context, name: str, weight: Tensor, u: Field) -> How:
+    """What is taken for granted when the weight [out, ...] of a layer on ``u`` counts as draws about zero."""
     node = context.named.get(name)
     declared = name in context.variances
-    own = EXACT if declared else assumed_of(node, context.measured(off_centre, name, weight))
+    uneven = not declared and context.measured(uneven_rows, name, weight)
+    own = EXACT if declared else assumed_of(node, context.measured(off_centre, name, weight), uneven)
+    if own is EXACT and not declared and _read_apart(u) and context.measured(uneven_columns, name, weight):
+        own = UNEVEN_COLUMNS
     fixed = node is not None and not parameters_behind(context, node)
     return own | assumed(f"the buffer {name} as independent draws of its own variance") if fixed else own
+
+
+def _read_apart(u: Field) -> bool:
+    """Whether channels of a field differ in law: known ones, ranges of several, or known tensors went in."""
+    return isinstance(u, (Known, Grouped)) or not u.roots.isdisjoint({CHANNELS, DRAWN_CHANNELS})
 
 
 def _warned(context: Context, u: Field) -> Field:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from kgraph.canonical import aten
-from kgraph.gram.align import aligned
+from kgraph.gram.align import DRAWN_CHANNELS, aligned
 from kgraph.gram.complex_numbers import HINT, is_complex
 from kgraph.gram.device import away, here
 from kgraph.gram.field import Drawn, Field
@@ -57,6 +57,8 @@ def sample(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any], reas
     axes = result_axes(context, call, values, reason)
     fields = tuple(v.one() for v in values)
     roots = frozenset().union(*(u.roots for u in fields))
+    if _known_channels(args, kwargs, axes):
+        roots |= {DRAWN_CHANNELS}
     given = assumed(f"{', '.join(parameters)} as they are") if parameters else EXACT
     how = max((given, *(u.how for u in fields)), key=lambda h: h.level)
     places = tuple(s for axis in axes for role, s in axis if role == "p")
@@ -95,6 +97,13 @@ def _group_by_group(context: Context, args: tuple[Any, ...], kwargs: dict[str, A
         part_args, part_kwargs = pytree.tree_unflatten(plain, tree)
         groups.append((size, sample(context, part_args, part_kwargs, reason).one()))
     return Value(tuple(groups), axes, split)
+
+
+def _known_channels(args: tuple[Any, ...], kwargs: dict[str, Any], axes: Axes) -> bool:
+    """Whether a known operand has a number for every channel."""
+    at = next((d - len(axes) for d, axis in enumerate(axes) for role, _ in axis if role == "c"), None)
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    return at is not None and any(t.ndim >= -at and bool((t != t.narrow(at, 0, 1)).any()) for t in tensors)
 
 
 def _parameters(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
