@@ -20,7 +20,9 @@ from kgraph.rules.weights import mean_square
 
 
 @rule(aten.embedding.default)
-def embedding(context: Context, weight: Tensor, ids: Tensor, padding_idx: int = -1, *_: object) -> Kernel:
+def embedding(context: Context, weight: Tensor, ids: Tensor | Kernel, padding_idx: int = -1, *_: object) -> Kernel:
+    if isinstance(ids, Kernel):  # computed from activations: two inputs have one row as often as their ids agree
+        return context.sample()
     rows = token_rows(weight, padding_idx)
     q, mean = mean_square(rows), float(rows.detach().double().mean())
     c = context.pairs.inputs
@@ -39,9 +41,12 @@ def embedding(context: Context, weight: Tensor, ids: Tensor, padding_idx: int = 
 
 @rule(aten.embedding_bag.padding_idx)
 def embedding_bag(
-    context: Context, weight: Tensor, ids: Tensor, offsets: Tensor, _: bool = False, mode: int = 0, *rest: Any
+    context: Context, weight: Tensor, ids: Tensor | Kernel, offsets: Tensor, _: bool = False, mode: int = 0, *rest: Any
 ) -> tuple[Kernel, None, None, None]:
     """Sum (mode 0) or mean (1) of the rows of n tokens, taken to differ: q - mean^2 grows by n, or falls by it."""
+    if isinstance(ids, Kernel):
+        hint = "Look the rows up in an nn.Embedding, and sum them"
+        raise context.error("there is no rule for an embedding bag of tokens that are computed from activations", hint)
     weights, last_offset, padding_idx = (*rest[1:], None, False, None)[:3] if len(rest) < 4 else rest[1:4]
     if mode > 1 or weights is not None:
         what = "the maximum" if mode > 1 else "a weighted sum"

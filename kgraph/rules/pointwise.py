@@ -43,7 +43,13 @@ COPIES = (
     aten.detach.default,
 )
 """Operations that make another tensor of the same entries, or round them to another type."""
-_TRUNCATED, _NOT_ZERO = Pointwise(torch.trunc), Pointwise(lambda u: (u != 0).to(u.dtype))
+
+
+def _trunc(u: Tensor) -> Tensor:
+    return u.trunc() if u.is_floating_point() else u.to(torch.float64)  # truth values have no fractions
+
+
+_TRUNCATED, _NOT_ZERO = Pointwise(_trunc), Pointwise(lambda u: (u != 0).to(u.dtype))
 _AS_NUMBER = Pointwise(lambda u: u.to(torch.float64))
 
 

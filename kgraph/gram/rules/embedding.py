@@ -24,6 +24,7 @@ from kgraph.rules.weights import real_mean
 @rule(aten.embedding.default)
 def embedding(context: Context, table: Tensor, ids: Tensor, padding: int = -1, *_: object) -> Value:
     """K = E[w^2] for equal tokens, E[w]^2 for different ones; own term 1 for equal ones. ``padding`` is not trained."""
+    _refuse_chosen(context, ids)
     engine, name = context.engine, context.name(0)
     engine.tables.add(table.data_ptr())
     blank = padding >= 0 and not bool(table[padding].any())  # as nn.Embedding makes it: no draw, but zeros
@@ -55,6 +56,14 @@ def embedding(context: Context, table: Tensor, ids: Tensor, padding: int = -1, *
     return Value(((width, leaf),), ((("b", len(ids)),), *spatial, (("c", width),)))
 
 
+def _refuse_chosen(context: Context, ids: object) -> None:
+    if isinstance(ids, Value):
+        raise context.error(
+            "a table is looked up by numbers that are computed from activations, and there is no kernel rule for it",
+            "Use kgraph.analyze",
+        )
+
+
 def _averaged_equality(engine: Engine, ids: Tensor) -> Tensor:
     """Share of equal tokens in the averages that the layout holds: one known channel a token."""
     tokens = torch.nn.functional.one_hot(ids.unique(return_inverse=True)[1]).double().movedim(-1, 1)
@@ -72,6 +81,7 @@ def embedding_bag(
         rest: whether the table's gradient is sparse, weights of the tokens [N n], whether ``offsets`` holds the end
             too, and ``padding``.
     """
+    _refuse_chosen(context, ids)
     given: list[Any] = [*rest, *(False, None, False, None)[len(rest) :]]
     _sparse, weights, ended, padding = given
     padding = -1 if padding is None else int(padding)
