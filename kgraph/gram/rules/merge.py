@@ -221,7 +221,7 @@ def _by_known_mask(context: Context, condition: Any, x: Any, y: Any) -> Value:
     if not numbers or not isinstance(condition, Tensor):
         raise CannotFollow("a choice by a known mask")
     like = x if isinstance(x, Value) else y
-    mask = known_value(condition.double(), like, None, 0.0)
+    mask = known_value(condition.double(), like)
     rest = mask.each(lambda u: shifted(scaled(u, -1.0), 1.0))
     kept = [combine(v, m, times) if isinstance(v, Value) else _scaled(m, float(v)) for v, m in ((x, mask), (y, rest))]
     zero = [not isinstance(v, Value) and float(v) == 0 for v in (x, y)]
