@@ -139,10 +139,10 @@ class _Walk:
         self.graph, self.pairs, self.mode, self.parametrization = graph, pairs, mode, parametrization
         self.values: dict[fx.Node, Any] = {}
         self.tokens: set[fx.Node] = set()
-        self.borders = Borders()
         self.unallocated = Unallocated()
         seen = cast(dict[fx.Node, Any], ChainMap(self.unallocated.values, self.values))
         self.sampler = Sampler(seen, graph.module, pairs, mode)
+        self.borders = Borders(self.sampler.sampled)
         leaves, _ = pytree.tree_flatten(graph.inputs)
         self.inputs = iter(leaves)
 

@@ -8,7 +8,7 @@ such an operation makes is "assumed".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -60,9 +60,14 @@ _CUTS = {"index_select", "gather", "select", "slice", "narrow", "chunk", "split"
 
 
 class Borders:
-    """Follows a walk node by node: ``reasons`` are those of the tensors whose positions are not alike."""
+    """Follows a walk node by node: ``reasons`` are those of the tensors whose positions are not alike.
 
-    def __init__(self) -> None:
+    Args:
+        sampled: nodes that are known by draws, which run what was drawn before them again, position by position.
+    """
+
+    def __init__(self, sampled: Container[fx.Node] = ()) -> None:
+        self.sampled = sampled
         self.reasons: dict[fx.Node, str] = {}
         self.near: set[fx.Node] = set()  # tensors whose neighbouring positions are more alike than others
         self.shared: set[fx.Node] = set()  # of those, tensors whose neighbours hold the same numbers
@@ -90,6 +95,8 @@ class Borders:
         told = [self.said[n] for n in node.all_input_nodes if n in self.said]
         if not told and before and _needs_positions(node, before, kernels, values):
             told = [before[0]]
+        if node in self.sampled:
+            told = [why for why in told if why not in (RUNNING, ORDERED)]
         inside = any(n in self.near for n in node.all_input_nodes)
         shared = any(n in self.shared for n in node.all_input_nodes)
         bends = _is_function(node) or len(read) > len(node.all_input_nodes)
@@ -115,7 +122,8 @@ class Borders:
         reason = made or next(iter(before), "")
         stays = value.positions > 1 or operation_name(node) in _VIEWS or _is_function(node)
         if reason == ORDERED:
-            stays = not operation_name(node).startswith(_LAYERS)  # those sum over all channels
+            one_of_them = any(role == "c" for axis in value.axes for role, _ in axis)
+            stays = one_of_them and not operation_name(node).startswith(_LAYERS)  # those sum over all channels
         if reason and stays:
             self.reasons[node] = reason
         return value
@@ -133,7 +141,7 @@ def _is_function(node: fx.Node) -> bool:
 
 def _needs_positions(node: fx.Node, reasons: list[str], kernels: list[Kernel], values: Mapping[fx.Node, Any]) -> bool:
     name, uneven = operation_name(node), len(reasons)
-    if reasons[0] == ORDERED and name.startswith(_LAYERS):
+    if reasons[0] == ORDERED and name.startswith((*_LAYERS, "layer_norm", "rms_norm")):  # of all channels together
         return False
     if name.startswith("conv"):
         return True  # windows read some positions more often than others

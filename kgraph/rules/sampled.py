@@ -51,6 +51,7 @@ class Sampler:
     def __init__(self, values: Values, module: fx.GraphModule, pairs: Pairs, mode: str) -> None:
         self.values, self.module, self.pairs, self.mode = values, module, pairs, mode
         self.factors: dict[fx.Node, float] = {}  # of nodes whose kernels were scaled after the rule that made them
+        self.sampled: set[fx.Node] = set()
         self.order = {node: i for i, node in enumerate(module.graph.nodes)}
         norms = mode == "train" and any(n.target is aten.batch_norm.default for n in module.graph.nodes)
         # what BatchNorm subtracts from the NTK is that of the background pair
@@ -58,6 +59,7 @@ class Sampler:
 
     def sample(self, node: fx.Node) -> Any:
         """Kernel (or nested list of kernels) of ``node``'s result."""
+        self.sampled.add(node)
         region = find_region(node, self.values, self.order)
         entries = max((_entries(self.values[n]) for n in region.frontier), default=1)
         repeats = max(_FEWEST_REPEATS, min(_MOST_REPEATS, _FEWEST_ENTRIES // max(entries, 1)))
