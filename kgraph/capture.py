@@ -20,7 +20,6 @@ from torch import Tensor, fx, nn
 from torch.export import UnflattenedModule
 from torch.utils import _pytree as pytree
 
-from kgraph.canonical import DROPOUTS
 from kgraph.checks import with_finite_values
 from kgraph.drop_path import BY_HAND
 from kgraph.emitted import EmittedModule
@@ -32,7 +31,7 @@ from kgraph.lowering import Untraceable
 from kgraph.outputs import Form, close_outputs, opening, without_cache
 from kgraph.torch_export import export_flat
 from kgraph.tracing import trace
-from kgraph.train_path import adopt_modes, lost_in_eval
+from kgraph.train_path import adopt_modes, adopt_noise, lost_in_eval, note_noise
 from kgraph.untouched import host_state, untouched
 from kgraph.verify import reproduces, reproduces_everywhere
 
@@ -142,7 +141,7 @@ def capture(
     with_finite_values(check_model(model))
     inputs = _distinct(resolve_inputs(model, example_inputs))
     notes, left_out = _mixed_modes(model), list[str]()
-    with untouched(model), ExitStack() as stack:
+    with untouched(model, parameters=True), ExitStack() as stack:
         census = run_once(model, inputs)
         if census.form.dropped and stack.enter_context(without_cache(model)):
             left_out.append(
@@ -254,6 +253,8 @@ def _exported(model: nn.Module, inputs: Inputs, notes: list[str], census: Census
 
 def _evaluated(model: nn.Module, inputs: Inputs, notes: list[str], census: Census, trained: Graph) -> Graph:
     graph = _captured(model, inputs, notes, census, training=False, by_mode=False)
+    if adopt_noise(trained.module.graph, graph.module.graph) and _matches(trained):  # that was all
+        return trained
     adopt_modes(graph.module.graph, trained.module.graph)
     graph.lost = lost_in_eval(trained.module.graph, graph.module.graph)
     notes.append(f"captured in eval mode: in train mode the forward takes another path ({graph.lost})")
@@ -285,9 +286,7 @@ def _captured(
     flat = export_flat(model, inputs, _positional_names(model, len(inputs.args)), notes, by_mode=by_mode)
     _index_sites(flat.graph, model, census)
     if not training:
-        for node in flat.graph.nodes:
-            if node.target in DROPOUTS and node.args[2]:
-                node.meta["always"] = True  # drops in eval mode too
+        note_noise(flat.graph)
     return Graph(flat, model, inputs, notes, census.form, training=training)
 
 

@@ -29,6 +29,32 @@ def adopt_modes(evaluated: fx.Graph, trained: fx.Graph) -> None:
             node.update_arg(argument.place, argument.train)
 
 
+def note_noise(evaluated: fx.Graph) -> None:
+    """Mark the noise that an eval capture has: its forward asks for it in either mode."""
+    for node in evaluated.nodes:
+        if _is_noise(node):
+            node.meta["always"] = True
+
+
+def adopt_noise(trained: fx.Graph, evaluated: fx.Graph) -> bool:
+    """Let the noise of the train capture that the eval capture has too be there in both modes; whether there is any."""
+    waiting: dict[tuple[object, Site], list[fx.Node]] = defaultdict(list)
+    for node in evaluated.nodes:
+        waiting[node.target, _place(node)].append(node)
+    found = []
+    for node in trained.nodes:  # in order: one line may hold several
+        same = waiting.get((node.target, _place(node)))
+        if same and same.pop(0).meta.get("always") and _is_noise(node):
+            found.append(node)
+    for node in found:
+        node.meta["always"] = True
+    return bool(found)
+
+
+def _is_noise(node: fx.Node) -> bool:
+    return mode_argument(node) is not None and "norm" not in operation_name(node)
+
+
 def lost_in_eval(trained: fx.Graph, evaluated: fx.Graph) -> str:
     """What only the train capture has: random numbers, modules, outputs; in words."""
     kept = {(node.target, _place(node)) for node in evaluated.nodes}
@@ -44,7 +70,8 @@ def lost_in_eval(trained: fx.Graph, evaluated: fx.Graph) -> str:
     if many != few:
         found.append(f"{many} output tensors for {few}")
     if not found:
-        found.append(f"other operations: {_some([f'{operation_name(n)}{_at(n)}' for n in extra]) or 'another order'}")
+        other = _some([f"{operation_name(n)}{_at(n)}" for n in extra]) or "other arguments, or another order"
+        found.append(f"other operations: {other}")
     return "; ".join(found)
 
 
@@ -56,8 +83,7 @@ def _place(node: fx.Node) -> Site:
 
 def _draws(node: fx.Node) -> bool:
     tagged = isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-    argument = mode_argument(node)
-    return tagged or (argument is not None and "norm" not in operation_name(node))
+    return tagged or _is_noise(node)
 
 
 def _modules(graph: fx.Graph) -> set[str]:
@@ -81,4 +107,4 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(listed[:_MOST]) + (f" and {len(listed) - _MOST} more" if len(listed) > _MOST else "")
 
 
-__all__ = ["adopt_modes", "lost_in_eval"]
+__all__ = ["adopt_modes", "adopt_noise", "lost_in_eval", "note_noise"]

@@ -14,10 +14,14 @@ from torch.nn.parameter import is_lazy
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Leave ``model`` and the global generators as they are, whatever its forward does to them."""
+def untouched(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
+    """Leave ``model`` and the global generators as they are, whatever its forward does to them.
+
+    Args:
+        parameters: the values of parameters, too, of which a copy is held meanwhile (on the CPU).
+    """
     with ExitStack() as stack:
-        for kept in (_modes(model), _tensors(model), _generators()):
+        for kept in (_modes(model), _tensors(model, parameters), _generators()):
             stack.enter_context(kept)
         if not is_uninitialized(model):  # else it is a copy, and becomes what its first run makes of it
             stack.enter_context(_attributes(model))
@@ -60,11 +64,16 @@ def _modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _tensors(model: nn.Module) -> Iterator[None]:
-    """Values of buffers: counters, moving averages, the power iteration of a spectral norm; and of plain attributes."""
+def _tensors(model: nn.Module, parameters: bool) -> Iterator[None]:
+    """Values of buffers: counters, moving averages, the power iteration of a spectral norm; and of plain attributes.
+
+    A write through ``.data`` leaves no trace on a parameter but its values.
+    """
     plain = [value for module in model.modules() for value in vars(module).values() if type(value) is Tensor]
+    trained = list(model.parameters()) if parameters else []
     own = [tensor for tensor in (*model.buffers(), *plain) if not tensor.is_meta and not is_lazy(tensor)]
     before = [(buffer, buffer.detach().clone(), buffer._version) for buffer in own]
+    before += [(p, p.detach().to("cpu", copy=True), p._version) for p in trained if not p.is_meta and not is_lazy(p)]
     try:
         yield
     finally:
@@ -77,7 +86,7 @@ def _tensors(model: nn.Module) -> Iterator[None]:
 def _written(buffer: Tensor, value: Tensor, version: int) -> bool:
     """Whether a buffer's values changed; of layouts that nothing compares (sparse): whether it was written to."""
     plain = buffer.layout is torch.strided and not buffer.is_nested
-    return not torch.equal(buffer, value) if plain else buffer._version != version
+    return not torch.equal(buffer.to(value.device), value) if plain else buffer._version != version
 
 
 @contextmanager

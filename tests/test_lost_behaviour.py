@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kgraph
-from kgraph.errors import InputError, ModelError
+from kgraph.errors import CaptureError, InputError, ModelError
 
 WIDTH = 16
 X = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -197,3 +197,58 @@ def test_a_factor_of_the_users_own_is_a_note() -> None:
 def test_what_has_a_size_of_its_own_is_no_unmet_promise(end: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
     ledger: Any = kgraph.transform(Ends(end), "dks", X).kgraph.ledger
     assert not any("at the output" in line for line in (*ledger.unmet, *ledger.notes))
+
+
+class Noisy(nn.Module):
+    """Dropout that follows the mode beside dropout that does not, in a forward that a test writes."""
+
+    def __init__(self, forward: Callable[[Noisy, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.run, self.drop = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), forward, nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+ALWAYS = {
+    "alone": lambda m, x: m.b(F.dropout(m.a(x).tanh(), 0.5)),
+    "behind a module": lambda m, x: m.b(F.alpha_dropout(m.drop(m.a(x).tanh()), 0.4, training=True)),
+    "two of a line": lambda m, x: m.b(F.dropout(m.a(x), 0.2, m.training) + F.dropout(x, 0.5)),
+    "of attention": lambda m, x: F.scaled_dot_product_attention(m.a(x), m.b(x), m.a(x), dropout_p=0.3),
+}
+
+
+@pytest.mark.parametrize("name", ALWAYS)
+def test_noise_in_either_mode_is_kept_and_no_loss(name: str) -> None:
+    x, model = torch.randn(6, 4, WIDTH), Noisy(ALWAYS[name])
+    shaped = kgraph.transform(model, "dks", x)
+    assert shaped.kgraph is not None and "train mode" not in " ".join(shaped.kgraph.ledger.unmet)
+    for mode in (True, False):
+        assert not torch.equal(shaped.train(mode)(x), shaped(x))
+
+
+def test_other_numbers_in_train_mode_are_a_loss() -> None:
+    model = Noisy(lambda m, x: m.b(F.dropout(m.a(x).tanh(), 0.5)) * (2.0 if m.training else 3.0))
+    shaped = kgraph.transform(model, "dks", torch.randn(6, WIDTH))
+    assert shaped.kgraph is not None and "train mode" in shaped.kgraph.ledger.unmet[0]
+
+
+class Decaying(nn.Module):
+    """A forward that writes to a parameter of its own, past autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.b.bias.data.add_(1.0)
+        return self.b(self.a(x).tanh())
+
+
+@pytest.mark.parametrize("call", [kgraph.analyze, kgraph.nngp])
+def test_a_forward_that_writes_to_parameters_leaves_them_as_they_were(call: Callable[[nn.Module, Any], object]) -> None:
+    model = Decaying()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(CaptureError, match="hidden state"):
+        call(model, X)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
