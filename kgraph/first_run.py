@@ -16,7 +16,7 @@ from kgraph.errors import CaptureError, InputError
 from kgraph.failures import failed
 from kgraph.inputs import Inputs
 from kgraph.outputs import Form, opened
-from kgraph.watched import drawn_elsewhere, failed_derivative, not_held
+from kgraph.watched import drawn_elsewhere, failed_derivative, failed_operator, not_held
 
 REPEATED = 8
 """Tracing pays where calls repeat: a new kind of call costs 10 ms, one more of the same kind half a millisecond."""
@@ -88,7 +88,8 @@ def run_once(model: nn.Module, inputs: Inputs) -> Census:
         try:
             output = model(*args, **kwargs)
         except Exception as error:  # whatever the user's forward raises on bad inputs
-            raise (failed_derivative(model, error) or does_not_run(model, inputs, error)) from error
+            known = failed_derivative(model, error) or failed_operator(model, error)
+            raise (known or does_not_run(model, inputs, error)) from error
     values, census.form = opened(output)
     if not any(isinstance(value, Tensor) for value in pytree.tree_leaves(values)):
         what = ", ".join(dict.fromkeys(census.form.dropped)) or type(output).__name__

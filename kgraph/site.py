@@ -69,6 +69,25 @@ def located(node: fx.Node) -> Iterator[None]:
     Raises:
         RuleError: the operation, or its rule, failed on what stands for the input.
     """
+    hint = "Write it with other operations, or leave it out of the model that is analysed"
+    with _named(node, f"{node.target} does not run on what stands for the input", hint):
+        yield
+
+
+@contextmanager
+def computed(node: fx.Node) -> Iterator[None]:
+    """The same where a node's rule has run, and its numbers are computed.
+
+    Raises:
+        RuleError: a law failed on numbers that it should take.
+    """
+    hint = "That is a fault of kgraph's, please report it with the model; kgraph.analyze may know the node"
+    with _named(node, f"the kernel of {node.target} could not be computed", hint):
+        yield
+
+
+@contextmanager
+def _named(node: fx.Node, what: str, hint: str) -> Iterator[None]:
     source = site_of(node).source or None
     try:
         yield
@@ -78,12 +97,8 @@ def located(node: fx.Node) -> Iterator[None]:
         raise type(error)(error.what, node=node.name, source=source, hint=error.hint) from error
     except _RAISED as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-        raise RuleError(
-            f"{node.target} does not run on what stands for the input: {type(error).__name__}: {reason}",
-            node=node.name,
-            source=source,
-            hint="Write it with other operations, or leave it out of the model that is analysed",
-        ) from error
+        what = f"{what}: {type(error).__name__}: {reason}"
+        raise RuleError(what, node=node.name, source=source, hint=hint) from error
 
 
 def read_site(node: fx.Node) -> Site:

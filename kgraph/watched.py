@@ -37,6 +37,8 @@ _TRANSFORMS = {
 }
 """Functions that every use of a transform of torch.func passes through, by file; and the transform each is of."""
 
+_OPERATORS = str(Path(_TORCH, "_higher_order_ops"))
+_FLEX = str(Path(_TORCH, "nn", "attention", "flex_attention.py"))
 _DERIVATIVES = (autograd.grad.__code__, autograd.backward.__code__)
 
 
@@ -57,6 +59,8 @@ class _Seen:
 def not_held(model: nn.Module, inputs: Inputs) -> CaptureError | None:
     """Which call of the forward no graph of operations holds, where a run shows one."""
     seen = _watched(model, inputs)
+    if "operator" in seen.lines:
+        return _operates(model, *seen.lines["operator"])
     if "transform" in seen.lines:
         transform, line = seen.lines["transform"]
         return CaptureError(
@@ -82,6 +86,36 @@ def failed_derivative(model: nn.Module, error: BaseException) -> CaptureError | 
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     inside = next((frame for frame in frames if frame.f_code in _DERIVATIVES), None)
     return None if inside is None else _derives(model, _line(inside))
+
+
+def failed_operator(model: nn.Module, error: BaseException) -> CaptureError | None:
+    """Why a forward did not run, if it did so inside one of torch's operators on functions."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    inside = next((frame for frame in frames if _is_operator(frame)), None)
+    return None if inside is None else _operates(model, inside.f_code.co_name, _line(inside))
+
+
+def _operates(model: nn.Module, name: str, line: str) -> CaptureError:
+    return CaptureError(
+        f"{type(model).__name__}.forward calls {_LONG.get(name, name)}, one of torch's operators on functions, which a "
+        "graph of tensor operations does not hold",
+        source=line or None,
+        hint="Write it with plain tensor operations: torch.where for a condition, a Python loop for a fixed number of "
+        "steps, scaled_dot_product_attention for attention",
+    )
+
+
+_LONG = {"cond": "torch.cond", "flex_attention": "torch.nn.attention.flex_attention"}
+
+
+def _is_operator(frame: FrameType) -> bool:
+    """Whether a frame is the call of such an operator, as users make it."""
+    code = frame.f_code
+    return code.co_filename == _FLEX or (Path(code.co_filename).parent == Path(_OPERATORS) and _by_users(frame))
+
+
+def _by_users(frame: FrameType) -> bool:
+    return frame.f_back is not None and not frame.f_back.f_code.co_filename.startswith(_TORCH)
 
 
 def _derives(model: nn.Module, line: str) -> CaptureError:
@@ -121,6 +155,10 @@ def _transform(frame: FrameType, event: str, _: Any) -> tuple[str, FrameType] | 
     return None if name is None else (name, frame)
 
 
+def _operator(frame: FrameType, event: str, _: Any) -> tuple[str, FrameType] | None:
+    return (frame.f_code.co_name, frame) if event == "call" and _is_operator(frame) else None
+
+
 def _derivative(frame: FrameType, event: str, _: Any) -> tuple[str, FrameType] | None:
     own = event == "call" and frame.f_code in _DERIVATIVES
     return ("grad", frame) if own else None
@@ -135,7 +173,7 @@ def _random(frame: FrameType, event: str, argument: Any) -> tuple[str, FrameType
     return None
 
 
-_LOOKS = {"transform": _transform, "derivative": _derivative, "random": _random}
+_LOOKS = {"operator": _operator, "transform": _transform, "derivative": _derivative, "random": _random}
 
 
-__all__ = ["drawn_elsewhere", "failed_derivative", "not_held"]
+__all__ = ["drawn_elsewhere", "failed_derivative", "failed_operator", "not_held"]

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kgraph.errors import InputError
+from kgraph.errors import InputError, RuleError
 from kgraph.gram import laws
 from kgraph.gram.block import Block, Draws
 from kgraph.gram.build import arguments
@@ -50,7 +50,7 @@ class JointDraws:
     def pair(self, u: Field, v: Field) -> Block:
         """Block of two fields, measured."""
         self.used.update((u, v))
-        x, y = self.of(u), self.of(v)
+        x, y = self.together(u, v)
         moment = partial(self.engine.layout.moment, self.engine.rows)
         tangents = {name: moment(t, y.tangents[name]) for name, t in x.tangents.items() if name in y.tangents}
         return Block(moment(x.value, y.value), tangents)
@@ -73,6 +73,21 @@ class JointDraws:
             found = None if law is None else law(self, u)
             self._fields[u] = self._gaussian(u) if found is None else found
         return self._fields[u]
+
+    def together(self, *fields: Field) -> list[Draws]:
+        """Draws of several fields that are combined draw by draw.
+
+        Raises:
+            RuleError: one of them is an operation's over some channels, and has one draw for every few of the others'.
+        """
+        drawn = [self.of(u) for u in fields]
+        if len({len(one.value) for one in drawn}) > 1:
+            raise RuleError(
+                "a result over groups of channels (a sum, a maximum, a norm) meets the channels that it was made of, "
+                "which joint draws cannot follow",
+                hint="Use kgraph.analyze; softmax and norms of torch.nn.functional have rules of their own",
+            )
+        return drawn
 
     def _check(self, u: Field) -> None:
         if not self.engine.rows.complete:

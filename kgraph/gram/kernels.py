@@ -40,6 +40,7 @@ from kgraph.gram.tiles import (
 from kgraph.gram.value import Value
 from kgraph.gram.walk import Options, Walk
 from kgraph.inputs import Inputs
+from kgraph.site import computed
 
 _BEYOND = {
     "diagonal": "it averages or moves positions",
@@ -291,8 +292,9 @@ def _run(
         if request.asked.nodes == "all" or node.name in request.asked.nodes:
             wanted[node.name] = gram_of(engine, node.name, value, n1, n2)
 
-    output = Walk(request.graph, engine, request.options, take).run(request.inputs)
-    final = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Value)), None)
+    walk = Walk(request.graph, engine, request.options, take)
+    walk.run(request.inputs)
+    final = walk.final()
     if final is None:
         raise InputError(
             "the model's output does not depend on its inputs in a way that a kernel could follow",
@@ -303,7 +305,8 @@ def _run(
     )
     if missing:
         raise InputError(f"the graph has no node {missing[0]!r}", hint="kgraph.analyze lists the names")
-    output_gram = gram_of(engine, "output", final, n1, n2)
+    with computed(final[0]):
+        output_gram = gram_of(engine, "output", final[1], n1, n2)
     if on_draws is not None and engine.draws.used:
         raise on_draws
     return Kernels(output_gram, wanted, layout.name, request.asked.parametrization)

@@ -28,7 +28,7 @@ from kgraph.roots import Root
 from kgraph.rules.noise import draws_noise
 from kgraph.rules.pointwise import is_pointwise
 from kgraph.rules.sampled import for_mode
-from kgraph.site import located, site_of
+from kgraph.site import computed, located, site_of
 
 Progress = Callable[[int, int], None]
 Taker = Callable[[fx.Node, Value], None]
@@ -79,10 +79,17 @@ class Walk:
                 value = self._evaluate(node, given)
             self.values[node] = value
             if isinstance(value, Value):
-                self.take(node, value)
+                with computed(node):
+                    self.take(node, value)
             for done in last_reader.get(node, ()):
                 self.values.pop(done, None)
         return result
+
+    def final(self) -> tuple[fx.Node, Value] | None:
+        """The first output that depends on the inputs, behind a run."""
+        output = next(node for node in self.graph.module.graph.nodes if node.op == "output")
+        known = ((node, self.values.get(node)) for node in output.all_input_nodes)
+        return next(((node, value) for node, value in known if isinstance(value, Value)), None)
 
     def _evaluate(self, node: fx.Node, given: Any) -> Any:
         if node.op == "placeholder":

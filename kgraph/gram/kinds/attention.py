@@ -96,7 +96,8 @@ def _scores(draws: JointDraws, u: f.Scores, q: Tensor, z: Tensor, k: Tensor) -> 
 def attended_draws(draws: JointDraws, u: f.Attended) -> Draws:
     """``sum_k A_ik v_k`` draw by draw."""
     draws.spread(u)
-    return draws.of(u.weights).product(draws.of(u.value), _averages)
+    weights, value = draws.together(u.weights, u.value)
+    return weights.product(value, _averages)
 
 
 def _averages(weights: Tensor, value: Tensor) -> Tensor:

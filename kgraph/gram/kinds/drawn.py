@@ -13,7 +13,7 @@ from kgraph.gram.joint import JointDraws
 @laws.draw(f.Drawn)
 def drawn_draws(draws: JointDraws, u: f.Drawn) -> Draws:
     draws.spread(u)
-    drawn = [draws.of(arg) for arg in u.args]
+    drawn = draws.together(*u.args)
     values = tuple(x.value.contiguous() for x in drawn)
     result, tangents = None, {}
     for name in names_of(drawn):

@@ -75,7 +75,7 @@ def both_joined_block(engine: Engine, u: f.Joined, v: f.Joined) -> Block | None:
 @laws.draw(f.Joined)
 def joined_draws(draws: JointDraws, u: f.Joined) -> Draws:
     draws.spread(u)
-    drawn = [draws.of(arg) for arg in u.args]
+    drawn = draws.together(*u.args)
     tangents = {name: torch.cat([x.along(name) for x in drawn], 2 + u.axis) for name in names_of(drawn)}
     return Draws(torch.cat([x.value for x in drawn], 2 + u.axis), tangents)
 

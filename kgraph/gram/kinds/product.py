@@ -71,7 +71,8 @@ def known_factor_block(e: Side, u: f.Product, v: Field) -> Block | None:
 
 @laws.draw(f.Product)
 def product_draws(draws: JointDraws, u: f.Product) -> Draws:
-    return draws.of(u.left).product(draws.of(u.right), torch.mul)
+    left, right = draws.together(u.left, u.right)
+    return left.product(right, torch.mul)
 
 
 @laws.pair.alike(f.Crossed)

@@ -63,5 +63,6 @@ def sum_gap(gaps: Gaps, u: f.Sum, v: Field) -> Tensor:
 
 @laws.draw(f.Sum)
 def sum_draws(draws: JointDraws, u: f.Sum) -> Draws:
-    first, *others = (draws.of(term).times(weight) for weight, term in u.terms)
+    drawn = draws.together(*(term for _, term in u.terms))
+    first, *others = (one.times(weight) for one, (weight, _) in zip(drawn, u.terms, strict=True))
     return sum(others, first)
