@@ -79,6 +79,7 @@ def canonicalize_graph(graph: fx.Graph, line: Callable[[fx.Node], str], *, by_mo
         if (node.op == "call_module" and node.target == "_guards_fn") or node.target in _NOISE:
             graph.erase_node(node)
     note_detaches(graph, line)
+    _use_types(graph)
     _drop_no_op_copies(graph)
     _functionalize(graph)
     _use_sizes(graph)
@@ -100,6 +101,17 @@ def _use_sizes(graph: fx.Graph) -> None:
         with graph.inserting_before(node):
             sizes = [_size(graph, node, other, dim, size) for dim, size in enumerate(other.meta["val"].shape)]
         node.target, node.args, node.meta = _LIKE[node.target], (x, sizes), without_stops(node.meta)
+        if line is not None:
+            stop(node, x, line)
+
+
+def _use_types(graph: fx.Graph) -> None:
+    """``x.to(y)`` is a cast to the type of y: it reads y for that alone."""
+    for node in [n for n in graph.nodes if n.target is aten.to.other]:
+        x, other = cast(tuple[fx.Node, fx.Node], node.args[:2])
+        line = stopped(node, x)
+        node.target, node.args, node.kwargs = aten.to.dtype, (x, other.meta["val"].dtype), {}
+        node.meta = without_stops(node.meta)
         if line is not None:
             stop(node, x, line)
 

@@ -48,6 +48,7 @@ def emit(flat: fx.GraphModule, root: nn.Module, *, name: str | None = None, lift
     helpers: dict[str, nn.Module] = {}
     _drive_training_flags(graph, helpers)
     _follow_device(graph, helpers)
+    _follow_type(graph)
     graph.eliminate_dead_code(is_impure_node=is_effect)
     _drop_orphan_counters(graph)
     graph.lint()
@@ -203,6 +204,45 @@ def _follow_device(graph: fx.Graph, helpers: dict[str, nn.Module]) -> None:
         device = graph.call_module(name)
     for node in baked:
         node.kwargs = {**node.kwargs, "device": device}
+
+
+def _follow_type(graph: fx.Graph) -> None:
+    """A baked type of truth values or counts (``(x > 0).to(x.dtype)``) would stay when the model is cast."""
+    known: dict[torch.dtype, fx.Node] = {}
+    for node in list(graph.nodes):
+        made = _cast_to(node)
+        if made is not None and made.is_floating_point and _type_of(node.args[0]) is None:
+            like = _of_type(node, made) or known.get(made)
+            if like is not None:
+                node.target, node.args, node.kwargs = aten.to.other, (node.args[0], like), {}
+        elif (dtype := _type_of(node)) is not None:
+            known.setdefault(dtype, node)
+
+
+def _cast_to(node: fx.Node) -> torch.dtype | None:
+    """The type that a node casts to; None for another operation."""
+    place = {aten.to.dtype: 1, aten.to.device: 2}.get(node.target)  # type: ignore[call-overload]
+    if place is not None:
+        return node.args[place]  # type: ignore[return-value]
+    return node.kwargs.get("dtype") if node.target is aten.to.dtype_layout else None  # type: ignore[return-value]
+
+
+def _type_of(node: Any) -> torch.dtype | None:
+    """The type of a node's fractions; None where it holds none."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value.dtype if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) else None
+
+
+def _of_type(node: fx.Node, dtype: torch.dtype) -> fx.Node | None:
+    """The nearest node of that type among those that a node is made of."""
+    seen, queue = {node}, [node]
+    for at in queue:
+        if at is not node and _type_of(at) == dtype:
+            return at
+        new = [before for before in at.all_input_nodes if before not in seen]
+        seen.update(new)
+        queue += new
+    return None
 
 
 def _drop_orphan_counters(graph: fx.Graph) -> None:

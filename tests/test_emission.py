@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -308,3 +309,47 @@ def test_structured_inputs_and_outputs() -> None:
 
 def test_kgraph_of_a_plain_emission_is_none() -> None:
     assert emitted("mlp")[2].kgraph is None
+
+
+class Threshold(torch.autograd.Function):
+    """A step forwards, the identity backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+CASTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a function": Threshold.apply,  # type: ignore[dict-item]
+    "plain": lambda h: (h > 0.5).to(h.dtype) + h,
+    "of another": lambda h: h.round().long().to(h),
+    "counts": lambda h: (h > 0).sum(-1, keepdim=True).type_as(h) - 8,
+}
+
+
+class Stepped(nn.Module):
+    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.step = nn.Linear(16, 16), nn.Linear(16, 16), step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.step(self.a(x)) * torch.ones_like(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", CASTS)
+def test_truth_values_and_counts_follow_the_type_of_the_model(name: str, dtype: torch.dtype) -> None:
+    x, model = torch.randn(4, 16), Stepped(CASTS[name])
+    shaped = kgraph.transform(model, "tat", x)
+    once_more = kgraph.transform(shaped, "tat", x)
+    for module in (shaped, once_more):
+        given = module(x)
+        assert module.to(dtype)(x.to(dtype)).dtype == dtype
+        assert torch.equal(module.to(torch.float32)(x), given) or dtype == torch.bfloat16  # which rounds weights
+    emitted = capture(model, x).emit()
+    assert torch.equal(emitted(x), model(x))
+    assert torch.equal(emitted.double()(x.double()), model.double()(x.double()))
