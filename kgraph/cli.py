@@ -215,7 +215,7 @@ def export(
 @app.command(epilog="Example: `kgraph demo --out kgraph-demo`")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for report.html and model.onnx.")] = Path(),
-    method: MethodOption = "tat",
+    method: MethodOption = "dks",
     seed: Seed = 0,
 ) -> None:
     """Compile a bundled 50-layer residual network: leaves report.html and model.onnx."""

@@ -199,26 +199,28 @@ class WeightedSum(nn.Module):
 
 
 class Scale(nn.Module):
-    """Multiplies by a constant: restores q after a gate, a pooling or an embedding.
+    """``factor * (x + shift)``: restores q after a gate, a pooling or an embedding, and takes a mean off.
 
     Args:
         factor: a finite number.
+        shift: a finite number.
         reason: why it is there; shown when the model is printed.
 
     Shapes: any to the same.
-    Raises: InputError if factor is not finite.
+    Raises: InputError for a constant that is not finite.
     """
 
-    def __init__(self, factor: float, reason: str = "") -> None:
+    def __init__(self, factor: float, shift: float = 0.0, reason: str = "") -> None:
         super().__init__()
-        self.factor, self.reason = finite("factor", factor), reason
+        self.factor, self.shift, self.reason = finite("factor", factor), finite("shift", shift), reason
 
     def forward(self, x: Tensor) -> Tensor:
-        """``factor * x``."""
-        return x * self.factor
+        """``factor * (x + shift)``."""
+        return affine(x, self.factor, self.factor * self.shift)
 
     def extra_repr(self) -> str:
-        return f"{self.factor:.8g}" + (f", reason={self.reason!r}" if self.reason else "")
+        shift = f", shift={self.shift:.8g}" if self.shift else ""
+        return f"{self.factor:.8g}{shift}" + (f", reason={self.reason!r}" if self.reason else "")
 
 
 @torch.fx.wrap

@@ -29,6 +29,7 @@ Progress = Callable[[int, int], None]
 _ROUNDING = 1e-5
 """Of float32 networks."""
 
+_AVERAGES = ("mean", *(f"{kind}avg_pool{dims}d" for kind in ("", "adaptive_") for dims in (1, 2, 3)))
 _LINEAR = {
     *(
         "linear",
@@ -112,7 +113,8 @@ class MonteCarlo:
 
         The allowance of a node (relative for q, absolute for c) is the sum of ``curvature / 2`` times the measured
         fluctuation of the layer's input over the nonlinear layers before it, along the path where it is largest; the
-        default 1 is that of a quadratic. Nothing is allowed behind linear layers alone. Batch statistics of B
+        default 1 is that of a quadratic. Nothing is allowed behind linear layers alone; an average over positions keeps
+        the absolute allowance, while q falls. Batch statistics of B
         background inputs with n positions of correlation r fluctuate by 2 (1/n + r^2) / B besides.
 
         Returns:
@@ -143,6 +145,8 @@ class MonteCarlo:
         slack: dict[str, float] = {}
         for row in analysis.nodes:
             slack[row.name] = max((slack[name] for name in row.inputs if name in slack), default=0.0)
+            if row.op in _AVERAGES and row.inputs and row.q > 0:
+                slack[row.name] *= max(1.0, rows[row.inputs[0]].q / row.q)
             if row.op in _LINEAR or row.op.startswith("conv"):
                 continue
             known = [self.nodes[name].fluctuation for name in row.inputs if name in self.nodes]

@@ -17,7 +17,7 @@ _JOINS = ("WeightedSum", "add", "sub", "mul", "cat", "stack", "matmul", "bmm", "
 _SCALES = ("mul", "div", "mean", "avg_pool1d", "avg_pool2d", "avg_pool3d")
 _SCALES += ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
 """A number, or an average, that the user put behind the last layer."""
-_SOFTMAX = ("softmax", "_softmax", "log_softmax", "_log_softmax")
+SOFTMAX = ("softmax", "_softmax", "log_softmax", "_log_softmax")
 
 
 def check_outputs(work: Workspace, cause: Causes, regions: Sequence[Region], said: Collection[fx.Node]) -> set[fx.Node]:
@@ -62,7 +62,7 @@ def returned(work: Workspace) -> list[tuple[str, fx.Node]]:
     fx.map_arg(next(node for node in work.nodes if node.op == "output").args, found.append)
     read = []
     for node in dict.fromkeys(found):
-        first = node.args[0] if operation_name(node) in _SOFTMAX else node
+        first = node.args[0] if operation_name(node) in SOFTMAX else node
         read.append((node.name, first if isinstance(first, fx.Node) else node))
     return read
 
@@ -86,4 +86,4 @@ def _is_tensor_of_batch(node: fx.Node) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
 
 
-__all__ = ["check_outputs", "returned"]
+__all__ = ["SOFTMAX", "check_outputs", "returned"]

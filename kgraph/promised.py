@@ -19,17 +19,15 @@ from torch import fx
 
 from kgraph.canonical import operation_name
 from kgraph.channel_dims import channel_dim
-from kgraph.methods import DKS, TAT, Method
+from kgraph.closed_loop import GRID, Curve, Planned
+from kgraph.methods import TAT, Method
+from kgraph.modules import Scale
 from kgraph.output_q import returned
 from kgraph.passes.base import Workspace
 from kgraph.passes.exponentials import is_rate
-from kgraph.passes.shape_activations import is_leaky, kept_reason
 from kgraph.site import shape_of
 from kgraph.subnetworks import Subnetworks, find_subnetworks
 
-GRID = tuple(i / 20 for i in range(21))
-"""Input cosines at which the planned C map is kept; between them it is taken for linear (it is off by < 1e-3)."""
-Curve = tuple[float, ...]
 _KINDS = ("layer", "pool", "output")
 _POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")
 
@@ -78,28 +76,29 @@ class Promise:
     words: str = ""
 
 
-def promised(work: Workspace, method: Method, outputs: Collection[fx.Node]) -> Promise:
+def promised(work: Workspace, method: Method, outputs: Collection[fx.Node], plan: Planned) -> Promise:
     """The promise of DKS or TAT on a rewritten graph; ``outputs`` are those that shall have q = 1."""
     own = find_subnetworks(work.graph, work.propagation(), free=lambda region: False)
-    shaped = [region for region in own.regions if not kept_reason(region)]
-    leaky = isinstance(method, TAT) and any(map(is_leaky, shaped))
-    c = own.c_maps(np.array(GRID)) if shaped and (leaky or isinstance(method, DKS)) else {}
-    slopes = own.slopes() if shaped else {}
     sized = {region.source for region in own.regions if not region.gate and not is_rate(region)} | set(outputs)
     most_c, most = (method.eta, 1.0) if isinstance(method, TAT) else (1.0, method.zeta)
     line = most_c + (1 - most_c) * np.array(GRID)
     points = []
     for place in _places(work, own):
-        node = place.node
-        curve = tuple(map(float, np.minimum(c[node], line))) if place.planned and node in c else ()
-        slope = min(slopes.get(node, math.nan), most) if place.planned else math.nan
-        points.append(_point(work, place, 1.0 if node in sized else math.nan, curve, slope))
+        node = _uncorrected(work, place.node)
+        curve = tuple(map(float, np.minimum(plan.c[node], line))) if place.planned and node in plan.c else ()
+        slope = min(plan.slope.get(node, math.nan), most) if place.planned else math.nan
+        points.append(_point(work, place, 1.0 if place.node in sized else math.nan, curve, slope))
     output = _first(work)
     words = _words(method, next((p for p in points if p.node == output), None))
-    planned = next((slope for node, slope in slopes.items() if node.name == output), math.nan)
+    planned = next((plan.slope.get(_uncorrected(work, n), math.nan) for n in work.nodes if n.name == output), math.nan)
     if planned > most * 1.01:
         words += f" (not met by its own plan, which has {planned:.3g})"
     return Promise(tuple(points), output, _channels(work), words)
+
+
+def _uncorrected(work: Workspace, node: fx.Node) -> fx.Node:
+    """What the plan knows of a node: a constant that restores q or a mean has no part in it."""
+    return node.all_input_nodes[0] if isinstance(work.module(node), Scale) else node
 
 
 def places_only(work: Workspace) -> Promise:

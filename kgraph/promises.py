@@ -1,27 +1,29 @@
-"""What the recipe promises, checked on the rewritten graph: q = 1, the largest slope, the plan of the local maps."""
+"""What the recipe promises, checked on the rewritten graph: q = 1, and the plan of the local maps."""
 
 from __future__ import annotations
 
 import math
 
-from torch import Tensor, fx
+from torch import fx
 
 from kgraph.canonical import operation_name
+from kgraph.closed_loop import Planned, averaged, correlation, ends
 from kgraph.contractions import WORDS, contraction_of
 from kgraph.departures import Causes, departure, off
-from kgraph.kernel import SAME, Kernel, Pairs
-from kgraph.methods import DKS, TAT, Method
-from kgraph.modules import ShapedActivation
+from kgraph.modules import Scale, ShapedActivation
 from kgraph.nonlinear import Region, find_regions
 from kgraph.output_q import check_outputs
+from kgraph.passes.affine_image import tangent
 from kgraph.passes.base import Workspace
-from kgraph.passes.exponentials import is_rate
-from kgraph.passes.input_causes import cause
-from kgraph.passes.shape_activations import is_leaky, kept_reason
+from kgraph.passes.exponentials import is_exponential, is_rate
+from kgraph.passes.rescale import is_max_pool
+from kgraph.passes.shape_activations import kept_reason
 from kgraph.products import unbounded
-from kgraph.subnetworks import Subnetworks, find_subnetworks
+from kgraph.subnetworks import find_subnetworks
 
-_PLAN_TOLERANCE = 0.01
+_NO_MEAN = 1e-6
+_C_TOLERANCE, _SLOPE_TOLERANCE = 0.03, 0.1
+"""Distances from the plan, of c and relative of the slope, at which it counts as missed."""
 
 
 def is_free(region: Region) -> bool:
@@ -29,8 +31,8 @@ def is_free(region: Region) -> bool:
     return not kept_reason(region)
 
 
-def check(work: Workspace, method: Method) -> set[fx.Node]:
-    """Say where q is not 1 at a nonlinear layer's input, and which node is the cause; check the maximal slope.
+def check(work: Workspace) -> set[fx.Node]:
+    """Say where q is not 1 at a nonlinear layer's input, and which node is the cause; check what products do.
 
     Returns the outputs that shall have q = 1.
     """
@@ -50,77 +52,85 @@ def check(work: Workspace, method: Method) -> set[fx.Node]:
     own = find_subnetworks(work.graph, work.propagation(), free=is_free)
     if line := unbounded(own):
         work.unmet.append(line)
-    if isinstance(method, DKS):
-        largest = own.max_slope()
-        if largest.value > method.zeta * (1 + 1e-6):
-            work.unmet.append(f"max slope is {largest.value:.6g} > zeta = {method.zeta:g} in the subnetwork {largest}")
     return outputs
 
 
-def compare(work: Workspace, method: Method) -> None:
-    """Say what the local maps promise at the output and what the propagation finds there, where they differ.
+def compare(work: Workspace, plan: Planned) -> None:
+    """Say where the propagation departs from the plan, at an output or in front of an average, and what is the cause.
 
-    The targets are about local maps at q = 1 of Gaussian inputs, and pooling counts as keeping c.
+    The plan composes local maps of Gaussian inputs, with pooling counted as keeping c.
     """
-    own = find_subnetworks(work.graph, work.propagation(), free=lambda region: False)
-    leaky = isinstance(method, TAT) and any(is_leaky(region) for region in own.regions if is_free(region))
-    planned = own.c_values() if leaky else own.slopes()
-    found = {node: _measure(kernel, leaky) for node, kernel in work.kernels().items()}
-    apart = {node for node in planned if node in found and _differ(planned[node], found[node])}
-    output = next(node for node in work.nodes if node.op == "output")
-    final = next((node for node in output.all_input_nodes if node in apart), None)
-    if final is None:
-        return
-    first = next((n for n in planned if n in apart and not any(b in apart for b in n.all_input_nodes)), final)
-    quantity, definition = _definition(method, leaky)
-    shaped = isinstance(work.module(first), ShapedActivation)
-    why = _input_cause(work, own, first, planned[first], found[first], leaky) if shaped else _changes(work, first)
-    work.notes.append(
-        f"{quantity} from input to output is planned to be {planned[final]:.4g}, and the analysis finds "
-        f"{found[final]:.4g} at {final.name}; they part first at {first.name}: {why}{_not_gaussian(work, own)}. "
-        f"{definition} is about local maps of Gaussian inputs, with pooling counted as keeping c"
+    kernels = work.kernels()
+    checked = [node for node in dict.fromkeys([*averaged(work), *ends(work)]) if node in kernels]
+    c, slope = (
+        {node: read(kernels[_corrected(work, node)]) for node in planned if node in kernels}
+        for read, planned in ((correlation, plan.c), (tangent, plan.slope))
+    )
+    apart = {region.end for region in work.regions() if region.gate or is_rate(region) or is_exponential(region)}
+    steps = {n: _step(work, n, plan.slope, slope) for n in slope if n.all_input_nodes and n not in apart}
+    for quantity, planned, found, differ in (
+        ("C(0)", {node: curve[0] for node, curve in plan.c.items()}, c, _apart),
+        ("the slope C'(1)", plan.slope, slope, _relatively_apart),
+    ):
+        missed = [node for node in checked if node in found and differ(planned[node], found[node])]
+        if missed:
+            line = _missed(quantity, missed, planned, found)
+            work.unmet.append(f"{line}; they part most at {_parting(work, steps, plan.slope, slope)}")
+
+
+def _step(work: Workspace, node: fx.Node, planned: dict[fx.Node, float], found: dict[fx.Node, float]) -> float:
+    """How much further apart plan and propagation are at a node than at its inputs."""
+
+    def gap(at: fx.Node) -> float:
+        apart = abs(found[at] - planned[at]) / max(abs(found[at]), abs(planned[at]), 1e-3)
+        return apart if math.isfinite(apart) else 0.0
+
+    inputs = [n.all_input_nodes[0] if isinstance(work.module(n), Scale) else n for n in node.all_input_nodes]
+    return gap(node) - max((gap(before) for before in inputs if before in found), default=0.0)
+
+
+def _missed(quantity: str, missed: list[fx.Node], planned: dict[fx.Node, float], found: dict[fx.Node, float]) -> str:
+    worst = max(missed, key=lambda node: abs(found[node] - planned[node]))
+    more = f", and it is missed at {len(missed) - 1} more" if len(missed) > 1 else ""
+    return (
+        f"{quantity} from input to {worst.name} is planned to be {planned[worst]:.4g}, and the analysis finds "
+        f"{found[worst]:.4g}{more}"
     )
 
 
-def _changes(work: Workspace, node: fx.Node) -> str:
+def _parting(
+    work: Workspace, steps: dict[fx.Node, float], planned: dict[fx.Node, float], found: dict[fx.Node, float]
+) -> str:
+    """Where plan and propagation part most, by the slope, and why."""
+    most = max(steps, key=lambda node: steps[node])
+    return f"{most.name} (slope {planned[most]:.4g}, {found[most]:.4g}): {_departs(work, most)}"
+
+
+def _corrected(work: Workspace, node: fx.Node) -> fx.Node:
+    """The constant behind a node, if a pass put one there."""
+    return next((user for user in node.users if isinstance(work.module(user), Scale)), node)
+
+
+def _departs(work: Workspace, node: fx.Node) -> str:
+    """Why a node does not do what the plan says, and what would."""
+    kernels, module = work.kernels(), work.module(node)
+    if isinstance(module, ShapedActivation):
+        part = kernels[node.all_input_nodes[0]].merged
+        law = "Gaussian" if part.gaussian else "not Gaussian"
+        return f"its input is {law}, of q {float(part.q):.4g} and mean {part.mean:.3g}"
+    if is_max_pool(node):
+        return "max pooling has maps of its own, which no constant behind it undoes; average pooling would keep c"
+    if kernels[node].positions == 1 and any(kernels[n].positions > 1 for n in node.all_input_nodes if n in kernels):
+        cure = "; method='dks' has no means" if abs(kernels[node].merged.mean) > _NO_MEAN else ""
+        return f"an average over positions keeps of two inputs what their positions share{cure}"
     contraction = contraction_of(node, work.is_random)
     what = f" ({WORDS[contraction]})" if contraction is not None else ""
     return f"{operation_name(node)} changes c by itself{what}"
 
 
-def _input_cause(work: Workspace, own: Subnetworks, node: fx.Node, planned: float, found: float, leaky: bool) -> str:
-    region = next(region for region in own.regions if region.end is node)
-    part = work.kernels()[region.source].merged
-
-    def read(value: Tensor, slope: Tensor) -> float:
-        row = Pairs().cosines.index(0.0) if leaky else Pairs.UNIT
-        top = value[row, SAME] if leaky else slope[row, SAME] * part.slope[row, SAME]
-        return float(top / value[Pairs.SELF, SAME])
-
-    return f"its input {cause(work, work.kernels(), region, read, planned, found)}"
+def _apart(planned: float, found: float) -> bool:
+    return abs(found - planned) > _C_TOLERANCE
 
 
-def _not_gaussian(work: Workspace, own: Subnetworks) -> str:
-    kernels = work.kernels()
-    sources = [region.source for region in own.regions if not region.gate and region.source in kernels]
-    other = sum(not all(part.gaussian for part in kernels[source].parts) for source in sources)
-    return f"; the inputs of {other} of {len(sources)} activations are not Gaussian" if other else ""
-
-
-def _definition(method: Method, leaky: bool) -> tuple[str, str]:
-    if isinstance(method, DKS):
-        return "the slope C'(1)", f"The target zeta = {method.zeta:g}"
-    if leaky:
-        return "C(0)", f"The target eta = {method.eta:g}"
-    return "the slope C'(1)", f"The target tau = {method.tau:g}"
-
-
-def _measure(kernel: Kernel, leaky: bool) -> float:
-    part = kernel.merged
-    value = part.cov[Pairs().cosines.index(0.0), SAME] if leaky else part.slope[Pairs.UNIT, SAME]
-    return float(value / part.q) if float(part.q) > 0 else math.nan
-
-
-def _differ(planned: float, found: float) -> bool:
-    """By more than one percent; a c value near 0 by more than .01."""
-    return abs(found - planned) > _PLAN_TOLERANCE * max(abs(planned), 1.0 if abs(planned) < _PLAN_TOLERANCE else 0.0)
+def _relatively_apart(planned: float, found: float) -> bool:
+    return abs(found - planned) > _SLOPE_TOLERANCE * abs(planned)

@@ -165,11 +165,10 @@ class _Walk:
             return getattr(self, f"_{node.op}")(node)
 
     def _adjusted(self, node: fx.Node, value: Kernel, adjust: Adjust) -> Kernel:
-        """A kernel scaled after its rule: draws that run the operation itself scale their results alike."""
+        """A kernel moved and scaled after its rule: draws that run the operation itself do so with their results."""
         adjusted = adjust(node, value, self.values)
-        before, after = float(value.merged.q), float(adjusted.merged.q)
-        if adjusted is not value and before > 0 and after != before:
-            self.sampler.factors[node] = (after / before) ** 0.5
+        if adjusted is not value and float(value.merged.q) > 0:
+            self.sampler.images[node] = _image(value.merged, adjusted.merged)
         return adjusted
 
     def _placeholder(self, node: fx.Node) -> Any:
@@ -231,6 +230,16 @@ class _Walk:
     def _context(self, node: fx.Node) -> Context:
         sample = partial(self.sampler.sample, node)
         return Context(node, self.mode, self.pairs, self.parametrization, sample, self.count_frozen, self.values)
+
+
+def _image(before: Part, after: Part) -> tuple[float, float]:
+    """Factor and offset of the affine map that made one part of the other, from their moments."""
+    factor = (float(after.q) / float(before.q)) ** 0.5
+    if abs(after.mean - factor * before.mean) <= 1e-12 * (abs(after.mean) + factor * abs(before.mean)):
+        return factor, 0.0
+    variance = float(before.q) - before.mean**2
+    factor = ((float(after.q) - after.mean**2) / variance) ** 0.5 if variance > 0 else 1.0
+    return factor, after.mean - factor * before.mean
 
 
 def known_result(

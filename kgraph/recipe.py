@@ -9,6 +9,7 @@ from kgraph.analysis import Ledger
 from kgraph.canonical import operation_name
 from kgraph.capture import Graph
 from kgraph.checks import choice, flag, weight_of_shortcut
+from kgraph.closed_loop import Planned, keeps, planned_maps, settle
 from kgraph.errors import TargetError
 from kgraph.methods import DKS, Method
 from kgraph.opaque import unseen
@@ -57,9 +58,13 @@ class Plan:
         steps = (*first, RemoveNorms(), ScaleResiduals(weight), Reinitialize(self.distribution))
         return Pipeline(steps, self.progress)
 
-    def shaping(self, method: Method, targets: ShapingTargets) -> Pipeline:
-        """Passes that need them: activations, then the constants that restore q = 1."""
-        return Pipeline((ShapeActivations(method, targets), Rescale()), self.progress)
+    def shape(self, work: Workspace, method: Method, targets: ShapingTargets) -> tuple[ShapingTargets, Planned]:
+        """Passes that need them: activations, settled on the propagation, then what restores q = 1."""
+        Pipeline((ShapeActivations(method, targets),), self.progress).apply(work)
+        planned = planned_maps(work, method)
+        targets = settle(work, method, targets, planned)
+        Pipeline((Rescale(keep=keeps(method)),), self.progress).apply(work)
+        return targets, planned
 
 
 @dataclass(frozen=True)
@@ -88,16 +93,17 @@ def rewrite(graph: Graph, plan: Plan, first: Propagation | None = None) -> Outco
     plan.structure().apply(work)
     method = _suited(work, plan.method)
     weight, targets = _solve(work, plan, method)
+    planned = Planned()
     if targets is not None:
-        plan.shaping(method, targets).apply(work)
+        targets, planned = plan.shape(work, method, targets)
     else:
         keep_unshaped(work, work.regions())
         Rescale().apply(work)
     graph.module.recompile()
-    outputs = check(work, method)
+    outputs = check(work)
     if targets is not None:
-        compare(work, method)
-    promise = promised(work, method, outputs)
+        compare(work, planned)
+    promise = promised(work, method, outputs, planned)
     return Outcome(graph, weight, targets, work.ledger(repr(plan.method)), work.propagation(), promise, dict(work.laws))
 
 

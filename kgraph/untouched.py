@@ -72,8 +72,8 @@ def _tensors(model: nn.Module, parameters: bool) -> Iterator[None]:
     plain = [value for module in model.modules() for value in vars(module).values() if type(value) is Tensor]
     trained = list(model.parameters()) if parameters else []
     own = [tensor for tensor in (*model.buffers(), *plain) if not tensor.is_meta and not is_lazy(tensor)]
-    before = [(buffer, buffer.detach().clone(), buffer._version) for buffer in own]
-    before += [(p, p.detach().to("cpu", copy=True), p._version) for p in trained if not p.is_meta and not is_lazy(p)]
+    before = [(buffer, buffer.detach().clone(), _version(buffer)) for buffer in own]
+    before += [(p, p.detach().to("cpu", copy=True), _version(p)) for p in trained if not p.is_meta and not is_lazy(p)]
     try:
         yield
     finally:
@@ -86,7 +86,12 @@ def _tensors(model: nn.Module, parameters: bool) -> Iterator[None]:
 def _written(buffer: Tensor, value: Tensor, version: int) -> bool:
     """Whether a buffer's values changed; of layouts that nothing compares (sparse): whether it was written to."""
     plain = buffer.layout is torch.strided and not buffer.is_nested
-    return not torch.equal(buffer.to(value.device), value) if plain else buffer._version != version
+    return not torch.equal(buffer.to(value.device), value) if plain else _version(buffer) != version
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written to; tensors made in inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager

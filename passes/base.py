@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,6 +33,7 @@ class Workspace:
         first: kernels of the graph before any pass (in any mode); computed when not given.
         settled: parameters to which a pass gave what it wants them to be, whatever they were.
         laws: how those can be drawn again.
+        shaped: what `ShapeActivations` made its calls of, for other constants.
     """
 
     graph: Graph
@@ -44,6 +46,7 @@ class Workspace:
     notes: list[str] = field(default_factory=list)
     settled: set[str] = field(default_factory=set)
     laws: dict[str, Law] = field(default_factory=dict)
+    shaped: dict[fx.Node, Any] = field(default_factory=dict)
     adopted: bool = field(default=False, init=False)
     _propagation: Propagation | None = None
     _random: dict[fx.Node, bool] = field(default_factory=dict)
@@ -179,9 +182,9 @@ class Workspace:
         node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
         return call
 
-    def scale_after(self, node: fx.Node, factor: float, reason: str) -> fx.Node:
-        """Insert a constant factor between ``node`` and its readers."""
-        return self.call_after(node, Scale(factor, reason=reason), f"{owner_path(self, node)}scale")
+    def scale_after(self, node: fx.Node, factor: float, reason: str, shift: float = 0.0) -> fx.Node:
+        """Insert ``factor * (v + shift)`` between ``node`` and its readers."""
+        return self.call_after(node, Scale(factor, shift, reason), f"{owner_path(self, node)}scale")
 
 
 def owner_path(work: Workspace, node: fx.Node) -> str:

@@ -1,10 +1,11 @@
-"""Restore q = 1 after operations that change it by themselves.
+"""Restore q = 1, and a mean or slope, after operations that change them by themselves.
 
 Pooling, embeddings, position tables, constant factors (SkipInit, NF-ResNet's alpha and beta) and gates get a
 constant factor behind them. A shaped activation whose input is not Gaussian (the sums of a post-activation ResNet)
-has another Q map than the one at N(0, 1) it was shaped for: its output scale is corrected. Attention is left alone:
-how much it averages depends on how alike the positions of real data are, so a constant chosen for unrelated
-positions would do harm. The ledger says so.
+has other maps than those at N(0, 1) it was shaped for: its output scale and shift are corrected, so that what
+was solved for (a mean of 0, a slope of 1) holds for the input that it gets. Behind max pooling a shift does the
+same. Attention is left alone: how much it averages depends on how alike the positions of real data are, so a
+constant chosen for unrelated positions would do harm. The ledger says so.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kgraph import algebra
 from kgraph.canonical import operation_name
-from kgraph.checks import flag, positive
-from kgraph.kernel import SAME, Kernel, Pairs
+from kgraph.checks import choice, flag, positive
+from kgraph.kernel import SAME, Kernel, Pairs, Part
 from kgraph.modules import Scale, ShapedActivation
 from kgraph.multiples import Multiples
 from kgraph.nonlinear import Region
 from kgraph.passes.affine import affine_source
+from kgraph.passes.affine_image import AffineImage, Keep, restoring
 from kgraph.passes.base import Pass, Workspace
 from kgraph.passes.exponentials import is_rate
 from kgraph.passes.input_causes import cause
@@ -32,10 +33,9 @@ from kgraph.propagate import Propagation, propagate, reread
 
 _ROUNDING = 1e-9
 """What two ways to the same kernel may differ by, q being 1."""
+_MAX_POOLS = ("max_pool1d", "max_pool2d", "max_pool3d")
 _CHANGERS = {
-    "max_pool1d": "max pooling",
-    "max_pool2d": "max pooling",
-    "max_pool3d": "max pooling",
+    **dict.fromkeys(_MAX_POOLS, "max pooling"),
     "avg_pool1d": "average pooling",
     "avg_pool2d": "average pooling",
     "avg_pool3d": "average pooling",
@@ -50,48 +50,85 @@ _CHANGERS = {
 
 
 @dataclass(frozen=True)
+class Walk:
+    """A walk that corrected on its way.
+
+    Attributes:
+        propagation: kernels with the corrections.
+        reasons: nodes that might be corrected, and why.
+        images: the corrections.
+        plain: the corrected nodes' kernels without.
+        unknown: nodes without a finite q.
+    """
+
+    propagation: Propagation
+    reasons: dict[fx.Node, str]
+    images: dict[fx.Node, AffineImage]
+    plain: dict[fx.Node, Kernel]
+    unknown: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
 class Rescale(Pass):
     """Insert the constants that keep q = 1 at every activation and at the last layers, in one walk through the graph.
 
     Args:
-        tolerance: deviation of q from 1 that is left alone.
+        tolerance: deviation of q from 1, of a mean from 0, that is left alone.
         only_gates: leave everything but gated products alone.
+        keep: what shaped activations and max pooling keep besides q = 1: nothing ("q"), a mean of 0 ("mean", DKS), or
+            the slope that they are given ("slope", TAT).
     """
 
     tolerance: float = 1e-7
     only_gates: bool = False
+    keep: Keep = "q"
 
     def __post_init__(self) -> None:
         positive("tolerance", self.tolerance)
         flag("only_gates", self.only_gates)
+        choice("keep", self.keep, ("q", "mean", "slope"))
 
     def rewrite(self, work: Workspace) -> None:
+        walk = self.walk(work)
+        work.unmet += [f"{node.name}: its q value is not known, and not restored to 1" for node in walk.unknown]
+        given = {name for node in walk.images for name in _given(work, node, walk.images.keys())}
+        if given:
+            work.notes.append(_follows(work, walk.images, given))
+        kernels = walk.propagation.kernels() if walk.images else {}
+        for node, image in walk.images.items():
+            plain = walk.plain[node].merged
+            reason = _input_reason(work, kernels, node, float(plain.q)) or walk.reasons[node]
+            self._correct(work, node, image, plain, reason)
+        corrected = _corrected(work, walk.propagation, walk.plain)
+        if corrected is not None:
+            work.touch()
+            work.adopt(corrected)
+
+    def walk(self, work: Workspace) -> Walk:
+        """The constants, and the kernels of the graph with them, which is left as it is."""
         reasons = self._candidates(work)
-        found: dict[fx.Node, float] = {}
+        images: dict[fx.Node, AffineImage] = {}
         plain: dict[fx.Node, Kernel] = {}
         unknown: list[fx.Node] = []
 
         def adjust(node: fx.Node, kernel: Kernel, values: dict[fx.Node, Any]) -> Kernel:
-            q = float(kernel.merged.q)
-            if node in reasons and not math.isfinite(q):
-                unknown.append(node)
-            if node not in reasons or not 0 < q < math.inf or abs(q - 1) <= self.tolerance:
+            if node not in reasons:
                 return kernel
-            found[node], plain[node] = q, kernel
-            return kernel.with_parts(*(algebra.scale(part, q**-0.5) for part in kernel.parts))
+            if not math.isfinite(float(kernel.merged.q)):
+                unknown.append(node)
+            image = self._image(work, node, kernel, values)
+            if image is None or image.idle(self.tolerance):
+                return kernel
+            images[node], plain[node] = image, kernel
+            return image.of(kernel)
 
-        walked = propagate(work.graph, mode=work.mode, adjust=adjust)
-        work.unmet += [f"{node.name}: its q value is not known, and not restored to 1" for node in unknown]
-        given = {name for node in found for name in _given(work, node, found.keys())}
-        if given:
-            work.notes.append(_follows(work, found, given))
-        kernels = walked.kernels() if found else {}
-        for node, q in found.items():
-            self._correct(work, node, q, _input_reason(work, kernels, node, q) or reasons[node])
-        corrected = _corrected(work, walked, plain)
-        if corrected is not None:
-            work.touch()
-            work.adopt(corrected)
+        propagation = propagate(work.graph, mode=work.mode, adjust=adjust)
+        return Walk(propagation, reasons, images, plain, tuple(unknown))
+
+    def _image(self, work: Workspace, node: fx.Node, kernel: Kernel, values: dict[fx.Node, Any]) -> AffineImage | None:
+        keep = self.keep if isinstance(work.module(node), ShapedActivation) or is_max_pool(node) else "q"
+        read = values.get(node.all_input_nodes[0]) if node.all_input_nodes else None
+        return restoring(kernel, read if isinstance(read, Kernel) else None, keep)
 
     def broken(self, work: Workspace) -> str:
         """Sampled values are left out: their noise is no fault of the pass."""
@@ -102,15 +139,23 @@ class Rescale(Pass):
             bad += [node.name for n in off if float(kernels[n].merged.q) > 0]
         return f"q is not 1 behind {', '.join(sorted(bad))}" if bad else ""
 
-    def _correct(self, work: Workspace, node: fx.Node, q: float, reason: str) -> None:
+    def _correct(self, work: Workspace, node: fx.Node, image: AffineImage, plain: Part, reason: str) -> None:
         module = work.module(node)
+        moved, q = abs(image.shift) > self.tolerance, float(plain.q)
+        why = f"q = {q:.4g}" + (f" and mean {plain.mean:.3g}" if moved else "") + f" after {reason}"
         if isinstance(module, ShapedActivation):
-            constants = {**module.constants, "output_scale": module.output_scale * q**-0.5}
+            constants = {
+                **module.constants,
+                "output_shift": module.output_shift + image.shift / module.output_scale,
+                "output_scale": module.output_scale * image.factor,
+            }
             work.replace_module(str(node.target), ShapedActivation(module.activation, **constants))
         else:
-            work.scale_after(node, q**-0.5, f"q = {q:.4g} after {reason}")
-        what = "normalize gate" if reason == "a gate" else "restore q"
-        work.record(node, what, f"q = {q:.4g} after {reason}", f"q {q:.4g}", "q 1")
+            work.scale_after(node, image.factor, why, image.shift)
+        what = "normalize gate" if reason == "a gate" else f"restore {self.keep}" if moved else "restore q"
+        before = f"q {q:.4g}" + (f", mean {plain.mean:.3g}" if moved else "")
+        after = "q 1" + (f", mean {(plain.mean + image.shift) * image.factor:.3g}" if moved else "")
+        work.record(node, what, why, before, after)
 
     def _candidates(self, work: Workspace) -> dict[fx.Node, str]:
         """Nodes that may be corrected and lead to an activation or a last layer; an exponent has its own size."""
@@ -142,6 +187,10 @@ class Rescale(Pass):
         if name == "add" and _adds_table(work, node):
             return "an added table"
         return _CHANGERS.get(name, "")
+
+
+def is_max_pool(node: fx.Node) -> bool:
+    return operation_name(node) in _MAX_POOLS
 
 
 def _input_reason(work: Workspace, kernels: dict[fx.Node, Kernel], node: fx.Node, q: float) -> str:
@@ -177,7 +226,7 @@ def _corrected(work: Workspace, walked: Propagation, plain: dict[fx.Node, Kernel
 
 
 def _alike(one: Kernel, other: Kernel) -> bool:
-    """Up to rounding."""
+    """Up to rounding. Moments of draws are moved by a mean that is drawn too: those of the shifted draws differ."""
     pairs = [
         (getattr(a, name), getattr(b, name))
         for a, b in zip(one.parts, other.parts, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -34,13 +34,24 @@ _LEARNABLE = ("prelu", "rrelu", "rrelu_with_noise")
 
 @dataclass(frozen=True)
 class _Site:
-    """An activation to shape: its region, what it was, and what it becomes."""
+    """An activation to shape: its region, what it was, and the function that it applies."""
 
     region: Region
     before: str
     leaky: bool
     constants: ShapedConstants
     activation: nn.Module
+
+    def shaped(self, work: Workspace) -> tuple[ShapedActivation, ShapedConstants]:
+        """What it becomes; a learnable slope is written into its parameter."""
+        activation, constants = self.activation, self.constants
+        if constants.negative_slope is not None and self.region.learnable:
+            activation = FunctionModule(aten.prelu.default)
+            constants = _set_slope(work, self.region, constants)
+        elif constants.negative_slope is not None:
+            activation = nn.LeakyReLU(constants.negative_slope)
+        four = (constants.input_scale, constants.input_shift, constants.output_shift, constants.output_scale)
+        return ShapedActivation(activation, *four), constants
 
 
 @dataclass(frozen=True)
@@ -92,22 +103,28 @@ class ShapeActivations(Pass):
         return _Site(region, _name(region), leaky, constants, activation_of(work, region))
 
     def _shape(self, work: Workspace, site: _Site) -> None:
-        region, constants, activation = site.region, site.constants, site.activation
-        if constants.negative_slope is not None and region.learnable:
-            activation = FunctionModule(aten.prelu.default)
-            constants = _set_slope(work, region, constants)
-        elif constants.negative_slope is not None:
-            activation = nn.LeakyReLU(constants.negative_slope)
-        shaped = ShapedActivation(
-            activation,
-            constants.input_scale,
-            constants.input_shift,
-            constants.output_shift,
-            constants.output_scale,
-        )
-        why = self._why(site.leaky)
-        work.record(region.end, "shape activation", why, site.before, _describe(constants, region))
-        swap_activation(work, region, shaped)
+        region = site.region
+        shaped, constants = site.shaped(work)
+        at = len(work.changes)
+        work.record(region.end, "shape activation", self._why(site.leaky), site.before, _describe(constants, region))
+        call = swap_activation(work, region, shaped)
+        work.shaped[call] = (site, at)
+
+    def reshape(self, work: Workspace) -> None:
+        """Give the activations that were shaped the constants of these targets.
+
+        Raises:
+            TargetError: an activation cannot have them; nothing is changed.
+        """
+        new = [
+            (call, replace(site, constants=self._constants(site.region, site.leaky)), at)
+            for call, (site, at) in work.shaped.items()
+        ]
+        for call, site, at in new:
+            shaped, constants = site.shaped(work)
+            work.replace_module(str(call.target), shaped)
+            after = _describe(constants, site.region)
+            work.changes[at] = replace(work.changes[at], why=self._why(site.leaky), after=after)
 
     def _why(self, leaky: bool) -> str:
         """The local value that was solved, and the target of the whole network it was solved for."""
@@ -273,7 +290,7 @@ def _set_slope(work: Workspace, region: Region, constants: ShapedConstants) -> S
     return _solved("leaky_relu", negative_slope=held) if constants.output_shift == 0 else leaky_centred(held)
 
 
-def swap_activation(work: Workspace, region: Region, shaped: ShapedActivation) -> None:
+def swap_activation(work: Workspace, region: Region, shaped: ShapedActivation) -> fx.Node:
     """Call the shaped activation instead; a learnable slope is handed to it and keeps its name in the state dict."""
     node = region.end
     graph = work.graph.module.graph
@@ -285,6 +302,7 @@ def swap_activation(work: Workspace, region: Region, shaped: ShapedActivation) -
     elif lost := lost_stop(work, region):
         work.unmet.append(f"{node.name}: {lost}")
     node.replace_all_uses_with(call)
+    return call
 
 
 def _place(work: Workspace, region: Region, shaped: ShapedActivation) -> str:

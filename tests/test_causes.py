@@ -134,20 +134,19 @@ def post_activation(act: nn.Module, width: int = 32) -> nn.Module:
     return nn.Sequential(nn.Linear(width, width), act, *(Block(width, act) for _ in range(6)))
 
 
-def plan_note(result: nn.Module) -> str:
-    return next(note for note in result.kgraph.ledger.notes if "is planned to be" in note)  # type: ignore[union-attr]
+def restored(result: nn.Module) -> list[kgraph.Change]:
+    """What was done behind activations whose input is no Gaussian of mean 0."""
+    return [change for change in result.kgraph.ledger.changes if "after an input that" in change.why]  # type: ignore[union-attr]
 
 
 def test_the_mean_of_a_shortcut_is_named_with_its_share() -> None:
-    """Measured on wide networks: the input of the activation where plan and analysis part has this mean and share."""
+    """Measured on wide networks: the input of the activation that is corrected has this mean and share."""
     width = 400
     shaped = kgraph.transform(post_activation(nn.ReLU(), width), kgraph.TAT(eta=0.6), torch.randn(2, width)).eval()
-    note = plan_note(shaped)
-    found = re.search(
-        r"first at (\w+): its input has the mean ([\d.]+) of its shortcut (\w+), ([\d.]+)% of its q", note
-    )
-    assert found is not None, note
-    node = next(node for node in shaped.graph.nodes if node.name == found[1])  # type: ignore[union-attr]
+    line = restored(shaped)[-1]
+    found = re.search(r"input that has the mean ([\d.]+) of its shortcut (\w+), ([\d.]+)% of its q", line.why)
+    assert found is not None, line.why
+    node = next(node for node in shaped.graph.nodes if f"{node.target}" == line.node.split(" ")[0])  # type: ignore[union-attr]
     inputs: list[Tensor] = []
     shaped.get_submodule(str(node.target)).register_forward_hook(lambda _, args, out: inputs.append(args[0]))
     with torch.no_grad():
@@ -155,15 +154,15 @@ def test_the_mean_of_a_shortcut_is_named_with_its_share() -> None:
     (u,) = inputs
     mean, share = float(u.mean()), float(u.mean() ** 2 / u.square().mean())
     error = 4 / width**0.5  # one draw of the weights: means of `width` units that all inputs share
-    assert abs(mean - float(found[2])) < error
-    assert abs(share - float(found[4]) / 100) < 2 * abs(mean) * error
+    assert abs(mean - float(found[1])) < error
+    assert abs(share - float(found[3]) / 100) < 2 * abs(mean) * error
     assert error < mean  # what is named is not nothing
 
 
 def test_centred_activations_have_no_mean_to_name() -> None:
     """DKS centres its activations: what parts there is the law of the sums alone."""
-    note = plan_note(kgraph.transform(post_activation(nn.Softplus()), "dks", torch.randn(2, 32)))
-    assert "its input is not Gaussian" in note and "has the mean" not in note
+    lines = restored(kgraph.transform(post_activation(nn.Softplus()), "dks", torch.randn(2, 32)))
+    assert lines and not any("has the mean" in line.why for line in lines)
 
 
 AFFINE = {

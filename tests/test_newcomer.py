@@ -160,8 +160,10 @@ def test_broken_timm_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         load_model("timm:resnet18")
 
 
-def test_demo_says_where_the_plan_and_the_network_part(tmp_path: Path) -> None:
-    """C(0) of the demo is planned to be 0.9 and found near 1: a note of the ledger, shown like what is not met."""
+def test_demo_says_what_is_promised_and_what_its_width_makes_of_it(tmp_path: Path) -> None:
+    """The plan is met in the analysis; one network of width 16 to 64 is not that of infinite width, and it is said."""
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
-    assert "note: C(0) from input to output is planned to be 0.9" in " ".join(result.output.split())
+    said = " ".join(result.output.split())
+    assert "not met:" not in said and "inputs with cosine 0 / 0.5 / 0.9 arrive with 0 /" in said
+    assert "C(0) = 0, slope 1.5 and q = 1 at the output" in said and "finite width: at width" in said

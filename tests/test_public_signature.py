@@ -332,13 +332,13 @@ BAD: dict[str, dict[str, Sequence[Any]]] = {
     "ResidualDepth.text": {"width": [*but(COUNT, 1), None]},
     "ResidualDepth.plot": {"path": [*PATHS, "a.nonsense"]},
     "passes.GraphParametrize": {"dynamic": [None, *FLAG]},
-    "passes.NormalizeGates": {"tolerance": [*POSITIVE, None], "only_gates": [None, *FLAG]},
+    "passes.NormalizeGates": {"tolerance": [*POSITIVE, None], "only_gates": [None, *FLAG], "keep": [None, *WORD]},
     "passes.Pipeline": {
         "passes": [None, 0, "tat", [0], kgraph.passes.RemoveNorms(), (kgraph.passes.RemoveNorms,), *BASIC],
         "progress": [0, "a", True, *BASIC],
     },
     "passes.Reinitialize": {"distribution": [None, *WORD], "delta": [None, *FLAG]},
-    "passes.Rescale": {"tolerance": [*POSITIVE, None], "only_gates": [None, *FLAG]},
+    "passes.Rescale": {"tolerance": [*POSITIVE, None], "only_gates": [None, *FLAG], "keep": [None, *WORD]},
     "passes.ScaleResiduals": {"shortcut_weight": [*AT_LEAST_0, 1.5, None]},
     "passes.ShapeActivations": {
         "method": [None, 0, "tat", kgraph.TAT, kgraph.EdgeOfChaos(), *BASIC],
@@ -366,7 +366,7 @@ MADE_BY_KGRAPH = {
 """Results: nobody builds them by hand; their methods are in the table."""
 INTERNAL = {
     "passes.Workspace": (
-        *("first", "changes", "kept", "unmet", "notes", "settled", "laws"),
+        *("first", "changes", "kept", "unmet", "notes", "settled", "laws", "shaped"),
         *("_propagation", "_random", "_regions", "_names"),
     ),
 }

@@ -193,7 +193,8 @@ def _by_slope(module: ShapedActivation, slopes: tuple[float, ...], index: int) -
 
 @rule(Scale)
 def scale(context: Context, module: Scale, x: Kernel) -> Kernel:
-    return x.with_parts(*(algebra.scale(part, module.factor) for part in x.parts))
+    shifted = (algebra.shift(part, module.shift) for part in x.parts)
+    return x.with_parts(*(algebra.scale(part, module.factor) for part in shifted))
 
 
 @rule(nn.Identity)

@@ -50,7 +50,7 @@ class Sampler:
 
     def __init__(self, values: Values, module: fx.GraphModule, pairs: Pairs, mode: str) -> None:
         self.values, self.module, self.pairs, self.mode = values, module, pairs, mode
-        self.factors: dict[fx.Node, float] = {}  # of nodes whose kernels were scaled after the rule that made them
+        self.images: dict[fx.Node, tuple[float, float]] = {}  # factor and offset that a kernel got behind its rule
         self.sampled: set[fx.Node] = set()
         self.order = {node: i for i, node in enumerate(module.graph.nodes)}
         norms = mode == "train" and any(n.target is aten.batch_norm.default for n in module.graph.nodes)
@@ -151,8 +151,9 @@ class Sampler:
                 result = self.module.get_submodule(str(node.target))(*args, **kwargs)
             else:
                 result = node.target(*args, **kwargs)  # type: ignore[operator]
-            if node in self.factors and isinstance(result, Tensor):
-                result = result * self.factors[node]
+            if node in self.images and isinstance(result, Tensor):
+                factor, offset = self.images[node]
+                result = result * factor + offset
             known[node] = result = pytree.tree_map_only(Tensor, _widened, result)  # a cast to 32 bits is the node's own
         return result
 
@@ -214,7 +215,10 @@ class Sampler:
 
 def varies(tensor: Tensor, dim: int) -> bool:
     """Whether a tensor of numbers has others at one place along ``dim`` than at the next."""
-    return not tensor.is_meta and bool((tensor != tensor.narrow(dim, 0, 1)).any())
+    if tensor.is_meta:
+        return False
+    plain = tensor if tensor.layout is torch.strided else tensor.to_dense()
+    return bool((plain != plain.narrow(dim, 0, 1)).any())
 
 
 _OF_A_BATCH = "statistics over a batch of the few inputs that were drawn"

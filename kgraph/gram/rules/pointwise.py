@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kgraph.canonical import aten
-from kgraph.gram.build import mapped, scaled
+from kgraph.gram.build import mapped, scaled, shifted
 from kgraph.gram.field import Field, Masked
 from kgraph.gram.functions import of_one
 from kgraph.gram.rules.table import Context, rule
@@ -78,7 +78,7 @@ def shaped_activation(context: Context, module: ShapedActivation, x: Value) -> V
 
 @rule(Scale)
 def scale(context: Context, module: Scale, x: Value) -> Value:
-    return x.each(lambda u: scaled(u, module.factor))
+    return x.each(lambda u: scaled(shifted(u, module.shift), module.factor))
 
 
 @rule(nn.Identity)
