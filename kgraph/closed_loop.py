@@ -116,7 +116,11 @@ class _Loop:
         reached = self.reached(start)
         if not reached > 0 or not self.goal > 0 or abs(reached / self.goal - 1) <= _NEAR:
             return self.targets
-        least = self.reached(linear)
+        try:
+            least = self.reached(linear)
+        except TargetError:  # a function that is never so nearly linear: the plan's own value stays
+            self._at(start)
+            return self.targets
         own = sign > 0 and least > 1 + _NEAR
         if own:
             self.goal *= least  # what is no activation's doing: max pooling has a slope of its own

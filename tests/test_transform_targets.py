@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import kgraph
 from kgraph import DKS, recipe
 from kgraph.capture import capture
 from kgraph.modules import ShapedActivation
+from kgraph.passes import shape_activations
 from kgraph.propagate import propagate
 from kgraph.subnetworks import find_subnetworks
 
@@ -222,3 +224,22 @@ def test_an_average_over_positions_keeps_what_dks_plans() -> None:
     assert final.c[0] == pytest.approx(0, abs=1e-9) and final.slope == pytest.approx(1.5, rel=1e-3)
     tat = kgraph.transform(model, kgraph.TAT(eta=0.5), x)
     assert "method='dks' has no means" in missed(tat)
+
+
+def test_a_function_that_is_never_nearly_linear_keeps_the_value_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = shape_activations.shape_activation
+
+    def steep(phi: Any, psi: float | None = None, *rest: Any) -> Any:
+        if psi is not None and psi < 1.001:
+            raise kgraph.TargetError("no constants")
+        return inner(phi, psi, *rest)
+
+    monkeypatch.setattr(shape_activations, "shape_activation", steep)
+    shape_activations._solved.cache_clear()
+    model = PostActivation(blocks=4, width=16)
+    result = kgraph.transform(model, DKS(zeta=1.4), torch.randn(2, 16))
+    targets = record(result).targets
+    assert targets is not None and targets.psi == kgraph.shaping_targets(model, DKS(zeta=1.4), torch.randn(2, 16)).psi
+    line = next(change for change in record(result).ledger.changes if change.what == "shape activation")
+    assert f"C'(1) = {targets.psi:.6g}" in line.why
+    shape_activations._solved.cache_clear()
