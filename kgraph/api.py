@@ -190,7 +190,7 @@ def transform(
     gradients = read_gradients(graph)
     before = _report(graph, first, gradients.no_ntk)
     outcome = rewrite(graph, plan, first) if plan is not None else _by_systems(graph, chosen, seed, first)
-    ledger = _with_lost(_with_notes(outcome.ledger, folded, left_out, graph.left_out), graph.lost)
+    ledger = _with_lost(_with_notes(outcome.ledger, folded, left_out, graph.left_out), graph)
     found = _in_mode(outcome.graph, outcome.propagation, mode)
     if plan is not None and found.values is not outcome.propagation.values:
         ledger = replace(ledger, notes=(*ledger.notes, _OTHER_MODE))
@@ -252,11 +252,10 @@ def _with_notes(ledger: Ledger, folded: list[str], left_out: list[str], output: 
     return replace(ledger, notes=(*notes, *ledger.notes)) if notes else ledger
 
 
-def _with_lost(ledger: Ledger, lost: str) -> Ledger:
-    if not lost:
-        return ledger
-    line = f"train mode: what the model does there and not in eval mode is not kept: {lost}"
-    return replace(ledger, unmet=(line, *ledger.unmet))
+def _with_lost(ledger: Ledger, graph: Graph) -> Ledger:
+    """What the graph does not do and the model does is no shape of the kernel, and yet not what was asked for."""
+    mode = f"train mode: what the model does there and not in eval mode is not kept: {graph.lost}" if graph.lost else ""
+    return replace(ledger, unmet=(*filter(None, (mode, graph.path)), *ledger.unmet))
 
 
 def shaping_targets(

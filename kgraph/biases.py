@@ -7,6 +7,7 @@ shows, functions are averaged over the biases themselves, by a Gauss rule of the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from kgraph.kernel import Bias, Gaussian, Part, Sum
 
 _NODES = 6
-_SHOWS = 2e-3
+SHOWS = 2e-3
 """Fourth cumulant over the variance squared: the relative change of a second moment is about a tenth of it."""
 _SIGMAS = 5.0
 _CHANCE = 0.05
@@ -48,9 +49,25 @@ def _bounded(centred: Tensor, square: float) -> bool:
     return inside ** len(centred) < _CHANCE
 
 
-def gauss_rule(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes and weights with the first moments of the values (Lanczos; Golub and Welsch 1969)."""
-    basis, diagonal, beside = [torch.full_like(values, len(values) ** -0.5)], [], []
+def together(laws: Sequence[Bias]) -> Bias:
+    """The law of a sum of independent biases: cumulants add."""
+    total = laws[0]
+    for law in laws[1:]:
+        values = (total.nodes[:, None] + law.nodes).flatten()
+        nodes, weights = gauss_rule(values, (total.weights[:, None] * law.weights).flatten())
+        total = Bias(nodes, weights, total.variance + law.variance, total.excess + law.excess)
+    return total
+
+
+def gauss_rule(values: Tensor, shares: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Nodes and weights with the first moments of the values (Lanczos; Golub and Welsch 1969).
+
+    Args:
+        values: [n].
+        shares: their probabilities, [n]; alike if None.
+    """
+    start = torch.full_like(values, len(values) ** -0.5) if shares is None else shares.sqrt()
+    basis, diagonal, beside = [start], [], []
     for _ in range(_NODES):
         image = values * basis[-1]
         diagonal.append(image @ basis[-1])
@@ -71,7 +88,7 @@ def gauss_rule(values: Tensor) -> tuple[Tensor, Tensor]:
 def bias_of(part: Part) -> Bias | None:
     """The bias in a Gaussian part (or in a sum of some) that shows; the largest where several do."""
     bias = any_bias_of(part)
-    return bias if bias is not None and abs(bias.excess) > _SHOWS * float(part.q - part.mean**2) ** 2 else None
+    return bias if bias is not None and abs(bias.excess) > SHOWS * float(part.q - part.mean**2) ** 2 else None
 
 
 def any_bias_of(part: Part) -> Bias | None:

@@ -25,7 +25,7 @@ from kgraph.drop_path import BY_HAND
 from kgraph.emitted import EmittedModule
 from kgraph.errors import CaptureError, ModelError
 from kgraph.first_run import Census, not_reproduced, run_once
-from kgraph.inputs import RECORD, Inputs, record_of, resolve_inputs
+from kgraph.inputs import RECORD, Inputs, batch_size, record_of, resolve_inputs
 from kgraph.lift import emit
 from kgraph.lowering import Untraceable
 from kgraph.outputs import Form, close_outputs, opening, without_cache
@@ -33,7 +33,7 @@ from kgraph.torch_export import export_flat
 from kgraph.tracing import trace
 from kgraph.train_path import adopt_modes, adopt_noise, lost_in_eval, note_noise
 from kgraph.untouched import host_state, untouched
-from kgraph.verify import reproduces, reproduces_everywhere
+from kgraph.verify import another_batch, reproduces, reproduces_everywhere
 
 FrontEnd = Literal["auto", "trace", "export"]
 DEEP = 300
@@ -52,6 +52,7 @@ class Graph:
         form: how the model's output is put together, where the graph returns it opened.
         left_out: what of the output an emitted module does not return, in words.
         lost: what the model does in train mode only and this graph does not; "" where it does all.
+        path: what batch sizes take another path than this graph; "" where none is known to.
         training: whether the forward is that of train mode (its dropout and norms follow either mode).
     """
 
@@ -62,6 +63,7 @@ class Graph:
     form: Form | None = None
     left_out: tuple[str, ...] = ()
     lost: str = ""
+    path: str = ""
     training: bool = True
 
     @property
@@ -229,6 +231,19 @@ def _traced(model: nn.Module, inputs: Inputs, notes: list[str], census: Census) 
 
 
 def _exported(model: nn.Module, inputs: Inputs, notes: list[str], census: Census, verify: bool) -> Graph:
+    """The export's graph, which is that of the example's batch size: where that makes a difference, it is said."""
+    graph = _by_export(model, inputs, notes, census, verify)
+    other = another_batch(graph.emit(), model, inputs) if verify else None
+    if other is not None:
+        graph.path = (
+            f"of a batch of {other} the forward takes another path than of {batch_size(inputs)}, and only the latter "
+            "was followed"
+        )
+        graph.notes.append(graph.path)
+    return graph
+
+
+def _by_export(model: nn.Module, inputs: Inputs, notes: list[str], census: Census, verify: bool) -> Graph:
     """Capture by torch.export: in train mode, or in eval mode where nothing else fits, and say what is lost."""
     drawn = host_state()
     try:

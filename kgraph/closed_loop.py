@@ -114,7 +114,7 @@ class _Loop:
     def solved(self, linear: float, sign: int) -> ShapingTargets:
         start = getattr(self.targets, self.name)
         reached = self.reached(start)
-        if not reached > 0 or not self.goal > 0 or abs(reached / self.goal - 1) <= _NEAR:
+        if not 0 < reached < math.inf or not self.goal > 0 or abs(reached / self.goal - 1) <= _NEAR:
             return self.targets
         try:
             least = self.reached(linear)
@@ -156,7 +156,7 @@ class _Loop:
             self._at(value)
             kernels = self.restore.walk(self.work).propagation.kernels()
             read = [self.read(kernels[node]) for node in self.nodes if node in kernels]
-            self.found[value] = max(filter(math.isfinite, read), default=math.nan)
+            self.found[value] = max((x for x in read if not math.isnan(x)), default=math.nan)
         return self.found[value]
 
     def _at(self, value: float) -> None:

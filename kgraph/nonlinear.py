@@ -40,6 +40,7 @@ _LINEAR = {
 _RANDOM = {aten.rrelu.default}
 """Tagged pointwise, but no function: drawn anew at every call."""
 _GATES = {aten.sigmoid.default, aten.hardsigmoid.default}
+_CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)
 _NOT_FLOATING = ("eq", "ne", "lt", "le", "gt", "ge", "logical_not", "bitwise_not", "isnan", "to", "_to_copy")
 
 
@@ -56,6 +57,9 @@ def _function_of(steps: tuple[tuple[Any, tuple[Any, ...], tuple[tuple[str, Any],
         known = [u]
         for target, args, kwargs in steps:
             given = [known[a.index] if isinstance(a, _Slot) else a for a in args]
+            if target in _CASTS:  # of masks, to the type that the model has there
+                known.append(given[0].to(u.dtype))
+                continue
             known.append(target(*given, **{k: known[a.index] if isinstance(a, _Slot) else a for k, a in kwargs}))
         return known[-1]
 
@@ -152,6 +156,8 @@ class Region:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)  # type: ignore[misc]
             if node.op == "call_module":
                 known[node] = self.module.get_submodule(str(node.target))(*args, **kwargs)
+            elif node.target in _CASTS:
+                known[node] = args[0].to(u.dtype)
             elif node.target is aten.prelu.default:
                 known[node] = torch.where(args[0] > 0, args[0], args[1] * args[0])
             else:
@@ -300,13 +306,25 @@ def is_pointwise_node(node: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(_submodule(node), (ShapedActivation, *_ACTIVATION_MODULES))
     named = (is_pointwise(node.target) and node.target not in _RANDOM) or node.target is aten.prelu.default
-    return node.op == "call_function" and named and _is_floating(node)
+    return node.op == "call_function" and ((named and _is_floating(node)) or _is_mask(node))
+
+
+def _is_mask(node: fx.Node) -> bool:
+    """Whether a node is a comparison, or one as a number: a part of where(x > 0, x, f(x)), not a function by itself."""
+    if _is_truth(node):
+        return is_pointwise(node.target) and not any(_is_complex(n) for n in node.all_input_nodes)
+    return node.target in _CASTS and isinstance(node.args[0], fx.Node) and _is_truth(node.args[0])
+
+
+def _is_truth(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype == torch.bool
 
 
 def _ends(nodes: list[fx.Node]) -> list[fx.Node]:
-    """Members that somebody outside reads."""
+    """Members that somebody outside reads, masks apart."""
     inside = set(nodes)
-    return [node for node in nodes if any(user not in inside for user in node.users)]
+    return [node for node in nodes if any(user not in inside for user in node.users) and not _is_mask(node)]
 
 
 def _region(

@@ -44,6 +44,24 @@ def reproduces_everywhere(emitted: nn.Module, model: nn.Module, inputs: Inputs) 
         return False
 
 
+def another_batch(emitted: nn.Module, model: nn.Module, inputs: Inputs) -> int | None:
+    """A number of inputs of which both run in eval mode, to other outputs: the forward asks how many there are."""
+    size = batch_size(inputs)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    _set_mode(False, emitted, model)
+    for other in (1, size + 1):
+        resized = _resized(inputs, size, other)
+        try:
+            with torch.no_grad():
+                expected, actual = (_seeded_run(module, resized) for module in (model, emitted))
+        except Exception:  # a model of one batch size: whoever calls it with another is told
+            continue
+        if not _same(actual, expected):
+            return other
+    return None
+
+
 def _set_mode(training: bool, *modules: nn.Module) -> None:
     for module in modules:
         module.train(training)

@@ -13,6 +13,7 @@ from kgraph.canonical import aten, operation_name
 from kgraph.denominators import is_denominator
 from kgraph.errors import InputError, KGraphError
 from kgraph.gradient_stops import stop, stopped_between, without_stops
+from kgraph.jumps import jumps
 from kgraph.maps import Pointwise
 from kgraph.methods import DKS, TAT, Method
 from kgraph.modules import FunctionModule, ShapedActivation
@@ -95,6 +96,10 @@ class ShapeActivations(Pass):
     def _site(self, work: Workspace, region: Region) -> _Site | None:
         """What to make of a region; None, and said so, where no constants meet the targets."""
         leaky = is_leaky(region)
+        if not leaky and jumps(region.fn, 0.0, 1.0):
+            what = f"{_name(region)} jumps, so that its slope is infinite whatever the constants"
+            work.unmet.append(f"{region.end.name}: {what}")
+            return None
         try:
             constants = self._constants(region, leaky)
         except KGraphError as error:

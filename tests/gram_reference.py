@@ -31,12 +31,19 @@ def alternating(shape: tuple[int, ...], std: float) -> Tensor:
     return (std * signs).reshape(*shape[:2], *(1 for _ in shape[2:])).expand(shape).clone()
 
 
+def quantiles(count: int, std: float) -> Tensor:
+    """Biases that are Gaussian as the reference's are: in equal steps of probability, E[b] = 0, E[b^2] = std^2."""
+    steps = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    values = torch.erfinv(2 * steps - 1)
+    return std * values / values.square().mean().sqrt() if count > 1 else torch.full((1,), std, dtype=torch.float64)
+
+
 def set_moments(layer: nn.Module, spec: dict[str, Any], fan_in: int) -> nn.Module:
     assert isinstance(layer.weight, Tensor)
     layer.weight.data = alternating(tuple(layer.weight.shape), spec["W_std"] / math.sqrt(fan_in))
     if layer.bias is not None:
         assert isinstance(layer.bias, Tensor)
-        layer.bias.data = alternating((len(layer.bias),), spec["b_std"] or 0.0)
+        layer.bias.data = quantiles(len(layer.bias), spec["b_std"] or 0.0)
     return layer.double()
 
 

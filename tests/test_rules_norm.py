@@ -122,3 +122,16 @@ def test_the_ntk_behind_a_norm_is_that_of_the_network() -> None:
     ratio = ntk_ratio(vectors(lambda u, n, a: a(relu(n(relu(u)))), layer_norm, dense), VECTOR)
     assert ratio.value == pytest.approx(1.0, abs=4 * ratio.error + 8 / VECTOR.width)
     assert ratio.error < 0.15
+
+
+def test_a_batch_norm_of_channels_that_are_dead_or_alive_says_that_one_variance_is_assumed() -> None:
+    """Behind relu(W relu(V x)) the channels' variances differ: of dead ones the norm makes as much as of others."""
+
+    def behind(*layers: nn.Module) -> str:
+        model = nn.Sequential(nn.Linear(64, 64, bias=False), *layers, nn.BatchNorm1d(64)).train()
+        node = kgraph.analyze(model, torch.randn(8, 64)).nodes[-1]
+        return f"{node.how} {node.flags}"
+
+    assert behind(nn.ReLU(), nn.Linear(64, 64, bias=False)).startswith("exact")
+    assert behind(nn.ReLU()).startswith("exact")  # unrelated inputs share nothing in front of the relu
+    assert "channels of many variances" in behind(nn.ReLU(), nn.Linear(64, 64, bias=False), nn.ReLU())

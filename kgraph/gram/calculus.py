@@ -34,6 +34,7 @@ class Calculus(ABC):
         self._blocks = weakref.WeakKeyDictionary()
         self._means: weakref.WeakKeyDictionary[Field, Tensor] = weakref.WeakKeyDictionary()
         self._second: weakref.WeakKeyDictionary[Field, Tensor] = weakref.WeakKeyDictionary()
+        self.rounded: weakref.WeakSet[Field] = weakref.WeakSet()  # functions of biases that count as Gaussians
 
     @abstractmethod
     def measured(self, u: Field, v: Field) -> Block:

@@ -20,6 +20,7 @@ from kgraph.gram.layout import Run
 from kgraph.gram.places import PlaceMap, Places
 from kgraph.gram.tangents import Own
 from kgraph.how import EXACT, How
+from kgraph.kernel import Bias
 from kgraph.maps import Pointwise
 from kgraph.roots import Root
 
@@ -114,6 +115,7 @@ class Layer:
         root: name of its weight.
         weight: sw2 = fan_in E[W^2].
         bias, bias_mean: E[b^2], E[b].
+        bias_law: that of the biases about their mean, where it is no Gaussian's.
         own, own_bias: own terms of the tangents: factors of the input's kernel, and constants.
         geometry: taps of a convolution, None for a linear layer.
     """
@@ -125,6 +127,7 @@ class Layer:
     own: Own = field(default_factory=dict)
     own_bias: Own = field(default_factory=dict)
     geometry: Geometry | None = None
+    bias_law: Bias | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,11 +144,16 @@ class Affine(Field):
 
 @dataclass(frozen=True, eq=False)
 class Leaf(Field):
-    """A field whose own block is known (a lookup table, a layer whose weight is used once), and its gap if carried."""
+    """A field whose own block is known (a lookup table, a layer whose weight is used once), and its gap if carried.
+
+    Attributes:
+        bias_law: that of a layer's biases, where it is no Gaussian's.
+    """
 
     block: Block = field(default_factory=lambda: Block(torch.zeros(())))
     mean: float = 0.0
     gap: Tensor | None = None
+    bias_law: Bias | None = None
 
     @property
     def level(self) -> float | None:

@@ -186,7 +186,10 @@ def captured(model: nn.Module, inputs: Inputs) -> Graph:
         value = (value[:2] if len(value) > 1 else torch.cat([value, value])).cpu()
         return value.to(reference.dtype) if value.is_floating_point() and reference is not None else value
 
-    return capture(model, Inputs(*pytree.tree_map(example, tuple(inputs))), deep=0)  # nobody will train this graph
+    graph = capture(model, Inputs(*pytree.tree_map(example, tuple(inputs))), deep=0)  # nobody will train this graph
+    if graph.path:
+        raise InputError(graph.path, hint="Kernels are of single inputs: take the batch size out of the forward")
+    return graph
 
 
 def _check_tables(model: nn.Module) -> None:

@@ -29,6 +29,9 @@ from kgraph.site import shape_of
 
 _MIXING = ("conv", "linear", "addmm", "matmul", "mm", "bmm", "baddbmm", "einsum", "embedding", "bilinear")
 """Layers: behind them a gain is one of many parameters of every channel."""
+_EVEN = 1e-3
+"""Share of the variance in a subtracted mean's own fluctuation up to which channels count as alike."""
+_ONE_VARIANCE = assumed("channels of many variances normalized by one")
 _SMALL = 0.05
 """Largest share of the variance in a subtracted mean's own fluctuation that leaves the law as it was."""
 
@@ -54,7 +57,8 @@ def normalized(part: Part, removed: Removed, variance: float, mean: float) -> Pa
     variance. How the variance depends on them adds nothing: its average over centred entries is 0.
 
     Where the subtracted mean varies from channel to channel (BatchNorm with correlated inputs, InstanceNorm),
-    a Gaussian stays Gaussian; of another law the second moments are known.
+    a Gaussian stays Gaussian, and all its channels have one variance. Of another law the variance varies with the
+    mean (a relu's channels are dead or alive): that of all channels together stands for it, and that is assumed.
     """
     inverse = 1.0 / max(variance, 1e-300)
     plain = algebra.scale(algebra.shift(part, -mean), inverse**0.5)
@@ -66,9 +70,10 @@ def normalized(part: Part, removed: Removed, variance: float, mean: float) -> Pa
     if part.gaussian:
         return replace(part, **fields, mean=0.0, expr=Gaussian())
     ratio = float(fields["cov"][Pairs.SELF, SAME] / plain.cov[Pairs.SELF, SAME].clamp_min(1e-300))
+    how = part.how if abs(ratio - 1) < _EVEN else part.how | _ONE_VARIANCE
     if abs(ratio - 1) < _SMALL:  # the law of what is hardly more than shifted
-        return replace(algebra.scale(plain, ratio**0.5), **fields)
-    return replace(part, **fields, mean=0.0, expr=Unknown("Gaussian after subtracting a mean that varies"))
+        return replace(algebra.scale(plain, ratio**0.5), **fields, how=how)
+    return replace(part, **fields, mean=0.0, expr=Unknown("Gaussian after subtracting a mean that varies"), how=how)
 
 
 def gain_and_bias(context: Context, x: Kernel, weight: Tensor | None, bias: Tensor | None) -> Kernel:

@@ -6,7 +6,6 @@ pair(f(u), v)    = E[f'(u)] cov(u, v) + E[f] E[v]        (Stein's lemma)
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import product
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from kgraph.gram import field as f
 from kgraph.gram import laws
+from kgraph.gram.biased import About, about, about_both, averages, centred, shows
 from kgraph.gram.block import Block, Draws, added
 from kgraph.gram.calculus import Calculus, Side
 from kgraph.gram.engine import Engine
@@ -30,16 +30,6 @@ from kgraph.maps.tangent import by_factor
 _CLOSE = 1e-3
 
 
-def centred(fn: Pointwise, shift: float) -> Pointwise:
-    """``u -> fn(u + shift)``; made once."""
-    return fn if shift == 0.0 else _shifted(fn, shift)
-
-
-@cache
-def _shifted(fn: Pointwise, shift: float) -> Pointwise:
-    return fn.affine(input_shift=shift)
-
-
 def mean_slope(fn: Pointwise, q: Tensor) -> Tensor:
     """``E[fn'(z)]`` for z ~ N(0, q)."""
     flat = q.reshape(-1)
@@ -52,13 +42,21 @@ def mean_slope(fn: Pointwise, q: Tensor) -> Tensor:
 
 @laws.mean(f.Mapped)
 def mapped_mean(engine: Engine, u: f.Mapped) -> Tensor | None:
-    return centred(u.fn, engine.level(u.arg)).mean(engine.variance(u.arg)) if u.arg.gaussian else None
+    if not u.arg.gaussian:
+        return None
+    variance, level = engine.variance(u.arg), engine.level(u.arg)
+    if not averages(u.fn):
+        return centred(u.fn, level).mean(variance)
+    means = [one.weight * one.of(u.fn, level).mean(one.left(variance)) for one in about(engine, u.arg)]
+    return torch.stack(means).sum(0)
 
 
 @laws.how(f.Mapped)
 def mapped_how(engine: Engine, u: f.Mapped) -> How | None:
     if factors(u.arg) is None:
         return assumed("the gradient by a factor in front of a nonlinearity is taken to be independent of it")
+    if u in engine.rounded:
+        return assumed("biases of no Gaussian law count as Gaussians")
     return QUADRATURE if u.fn.how == "quadrature" or u in engine.crossed else None
 
 
@@ -78,7 +76,7 @@ def mapped_block(engine: Engine, u: f.Mapped, v: f.Mapped) -> Block | None:
     one, two, inner = centred(u.fn, levels[0]), centred(v.fn, levels[1]), engine.pair(x, y)
     variances = engine.layout.sides(engine.rows, engine.variance(x), engine.variance(y), x.places, y.places)
     around = inner.cov - levels[0] * levels[1] if all(levels) else inner.cov
-    cov, slope = _dual(one, two, variances, around)
+    cov, slope = _about_biases(engine, (u, v), (x, y), variances, around)
     if engine.gaps is not None and inner.tangents and u is v:
         slope = _sharper(engine.gaps, u, slope, cov)
     block = _through(inner, cov, slope)
@@ -101,6 +99,31 @@ def _still(u: Field, v: Field) -> tuple[_Side, _Side, bool]:
     if one is None or two is None:
         return (u, ()), (v, ()), False
     return (one.still, one.each), (two.still, two.each), True
+
+
+def _about_biases(
+    engine: Engine, maps: tuple[f.Mapped, f.Mapped], args: tuple[Field, Field], variances: _Sides, cov: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``(E[f g], E[f' g'])``, over the biases; as Gaussians count those of which only some are shared."""
+    (u, v), (x, y) = maps, args
+    values = about_both(engine, x, y) if averages(u.fn) and averages(v.fn) else None
+    if values is None:
+        engine.rounded.update(one for one, arg in zip(maps, args, strict=True) if shows(engine, arg))
+        values = [(About(), About(), 0.0)]
+    found = []
+    for a, b, less in values:
+        one, two = a.of(u.fn, engine.level(x)), b.of(v.fn, engine.level(y))
+        sides = a.left(variances[0]), b.left(variances[1])
+        own = _dual(one, two, sides, cov - less if less else cov)
+        if len(values) == 1:
+            return own
+        weight = a.weight if less else a.weight * b.weight
+        found.append((weight * own[0], weight * own[1]))
+    cov, slope = (torch.stack(terms).sum(0) for terms in zip(*found, strict=True))
+    return cov, slope
+
+
+_Sides = tuple[Tensor, Tensor]
 
 
 def _dual(one: Pointwise, two: Pointwise, variances: tuple[Tensor, Tensor], cov: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,6 +155,8 @@ def stein_block(e: Side, u: f.Mapped, v: Field) -> Block | None:
     """``E[f(u) v] = E[f'(u)] cov(u, v) + E[f] E[v]``."""
     if not (u.arg.gaussian and v.gaussian):
         return None
+    if shows(e.engine, u.arg):
+        e.engine.rounded.add(u)
     engine, slope, inner = e.engine, _slope(e.engine, u), e.pair(u.arg, v)
     factor, level = e.gain(slope, u, v), engine.level(v)
     cov = (inner.cov - engine.level(u.arg) * level) * factor
@@ -154,11 +179,17 @@ def mapped_gap(gaps: Gaps, u: f.Mapped, v: f.Mapped) -> Tensor | None:
 def _near(gaps: Gaps, u: f.Mapped) -> tuple[Tensor, Tensor] | None:
     """The gap of ``fn(arg)`` and ``E[fn' fn']`` from the gap of its argument, where `Pointwise.near` has them."""
     if u not in gaps.near:
-        fn, inner = centred(u.fn, gaps.engine.level(u.arg)), gaps.gap(u.arg, u.arg)
+        inner = gaps.gap(u.arg, u.arg)
         q1, q2 = gaps.ends(gaps.engine.variance(u.arg))
         if inner.ndim == 0:
             inner = inner.expand(torch.broadcast_shapes(q1.shape, q2.shape))
-        gaps.near[u] = fn.near(q1, q2, inner.clamp_min(0))
+        level, inner = gaps.engine.level(u.arg), inner.clamp_min(0)
+        values = about(gaps.engine, u.arg) if averages(u.fn) else (About(),)
+        pieces = [(one, one.of(u.fn, level)) for one in values]
+        near = [(one.weight, fn.near(one.left(q1), one.left(q2), inner)) for one, fn in pieces]
+        known = [(weight * found[0], weight * found[1]) for weight, found in near if found is not None]
+        totals = [torch.stack(terms).sum(0) for terms in zip(*known, strict=True)]
+        gaps.near[u] = (totals[0], totals[1]) if len(known) == len(near) else None
     return gaps.near[u]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kgraph.biases import bias_law
 from kgraph.canonical import aten
 from kgraph.gram import field as f
 from kgraph.gram.build import moved, sliced
@@ -23,6 +24,7 @@ from kgraph.gram.tangents import times
 from kgraph.gram.taps import axis_runs, geometry_of, tap_shares
 from kgraph.gram.value import Axes, CannotFollow, Value, channel_range, place_start, places_of, roles, size_of
 from kgraph.how import EXACT, How, assumed
+from kgraph.kernel import Bias
 from kgraph.roots import Root
 from kgraph.rules.weights import real_mean
 
@@ -69,7 +71,8 @@ def layer_output(context: Context, u: Field, layer: Layer, places: tuple[int, ..
     engine = context.engine
     block = engine.pair(output, output)
     gap = engine.gaps.gap(output, output) if engine.gaps is not None else None
-    return Leaf(places, roots, engine.how(output), block, layer.bias_mean, gap)  # how: known once the block is
+    how = engine.how(output)  # known once the block is
+    return Leaf(places, roots, how, block, layer.bias_mean, gap, layer.bias_law)
 
 
 def make_layer(
@@ -77,12 +80,18 @@ def make_layer(
 ) -> Layer:
     """Moments of a layer, and its own terms: times (fan_in, 1) as PyTorch trains, (sw2, sb2) in NTK form."""
     sb2 = second_moment(context, names[1], bias) if bias is not None else 0.0
-    mean = 0.0 if bias is None or names[1] in context.variances else context.measured(real_mean, names[1], bias)
+    drawn = bias if names[1] not in context.variances else None
+    mean = 0.0 if drawn is None else context.measured(real_mean, names[1], drawn)
+    law = None if drawn is None else context.measured(_law, names[1], drawn)
     sw2 = fan_in * second_moment(context, names[0], weight)
     own, own_bias = (layer_terms(context, name) for name in names)
     if context.engine.parametrization == "standard":
         own = times(own, float(fan_in if geometry is None else geometry.channels))
-    return Layer(names[0], sw2, sb2, mean, own, {} if bias is None else own_bias, geometry)
+    return Layer(names[0], sw2, sb2, mean, own, {} if bias is None else own_bias, geometry, law)
+
+
+def _law(bias: Tensor) -> Bias | None:
+    return bias_law(bias, real_mean(bias))
 
 
 def _linear(
