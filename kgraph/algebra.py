@@ -25,6 +25,7 @@ from kgraph.kernel import DIFF, SAME, Apply, Bias, Gaussian, Mask, Pairs, Part, 
 from kgraph.maps import Pointwise, closed_form
 from kgraph.maps.tangent import by_factor
 from kgraph.roots import Root, Roots
+from kgraph.scatter import Scatter, both
 
 IDENTITY = Pointwise(lambda u: u, closed_form("identity"))
 
@@ -35,7 +36,12 @@ def scale(part: Part, factor: float) -> Part:
         return part
     square = factor * factor
     scaled = replace(
-        part, cov=part.cov * square, slope=part.slope * square, ntk=part.ntk * square, mean=part.mean * factor
+        part,
+        cov=part.cov * square,
+        slope=part.slope * square,
+        ntk=part.ntk * square,
+        mean=part.mean * factor,
+        scatter=part.scatter and part.scatter.scaled(square),
     )
     if isinstance(part.expr, Apply):
         return replace(scaled, expr=Apply(_rescaled(part.expr.fn, factor), part.expr.arg))
@@ -153,7 +159,23 @@ def _apply_gaussian(fn: Pointwise, base: Part, part: Part) -> Part:
         expr=Apply(fn, base),
         how=part.how | own,
     )
+    result = _scattered(result, centred, base, variance) if base.scatter is not None else result
     return infinite(result) if steep(result) else result
+
+
+def _scattered(result: Part, centred: Pointwise, base: Part, variance: Tensor) -> Part:
+    """The kernel of pairs of positions over their cosines; of unrelated inputs at one position as well."""
+    scatter = base.scatter
+    if scatter is None or not scatter.shows(float(variance)):
+        return replace(result, scatter=None)
+    cov, slope, ntk = result.cov.clone(), result.slope.clone(), result.ntk.clone()
+    value, gain = centred.dual(variance, variance, base.cov[:, DIFF, None] - base.mean**2 + scatter.cov)
+    tangent = gain * (base.ntk[:, DIFF, None] + scatter.ntk)
+    for field, nodes in ((cov, value), (slope, gain * base.slope[:, DIFF, None]), (ntk, tangent)):
+        field[:, DIFF] = nodes @ scatter.weights
+        field[Pairs.BACKGROUND, SAME] = field[Pairs.BACKGROUND, DIFF]
+    more = [nodes[Pairs.SELF] - field[Pairs.SELF, DIFF] for nodes, field in ((value, cov), (tangent, ntk))]
+    return replace(result, cov=cov, slope=slope, ntk=ntk, scatter=Scatter(*more, scatter.weights))
 
 
 def _apply_biased(fn: Pointwise, base: Part, part: Part, bias: Bias) -> Part:
@@ -271,6 +293,7 @@ def add(left: Part, right: Part, left_weight: float = 1.0, right_weight: float =
         roots=left.roots | right.roots,
         expr=Sum(_terms(left) + _terms(right)),
         how=left.how | right.how,
+        scatter=both(left.scatter, right.scatter),
     )
     if bool(cross) and left.independent(right) and uneven(left) and uneven(right):
         return replace(total, how=total.how | assumed(CONSTANTS_APART))  # E[g] E[h] stands for E[g h]

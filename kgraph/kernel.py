@@ -22,6 +22,7 @@ from kgraph.input_moments import InputMoments
 from kgraph.maps import Pointwise
 from kgraph.maps.tangent import TrainedFactor
 from kgraph.roots import Roots
+from kgraph.scatter import Scatter
 
 SAME, DIFF = 0, 1
 
@@ -151,6 +152,7 @@ class Part:
         roots: random parameters whose output this is a pointwise function of.
         expr: how the entries are made from Gaussian ones.
         how: how the numbers were obtained.
+        scatter: of the second moments of different positions about their mean, where it shows.
         factor: of what a trained factor made, how; whatever is made of this part by `replace` has none.
     """
 
@@ -162,6 +164,7 @@ class Part:
     roots: Roots = field(default_factory=Roots)
     expr: Expr = field(default_factory=Gaussian)
     how: How = EXACT
+    scatter: Scatter | None = None
     factor: TrainedFactor | None = field(default=None, init=False)
 
     def times(self, factor: TrainedFactor) -> Part:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import ChainMap
 from collections.abc import Callable, Iterable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from kgraph.rules.noise import draws_noise, noise_kernel
 from kgraph.rules.pointwise import is_pointwise, unary
 from kgraph.rules.sampled import for_mode
 from kgraph.rules.unallocated import Unallocated
+from kgraph.scatter import of_white
 from kgraph.site import located
 from kgraph.written_buffers import written
 
@@ -300,7 +301,11 @@ def input_kernel(node: fx.Node, shape: tuple[int, ...], pairs: Pairs) -> Kernel:
     )
     roots = Roots({Root(node.name)})  # what is made of an input is not independent of it
     expr = Unknown("Gaussian of the inputs' second moments") if node.name in pairs.moments else Gaussian()
-    return Kernel((Part(shape[channel], cov, slope, torch.zeros_like(cov), roots=roots, expr=expr),), axes)
+    part = Part(shape[channel], cov, slope, torch.zeros_like(cov), roots=roots, expr=expr)
+    kernel = Kernel((part,), axes)
+    if kernel.positions < 2 or not moments.white:
+        return kernel
+    return kernel.with_parts(replace(part, scatter=of_white(shape[channel], moments.q)))
 
 
 def real_inputs(graph: Graph) -> dict[fx.Node, Tensor]:

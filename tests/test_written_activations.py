@@ -45,8 +45,9 @@ def test_a_leaky_relu_is_one_however_it_is_written(fn: Callable[[Tensor], Tensor
     plain = kgraph.transform(Net(nn.LeakyReLU(0.1)), method, x)
     assert shaped.kgraph.ledger.counts() == plain.kgraph.ledger.counts()
     assert not shaped.kgraph.ledger.unmet
-    torch.testing.assert_close(shaped(x), plain(x))
-    assert float((shaped(x) + shaped(-x)).norm() / shaped(x).norm()) > 0.05  # no linear network
+    with torch.no_grad():
+        torch.testing.assert_close(shaped(x), plain(x))
+        assert float((shaped(x) + shaped(-x)).norm() / shaped(x).norm()) > 0.05  # no linear network
 
 
 @pytest.mark.parametrize("fn", SMOOTH.values(), ids=SMOOTH.keys())

@@ -96,6 +96,7 @@ def _convolve(
     taps, met = _tap_variances(weight, transposed, groups), _outer(counts)
     twice = _met_by_two(met, math.prod(sizes_out))
     same, different = float((taps * met).sum()), float((taps * twice).sum())
+    alike = different**2 / max(float((taps * twice).square().sum()), 1e-300)  # taps that weigh alike
     out_channels = context.shape[-dims - 1]
     sb2, mean = bias_moments(bias)
     channels = weight.shape[0] // groups if transposed else weight.shape[1]
@@ -108,6 +109,11 @@ def _convolve(
         arriving = without_shared_channels(part) if mixes else part
         again = float(twice.sum() / met.sum().clamp_min(1e-300))
         result = _summed_taps(context, arriving, layer, (same, different, again), out_channels)
+        if part.scatter is not None:
+            own = layer.ntk_gains(context.parametrization)[0] * (
+                again if context.parametrization != "ntk" else different
+            )
+            result = replace(result, scatter=part.scatter.layer(different, own, alike))
         return result if groups == 1 or channels >= FEW else _of_few(part, result, channels, layer.root)
 
     part = once(x.merged, context.signature, summed)

@@ -98,6 +98,7 @@ def affine_part(context: Context, part: Part, layer: Affine, size: int) -> Part:
         roots=Roots({Root(layer.root)}),
         expr=Gaussian(layer.law),
         how=part.how,
+        scatter=part.scatter and part.scatter.layer(layer.weight, own_weight),
     )
 
 

@@ -80,7 +80,7 @@ def mixed(part: Part, factors: Mixing) -> Part:
     bias = any_bias_of(part) if part.gaussian else None
     law = Gaussian(bias and bias.times(factors.mean))  # one number at all positions
     expr = law if part.gaussian else Unknown("Gaussian after averaging positions")
-    return replace(part, **moments, mean=part.mean * factors.mean, expr=expr)
+    return replace(part, **moments, mean=part.mean * factors.mean, expr=expr, scatter=None)
 
 
 def _copied(part: Part, factors: Mixing) -> Part:

@@ -1,0 +1,86 @@
+"""Positions of inputs with few channels have cosines that scatter: their averages in closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from scipy.integrate import quad
+from torch import Tensor, nn
+
+import kgraph
+
+WIDTH, SIDE = 64, 4
+PLACES = SIDE * SIDE
+
+
+class Pooled(nn.Module):
+    """A cosine network of 1x1 convolutions; E[cos u cos v] = e^-q cosh k of Gaussians of variance q, covariance k."""
+
+    def __init__(self, channels: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            constant(nn.Conv2d(WIDTH if i else channels, WIDTH, 1, bias=False)) for i in range(layers)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.cos(layer(x))
+        return x.mean((2, 3))
+
+
+def constant(layer: nn.Conv2d) -> nn.Conv2d:
+    """sw2 = 1 exactly."""
+    fan_in = layer.weight[0].numel()
+    signs = torch.tensor([1.0, -1.0]).repeat(layer.weight.numel() // 2).reshape(layer.weight.shape)
+    with torch.no_grad():
+        layer.weight.copy_(signs / fan_in**0.5)
+    return layer
+
+
+def over_cosines(channels: int, fn: Callable[[float], float]) -> float:
+    """E[fn(c)] over cosines in so many dimensions."""
+    if channels == 1:
+        return (fn(1.0) + fn(-1.0)) / 2
+
+    def density(angle: float) -> float:
+        return math.sin(angle) ** (channels - 2)
+
+    whole = quad(density, 0, math.pi)[0]
+    return quad(lambda t: fn(math.cos(t)) * density(t), 0, math.pi, epsabs=1e-13)[0] / whole
+
+
+def pooled_q(channels: int, layers: int) -> float:
+    def layer(q: float, k: float) -> float:
+        return math.exp(-q) * math.cosh(k)
+
+    def moment(cosine: float) -> float:
+        q, k = 1.0, cosine
+        for _ in range(layers):
+            q, k = layer(q, q), layer(q, k)
+        return k
+
+    return (moment(1.0) + (PLACES - 1) * over_cosines(channels, moment)) / PLACES
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_averages_over_positions_are_those_over_their_cosines(channels: int, layers: int) -> None:
+    """Exact in the first function, and within the Gauss rule's error in the second; cosines of 0 are far off."""
+    model = Pooled(channels, layers)
+    found = kgraph.analyze(model, torch.randn(2, channels, SIDE, SIDE)).nodes[-1].q
+    assert found == pytest.approx(pooled_q(channels, layers), rel=1e-6)
+    assert abs(found / pooled_q(10_000, layers) - 1) > 0.004
+
+
+def test_taps_and_many_channels_scatter_less() -> None:
+    """Of 9 taps each meets a pair of its own: the variance of the mean is a ninth, as of 9 times the channels."""
+    one, nine = nn.Conv2d(27, WIDTH, 1, bias=False), nn.Conv2d(3, WIDTH, 3, bias=False)
+
+    def q(stem: nn.Conv2d, side: int) -> float:
+        model = nn.Sequential(constant(stem), nn.ELU(), nn.AdaptiveAvgPool2d(1))
+        return kgraph.analyze(model, torch.randn(2, stem.in_channels, side, side)).nodes[-1].q
+
+    assert q(one, SIDE) == pytest.approx(q(nine, SIDE + 2), rel=1e-3)
