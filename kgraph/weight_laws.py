@@ -21,6 +21,7 @@ class WeightLaw:
         flipped: the layer stores [in, out].
         each_tap: a transposed convolution of one input position: every tap is a linear layer of its own.
         divisor: what the draw is divided by: the number that the forward multiplies the parameter by.
+        even: whether all taps of a convolution get the same mean square, so that borders cost every draw the same.
     """
 
     distribution: Distribution
@@ -28,6 +29,7 @@ class WeightLaw:
     flipped: bool = False
     each_tap: bool = False
     divisor: float = 1.0
+    even: bool = False
 
     @torch.no_grad()
     def draw_(self, weight: Tensor, generator: torch.Generator) -> None:
@@ -38,6 +40,9 @@ class WeightLaw:
         else:
             options = {"distribution": self.distribution, "generator": generator, **self.geometry}
             reinitialize_weight_(values.T if self.flipped else values, **options)
+        if self.even:
+            squares = values.square().mean((0, 1))
+            values *= (squares.mean() / squares).sqrt()
         if self.divisor != 1:
             values /= self.divisor
 

@@ -2,13 +2,16 @@
 
 Convolutions use the Delta form: only the tap that meets the output position is nonzero. A convolution whose
 windows do not overlap (a patch embedding) spreads the same orthogonal matrix over its window instead, so that no
-pixel is lost. Entrywise gains of branches (LayerScale, SkipInit) are set to 1: they would break q = 1.
+pixel is lost. One that mixes few channels (colours) reads its whole window too, of the size that zeros at the borders
+leave it: cosines of single pixels scatter, and averages over positions would keep what functions make of that.
+Entrywise gains of branches (LayerScale, SkipInit) are set to 1: they would break q = 1.
 
 Source: Martens et al. 2021, arXiv 2110.01765; Xiao et al. 2018, arXiv 1806.05393.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +20,17 @@ from torch import Tensor, fx, nn
 
 from kgraph.canonical import aten, operation_name
 from kgraph.checks import choice, flag
+from kgraph.initializers import layer_padding, per_axis
 from kgraph.passes.affine import CONVOLUTIONS, TRANSPOSED
 from kgraph.passes.base import Pass, Workspace
 from kgraph.passes.computed_weights import is_moved, is_normalization
+from kgraph.rules.conv import tap_counts
 from kgraph.rules.weights import mean_square
 from kgraph.site import shape_of
 from kgraph.weight_laws import Filled, WeightLaw
+
+_FEW = 16
+"""Input channels below which a convolution reads all its taps: one position of three colours is three numbers."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Reinitialize(Pass):
             if operation_name(node) in ("linear", *CONVOLUTIONS) and work.is_random(node.args[0])
             if isinstance(weight := node.args[1], fx.Node) and weight.op == "get_attr"
             if isinstance(work.tensor(weight), nn.Parameter)
-            if not _keeps_q(work.tensor(weight))
+            if not _keeps_q(work.tensor(weight), _read_share(node, work.tensor(weight)))
         }
         return f"{', '.join(sorted(bad))} do not keep q" if bad else ""
 
@@ -113,16 +121,46 @@ class Reinitialize(Pass):
         if name != "linear":
             geometry |= geometry_of(node, transposed=name in TRANSPOSED)
             overlapping = any(s < k for s, k in zip(_wide(geometry["stride"], weight), weight.shape[2:], strict=True))
-            geometry["delta"] = self.delta and (overlapping or name in TRANSPOSED)
+            geometry["delta"] = self.delta and (overlapping or name in TRANSPOSED) and not _reads_few(node, weight)
+            factor *= 1.0 if geometry["delta"] else _read_share(node, weight) ** 0.5
         each_tap = bool(geometry.get("transposed")) and single_position(node)
-        return WeightLaw(self.distribution, geometry, each_tap=each_tap, divisor=factor)  # type: ignore[arg-type]
+        even = not geometry.get("delta", True) and _reads_few(node, weight)
+        return WeightLaw(self.distribution, geometry, each_tap=each_tap, divisor=factor, even=even)  # type: ignore[arg-type]
 
 
-def _keeps_q(weight: Tensor) -> bool:
-    """fan_in E[W^2] = 1, up to rounding."""
+def _reads_few(node: fx.Node, weight: Tensor) -> bool:
+    """Whether a convolution mixes so few channels that it reads all its taps."""
+    if operation_name(node) not in CONVOLUTIONS or weight.ndim < 3:
+        return False
+    mixes = geometry_of(node, transposed=False)["groups"] == 1 and weight.shape[1] < _FEW
+    return mixes and weight[0, 0].numel() > 1
+
+
+def _read_share(node: fx.Node, weight: Tensor) -> float:
+    """Share of its taps that such a convolution meets at the average output: at borders some read padding."""
+    source = node.args[0]
+    if not _reads_few(node, weight) or not isinstance(source, fx.Node):
+        return 1.0
+    taps = weight.shape[2:]
+    geometry = geometry_of(node, transposed=False)
+    if geometry["padding"] != _own_padding(node):  # of a separate operation, whose zeros are inputs
+        return 1.0
+    strides, dilations = (per_axis(key, geometry[key], len(taps)) for key in ("stride", "dilation"))
+    pads: Any = layer_padding(geometry["padding"], taps, dilations)
+    axes = zip(shape_of(source)[2:], shape_of(node)[2:], taps, strides, pads, dilations, strict=True)
+    return math.prod(float(tap_counts(*axis, transposed=False).mean()) for axis in axes)
+
+
+def _own_padding(node: fx.Node) -> Any:
+    given = dict(zip(("stride", "padding"), node.args[3:], strict=False)) | dict(node.kwargs)
+    return _plain(given.get("padding", 0))
+
+
+def _keeps_q(weight: Tensor, share: float = 1.0) -> bool:
+    """fan_in E[W^2] = 1, up to rounding; of the taps that are met."""
     if weight.is_meta or not weight.numel():
         return True
-    return abs(mean_square(weight) * weight[0].numel() - 1) < 1e-3 + torch.finfo(weight.dtype).eps
+    return abs(mean_square(weight) * weight[0].numel() * share - 1) < 1e-3 + torch.finfo(weight.dtype).eps
 
 
 def single_position(node: fx.Node) -> bool:
