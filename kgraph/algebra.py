@@ -174,8 +174,8 @@ def _scattered(result: Part, centred: Pointwise, base: Part, variance: Tensor) -
     for field, nodes in ((cov, value), (slope, gain * base.slope[:, DIFF, None]), (ntk, tangent)):
         field[:, DIFF] = nodes @ scatter.weights
         field[Pairs.BACKGROUND, SAME] = field[Pairs.BACKGROUND, DIFF]
-    more = [nodes[Pairs.SELF] - field[Pairs.SELF, DIFF] for nodes, field in ((value, cov), (tangent, ntk))]
-    return replace(result, cov=cov, slope=slope, ntk=ntk, scatter=Scatter(*more, scatter.weights))
+    left, moved = (nodes[Pairs.SELF] - field[Pairs.SELF, DIFF] for nodes, field in ((value, cov), (tangent, ntk)))
+    return replace(result, cov=cov, slope=slope, ntk=ntk, scatter=Scatter(left, moved, scatter.weights))
 
 
 def _apply_biased(fn: Pointwise, base: Part, part: Part, bias: Bias) -> Part:

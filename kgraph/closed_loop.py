@@ -94,6 +94,23 @@ def settle(work: Workspace, method: Method, targets: ShapingTargets, planned: Pl
     return loop.solved(linear, sign)
 
 
+def attainable(work: Workspace, method: Method, targets: ShapingTargets, planned: Planned) -> Planned:
+    """The plan, with C(0) no higher than plain relus have it: TAT has no activation that would raise it further."""
+    if isinstance(method, DKS) or targets.negative_slope != 0 or not _is_leaky(work):
+        return planned
+    kernels = work.kernels()
+    found = {node: correlation(kernels[node]) for node in planned.c if node in kernels}
+    return replace(planned, c={node: _lowered(curve, found.get(node, 1.0)) for node, curve in planned.c.items()})
+
+
+def _lowered(curve: Curve, start: float) -> Curve:
+    """A C map that starts no higher than ``start``, and still ends at 1."""
+    if not start < curve[0]:
+        return curve
+    share = (1 - start) / (1 - curve[0])
+    return tuple(1 - share * (1 - c) for c in curve)
+
+
 @dataclass
 class _Loop:
     """One local value, what it is to reach, and the walks that were made."""
@@ -211,4 +228,15 @@ def _is_leaky(work: Workspace) -> bool:
     return any(site.leaky for site, _ in work.shaped.values())
 
 
-__all__ = ["GRID", "Planned", "averaged", "correlation", "ends", "judged", "keeps", "planned_maps", "settle"]
+__all__ = [
+    "GRID",
+    "Planned",
+    "attainable",
+    "averaged",
+    "correlation",
+    "ends",
+    "judged",
+    "keeps",
+    "planned_maps",
+    "settle",
+]

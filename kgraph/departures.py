@@ -79,7 +79,7 @@ def _reason(work: Workspace, node: fx.Node) -> str:
         "cat": "its operands have different q",
     }
     if isinstance(work.module(node), WeightedSum):
-        return "its terms depend on each other (one value, or one weight, in several), or differ in q"
+        return "its terms differ in q, or are not orthogonal: means add up, or one value or weight is in several"
     if node.op == "call_module":
         return "its local Q map does not give q = 1 here"
     return reasons.get(operation_name(node), "the operation changes q by itself")

@@ -10,7 +10,8 @@ from kgraph.canonical import operation_name
 from kgraph.closed_loop import Planned, averaged, correlation, ends
 from kgraph.contractions import WORDS, contraction_of
 from kgraph.departures import Causes, departure, off
-from kgraph.modules import Scale, ShapedActivation
+from kgraph.how import LEVELS
+from kgraph.modules import Scale, ShapedActivation, WeightedSum
 from kgraph.nonlinear import Region, find_regions
 from kgraph.output_q import check_outputs
 from kgraph.passes.affine_image import tangent
@@ -22,6 +23,7 @@ from kgraph.products import unbounded
 from kgraph.subnetworks import find_subnetworks
 
 _NO_MEAN = 1e-6
+_ASSUMED = LEVELS.index("assumed")
 _C_TOLERANCE, _SLOPE_TOLERANCE = 0.03, 0.1
 """Distances from the plan, of c and relative of the slope, at which it counts as missed."""
 
@@ -55,10 +57,13 @@ def check(work: Workspace) -> set[fx.Node]:
     return outputs
 
 
-def compare(work: Workspace, plan: Planned) -> None:
+def compare(work: Workspace, plan: Planned, *, centred: bool) -> None:
     """Say where the propagation departs from the plan, at an output or in front of an average, and what is the cause.
 
     The plan composes local maps of Gaussian inputs, with pooling counted as keeping c.
+
+    Args:
+        centred: whether the method takes means off (DKS), so that none is to blame.
     """
     kernels = work.kernels()
     checked = [node for node in dict.fromkeys([*averaged(work), *ends(work)]) if node in kernels]
@@ -67,15 +72,29 @@ def compare(work: Workspace, plan: Planned) -> None:
         for read, planned in ((correlation, plan.c), (tangent, plan.slope))
     )
     apart = {region.end for region in work.regions() if region.gate or is_rate(region) or is_exponential(region)}
-    steps = {n: _step(work, n, plan.slope, slope) for n in slope if n.all_input_nodes and n not in apart}
     for quantity, planned, found, differ in (
         ("C(0)", {node: curve[0] for node, curve in plan.c.items()}, c, _apart),
         ("the slope C'(1)", plan.slope, slope, _relatively_apart),
     ):
         missed = [node for node in checked if node in found and differ(planned[node], found[node])]
         if missed:
-            line = _missed(quantity, missed, planned, found)
-            work.unmet.append(f"{line}; they part most at {_parting(work, steps, plan.slope, slope)}")
+            steps = {n: _step(work, n, planned, found) for n in found if n.all_input_nodes and n not in apart}
+            most = max(steps, key=lambda node: steps[node])
+            parts = f"{most.name} ({planned[most]:.4g}, {found[most]:.4g}): {_departs(work, most, centred)}"
+            work.unmet.append(f"{_missed(quantity, missed, planned, found)}; they part most at {parts}")
+    _assumptions(work, [node for node in checked if node in plan.c or node in plan.slope])
+
+
+def _assumptions(work: Workspace, checked: list[fx.Node]) -> None:
+    """Say that the plan is met by a number that is assumed, which may be far off."""
+    kernels = work.kernels()
+    found = [(node, kernels[node].how) for node in checked if kernels[node].how.level == _ASSUMED]
+    if found:
+        node, how = found[-1]
+        work.notes.append(
+            f"at {node.name} the kernel is assumed ({how.note}), so that the plan may be missed: "
+            "the certificate measures by how much"
+        )
 
 
 def _step(work: Workspace, node: fx.Node, planned: dict[fx.Node, float], found: dict[fx.Node, float]) -> float:
@@ -98,30 +117,25 @@ def _missed(quantity: str, missed: list[fx.Node], planned: dict[fx.Node, float],
     )
 
 
-def _parting(
-    work: Workspace, steps: dict[fx.Node, float], planned: dict[fx.Node, float], found: dict[fx.Node, float]
-) -> str:
-    """Where plan and propagation part most, by the slope, and why."""
-    most = max(steps, key=lambda node: steps[node])
-    return f"{most.name} (slope {planned[most]:.4g}, {found[most]:.4g}): {_departs(work, most)}"
-
-
 def _corrected(work: Workspace, node: fx.Node) -> fx.Node:
     """The constant behind a node, if a pass put one there."""
     return next((user for user in node.users if isinstance(work.module(user), Scale)), node)
 
 
-def _departs(work: Workspace, node: fx.Node) -> str:
+def _departs(work: Workspace, node: fx.Node, centred: bool) -> str:
     """Why a node does not do what the plan says, and what would."""
     kernels, module = work.kernels(), work.module(node)
     if isinstance(module, ShapedActivation):
         part = kernels[node.all_input_nodes[0]].merged
         law = "Gaussian" if part.gaussian else "not Gaussian"
         return f"its input is {law}, of q {float(part.q):.4g} and mean {part.mean:.3g}"
+    if isinstance(module, WeightedSum) and not centred:
+        return "the means of its terms add up, and c with them; method='dks' has no means"
     if is_max_pool(node):
         return "max pooling has maps of its own, which no constant behind it undoes; average pooling would keep c"
     if kernels[node].positions == 1 and any(kernels[n].positions > 1 for n in node.all_input_nodes if n in kernels):
-        cure = "; method='dks' has no means" if abs(kernels[node].merged.mean) > _NO_MEAN else ""
+        means = not centred and abs(kernels[node].merged.mean) > _NO_MEAN
+        cure = "; method='dks' has no means" if means else ""
         return f"an average over positions keeps of two inputs what their positions share{cure}"
     contraction = contraction_of(node, work.is_random)
     what = f" ({WORDS[contraction]})" if contraction is not None else ""

@@ -9,7 +9,7 @@ from kgraph.analysis import Ledger
 from kgraph.canonical import operation_name
 from kgraph.capture import Graph
 from kgraph.checks import choice, flag, weight_of_shortcut
-from kgraph.closed_loop import Planned, keeps, planned_maps, settle
+from kgraph.closed_loop import Planned, attainable, keeps, planned_maps, settle
 from kgraph.errors import TargetError
 from kgraph.methods import DKS, Method
 from kgraph.opaque import unseen
@@ -64,7 +64,7 @@ class Plan:
         planned = planned_maps(work, method)
         targets = settle(work, method, targets, planned)
         Pipeline((Rescale(keep=keeps(method)),), self.progress).apply(work)
-        return targets, planned
+        return targets, attainable(work, method, targets, planned)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def rewrite(graph: Graph, plan: Plan, first: Propagation | None = None) -> Outco
     graph.module.recompile()
     outputs = check(work)
     if targets is not None:
-        compare(work, planned)
+        compare(work, planned, centred=isinstance(method, DKS))
     promise = promised(work, method, outputs, planned)
     return Outcome(graph, weight, targets, work.ledger(repr(plan.method)), work.propagation(), promise, dict(work.laws))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-from torch import fx
+from torch import Tensor, fx
 
 from kgraph.analysis import Analysis, NodeKernel
 from kgraph.canonical import aten, operation_name
@@ -29,7 +30,7 @@ def summarize(graph: Graph, result: Propagation) -> Analysis:
     rows = tuple(_row(node, kernel, result.pairs, depth[node], kernels) for node, kernel in kernels.items())
     output = next(n for n in graph.module.graph.nodes if n.op == "output")
     final = next((n for n in output.all_input_nodes if n in kernels), None)
-    if final is None and not _follows(output, kernels):
+    if final is None and not _follows(output, result.values):
         raise RuleError(f"what {graph.name} returns does not depend on its inputs", hint="Return what is made of them")
     return Analysis(
         model=graph.name,
@@ -48,14 +49,14 @@ def summarize(graph: Graph, result: Propagation) -> Analysis:
     )
 
 
-def _follows(output: fx.Node, kernels: dict[fx.Node, Kernel]) -> bool:
-    """Whether anything returned is made of a random tensor, if not one itself (a loss)."""
+def _follows(output: fx.Node, values: Mapping[fx.Node, object]) -> bool:
+    """Whether anything returned is made of a random tensor, if not one itself (a loss); ones_like of one is known."""
     seen, queue = {output}, [output]
     while queue:
-        new = [n for n in queue.pop().all_input_nodes if n not in seen]
+        new = [n for n in queue.pop().all_input_nodes if n not in seen and not isinstance(values.get(n), Tensor)]
         seen.update(new)
         queue += new
-    return any(n in kernels for n in seen)
+    return any(isinstance(values.get(n), Kernel) for n in seen)
 
 
 def _path(graph: Graph, mode: str) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from kgraph.canonical import operation_name
 from kgraph.checks import choice, flag, positive
 from kgraph.kernel import SAME, Kernel, Pairs, Part
-from kgraph.modules import Scale, ShapedActivation
+from kgraph.modules import Scale, ShapedActivation, WeightedSum
 from kgraph.multiples import Multiples
 from kgraph.nonlinear import Region
 from kgraph.passes.affine import affine_source
@@ -126,7 +126,7 @@ class Rescale(Pass):
         return Walk(propagation, reasons, images, plain, tuple(unknown))
 
     def _image(self, work: Workspace, node: fx.Node, kernel: Kernel, values: dict[fx.Node, Any]) -> AffineImage | None:
-        keep = self.keep if isinstance(work.module(node), ShapedActivation) or is_max_pool(node) else "q"
+        keep = self.keep if isinstance(work.module(node), (ShapedActivation, WeightedSum)) or is_max_pool(node) else "q"
         read = values.get(node.all_input_nodes[0]) if node.all_input_nodes else None
         return restoring(kernel, read if isinstance(read, Kernel) else None, keep)
 
@@ -186,6 +186,8 @@ class Rescale(Pass):
             return "a sum of multiples of one tensor"
         if name == "add" and _adds_table(work, node):
             return "an added table"
+        if isinstance(work.module(node), WeightedSum) and not _shapes(work, node):
+            return "a sum of terms that are not orthogonal"
         return _CHANGERS.get(name, "")
 
 
@@ -238,6 +240,11 @@ def _alike(one: Kernel, other: Kernel) -> bool:
 def _ends_here(work: Workspace, region: Region, node: fx.Node) -> bool:
     """A shaped activation, or one that was not shaped for its slope: what comes out of it may be scaled."""
     return node is region.end and (isinstance(work.module(node), ShapedActivation) or bool(region.learnable))
+
+
+def _shapes(work: Workspace, node: fx.Node) -> bool:
+    """Whether a shaped activation reads the node, and has constants of its own for what it reads."""
+    return any(isinstance(work.module(user), ShapedActivation) for user in node.users)
 
 
 def _adds_table(work: Workspace, node: fx.Node) -> bool:

@@ -102,7 +102,15 @@ def value_and_slope(fn: Function, z: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         out = value(fn, z)
-        return out.detach(), slope_of(out, z).detach()
+        slope = slope_of(out, z).detach()
+        lost = slope.isnan() & out.detach().isfinite()
+        if lost.any():  # 0 times infinity at one point, in the branch that a choice does not take
+            beside = (z.detach()[lost] + _BESIDE).requires_grad_()
+            slope[lost] = slope_of(value(fn, beside), beside).detach()
+        return out.detach(), slope
+
+
+_BESIDE = 1e-9
 
 
 def jets(fn: Function, z: Tensor) -> Tensor:

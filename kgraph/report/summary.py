@@ -91,6 +91,9 @@ def _fate(analysis: Analysis, final: NodeKernel) -> str:
     far, near = farthest(analysis)[0], nearest(analysis)[0]
     if far is None:
         return "c: no pair of distinct inputs was given"
+    if math.isnan(final.q):
+        first = next(node for node in analysis.nodes if math.isnan(node.q))
+        return f"the q value is not known from {first.name} on, a function that is not defined for every Gaussian"
     if any(math.isnan(c) for c in final.c):
         return "the output is 0: inputs have no cosine there"
     moved = (final.c[far] - analysis.cosines[far]) / (1 - analysis.cosines[far])

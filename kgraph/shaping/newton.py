@@ -82,9 +82,10 @@ def best_solution(
         if shaped.residual <= ACCURACY:
             return shaped
     wanted = ", ".join(f"{name} = {number:g}" for name, number in targets.items())
+    inexact = ", and none of these meets them to the last digits" if rows else ""
     raise TargetError(
         f"No usable constants found for {wanted}: tried {starts.shape[1]} starts with |input_shift| up to 4, "
-        f"{found.shape[1]} converged, {len(rows)} of them usable",
+        f"{found.shape[1]} converged, {len(rows)} of them usable{inexact}",
         hint="Choose another activation or another target",
     )
 
