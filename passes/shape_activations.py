@@ -109,6 +109,9 @@ class ShapeActivations(Pass):
 
     def _shape(self, work: Workspace, site: _Site) -> None:
         region = site.region
+        if site.constants.negative_slope is not None and _is_bounded(region):
+            note = f"{operation_name(region.end)} becomes a leaky relu, and loses its bound"
+            work.notes += [note] if note not in work.notes else []
         shaped, constants = site.shaped(work)
         at = len(work.changes)
         work.record(region.end, "shape activation", self._why(site.leaky), site.before, _describe(constants, region))
@@ -197,6 +200,12 @@ def _two_lines(fn: Pointwise) -> bool:
     rounding = 1e-12 * (1 + abs(float(values[8])))
     lines = abs(a - 2 * b) <= rounding * (1 + abs(a)) and abs(d - 2 * c) <= rounding * (1 + abs(d))
     return lines and torch.allclose(rise[4:], rise[:4] * 1e-3, rtol=1e-9, atol=rounding) and abs(b + c) > 1e-12
+
+
+def _is_bounded(region: Region) -> bool:
+    """Whether two lines near 0 are none far out, as those of relu6."""
+    far, near = region.fn(torch.tensor([[-100.0, 100.0], [-1.0, 1.0]], dtype=torch.float64))
+    return not torch.allclose(far, 100 * near, rtol=1e-6)
 
 
 def is_kinked(region: Region) -> bool:
