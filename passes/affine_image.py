@@ -61,6 +61,19 @@ def restoring(kernel: Kernel, read: Kernel | None, keep: Keep, psi: float = 1.0)
     return AffineImage(second**-0.5, shift)
 
 
+def incoherent(kernel: Kernel) -> AffineImage | None:
+    """The image of q = 1 of a weighted sum: as much of its mean as orthogonal terms of q = 1 would have together.
+
+    The means of terms add up, and everything else in squares: with (m + d)^2 = 1 - (q - m^2) the slope is the weighted
+    mean of the terms' slopes, as it is without means.
+    """
+    q, mean = float(kernel.merged.q), kernel.merged.mean
+    variance = q - mean**2
+    if not 0 < variance < 1:
+        return restoring(kernel, None, "q")
+    return AffineImage(1.0, math.copysign(math.sqrt(1 - variance), mean) - mean)
+
+
 _NOTHING = 1e-9
 
 
@@ -83,4 +96,4 @@ def tangent(kernel: Kernel) -> float:
     return float(part.slope[Pairs.UNIT, SAME]) / q if q > 0 else math.nan
 
 
-__all__ = ["AffineImage", "Keep", "restoring", "tangent"]
+__all__ = ["AffineImage", "Keep", "incoherent", "restoring", "tangent"]

@@ -20,12 +20,13 @@ from torch import Tensor, fx, nn
 
 from kgraph.canonical import operation_name
 from kgraph.checks import choice, flag, positive
+from kgraph.how import LEVELS
 from kgraph.kernel import SAME, Kernel, Pairs, Part
 from kgraph.modules import Scale, ShapedActivation, WeightedSum
 from kgraph.multiples import Multiples
 from kgraph.nonlinear import Region
 from kgraph.passes.affine import affine_source
-from kgraph.passes.affine_image import AffineImage, Keep, restoring
+from kgraph.passes.affine_image import AffineImage, Keep, incoherent, restoring
 from kgraph.passes.base import Pass, Workspace
 from kgraph.passes.exponentials import is_rate
 from kgraph.passes.input_causes import cause
@@ -47,6 +48,9 @@ _CHANGERS = {
     "prelu": "an activation that is not shaped",
     "rrelu": "an activation that is not shaped",
 }
+
+
+_SAMPLED = LEVELS.index("sampled")
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,9 @@ class Rescale(Pass):
         return Walk(propagation, reasons, images, plain, tuple(unknown))
 
     def _image(self, work: Workspace, node: fx.Node, kernel: Kernel, values: dict[fx.Node, Any]) -> AffineImage | None:
-        keep = self.keep if isinstance(work.module(node), (ShapedActivation, WeightedSum)) or is_max_pool(node) else "q"
+        if isinstance(work.module(node), WeightedSum):  # where the means of terms, and no draws, tell
+            return incoherent(kernel) if self.keep == "slope" and kernel.how.level < _SAMPLED else None
+        keep = self.keep if isinstance(work.module(node), ShapedActivation) or is_max_pool(node) else "q"
         read = values.get(node.all_input_nodes[0]) if node.all_input_nodes else None
         return restoring(kernel, read if isinstance(read, Kernel) else None, keep)
 

@@ -30,10 +30,23 @@ def orthogonal(rows: int, cols: int) -> Tensor:
 
 
 @torch.no_grad()
-def draw(module: nn.Module) -> None:
-    """Orthogonal linear layers, delta-orthogonal convolutions of odd kernels, no bias."""
+def draw(module: nn.Module, size: int) -> None:
+    """Orthogonal linear layers, delta-orthogonal convolutions of odd kernels, no bias.
+
+    A convolution of few channels is orthogonal over its window, every tap of one mean square, and as large as zeros
+    beyond the borders of its ``size`` x ``size`` inputs leave q = 1.
+    """
     for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+        if isinstance(layer, nn.Conv2d) and layer.in_channels < 16:
+            weight = layer.weight
+            weight.copy_(orthogonal(len(weight), weight[0].numel()).reshape(weight.shape))
+            weight /= weight.square().mean((0, 1), keepdim=True).sqrt() * weight[0].numel() ** 0.5
+            one = torch.ones(1, 1, size, size, dtype=weight.dtype)
+            met = nn.functional.conv2d(one, torch.ones_like(weight[:1, :1]), padding=layer.padding)  # pyright: ignore
+            weight *= (weight[0, 0].numel() / met.mean()).sqrt()
+            assert layer.bias is not None
+            layer.bias.zero_()
+        elif isinstance(layer, (nn.Linear, nn.Conv2d)):
             weight = layer.weight
             weight.zero_()
             middle = weight if weight.ndim == 2 else weight[:, :, weight.shape[2] // 2, weight.shape[3] // 2]
@@ -64,7 +77,7 @@ def by_hooks(module: nn.Module, names: list[str], shape: tuple[int, ...]) -> dic
 
     handles = [module.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     for _ in range(DRAWS):
-        draw(module)
+        draw(module, shape[-1])
         seen.clear()
         with torch.no_grad():
             for x in probes(shape):
