@@ -80,7 +80,7 @@ def compare(work: Workspace, plan: Planned, *, centred: bool) -> None:
         if missed:
             steps = {n: _step(work, n, planned, found) for n in found if n.all_input_nodes and n not in apart}
             most = max(steps, key=lambda node: steps[node])
-            parts = f"{most.name} ({planned[most]:.4g}, {found[most]:.4g}): {_departs(work, most, centred)}"
+            parts = f"{most.name} ({_short(planned[most])}, {_short(found[most])}): {_departs(work, most, centred)}"
             work.unmet.append(f"{_missed(quantity, missed, planned, found)}; they part most at {parts}")
     _assumptions(work, [node for node in checked if node in plan.c or node in plan.slope])
 
@@ -112,9 +112,14 @@ def _missed(quantity: str, missed: list[fx.Node], planned: dict[fx.Node, float],
     worst = max(missed, key=lambda node: abs(found[node] - planned[node]))
     more = f", and it is missed at {len(missed) - 1} more" if len(missed) > 1 else ""
     return (
-        f"{quantity} from input to {worst.name} is planned to be {planned[worst]:.4g}, and the analysis finds "
-        f"{found[worst]:.4g}{more}"
+        f"{quantity} from input to {worst.name} is planned to be {_short(planned[worst])}, and the analysis finds "
+        f"{_short(found[worst])}{more}"
     )
+
+
+def _short(number: float) -> str:
+    """Four digits, and 0 for what rounding leaves of it."""
+    return "0" if abs(number) < _NO_MEAN else f"{number:.4g}"
 
 
 def _corrected(work: Workspace, node: fx.Node) -> fx.Node:
