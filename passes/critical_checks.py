@@ -9,8 +9,9 @@ from torch import Tensor, fx
 from kgraph.canonical import operation_name
 from kgraph.initializers import delta_tap, layer_padding, per_axis
 from kgraph.nonlinear import Region
+from kgraph.passes.affine import CONVOLUTIONS, TRANSPOSED
 from kgraph.passes.base import Workspace
-from kgraph.passes.reinitialize import CONVOLUTIONS, TRANSPOSED, geometry_of, single_position
+from kgraph.passes.convolutions import geometry_of, single_position
 from kgraph.passes.remove_norms import NORMS
 from kgraph.rules.table import find_rule
 from kgraph.site import shape_of

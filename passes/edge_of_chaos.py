@@ -23,18 +23,11 @@ from kgraph.initializers import reinitialize_weight_
 from kgraph.meanfield import MeanField, critical_point
 from kgraph.nonlinear import Region, find_regions
 from kgraph.orthogonal_convolutions import orthogonal_convolution_
+from kgraph.passes.affine import CONVOLUTIONS, TRANSPOSED
 from kgraph.passes.base import Pass, Workspace
+from kgraph.passes.convolutions import geometry_of, single_position
 from kgraph.passes.critical_checks import PADS, affine_arguments, border_losses, depths_of, obstacles, strays
-from kgraph.passes.reinitialize import (
-    CONVOLUTIONS,
-    TRANSPOSED,
-    divide_scale,
-    drawn_weight,
-    geometry_of,
-    keep_weight,
-    runtime_scale,
-    single_position,
-)
+from kgraph.passes.reinitialize import divide_scale, drawn_weight, keep_weight, runtime_scale
 from kgraph.rules.weights import mean_square
 from kgraph.weight_laws import draw_each_tap
 

@@ -11,7 +11,6 @@ Source: Martens et al. 2021, arXiv 2110.01765; Xiao et al. 2018, arXiv 1806.0539
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +19,13 @@ from torch import Tensor, fx, nn
 
 from kgraph.canonical import aten, operation_name
 from kgraph.checks import choice, flag
-from kgraph.initializers import layer_padding, per_axis
 from kgraph.passes.affine import CONVOLUTIONS, TRANSPOSED
 from kgraph.passes.base import Pass, Workspace
 from kgraph.passes.computed_weights import is_moved, is_normalization
-from kgraph.rules.conv import tap_counts
+from kgraph.passes.convolutions import geometry_of, is_stem, read_share, single_position
 from kgraph.rules.weights import mean_square
 from kgraph.site import shape_of
 from kgraph.weight_laws import Filled, WeightLaw
-
-_FEW = 16
-"""Input channels below which a convolution reads all its taps: one position of three colours is three numbers."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ class Reinitialize(Pass):
             if operation_name(node) in ("linear", *CONVOLUTIONS) and work.is_random(node.args[0])
             if isinstance(weight := node.args[1], fx.Node) and weight.op == "get_attr"
             if isinstance(work.tensor(weight), nn.Parameter)
-            if not _keeps_q(work.tensor(weight), _read_share(node, work.tensor(weight)))
+            if not _keeps_q(work.tensor(weight), read_share(node, work.tensor(weight)))
         }
         return f"{', '.join(sorted(bad))} do not keep q" if bad else ""
 
@@ -121,39 +116,11 @@ class Reinitialize(Pass):
         if name != "linear":
             geometry |= geometry_of(node, transposed=name in TRANSPOSED)
             overlapping = any(s < k for s, k in zip(_wide(geometry["stride"], weight), weight.shape[2:], strict=True))
-            geometry["delta"] = self.delta and (overlapping or name in TRANSPOSED) and not _reads_few(node, weight)
-            factor *= 1.0 if geometry["delta"] else _read_share(node, weight) ** 0.5
+            geometry["delta"] = self.delta and (overlapping or name in TRANSPOSED) and not is_stem(node, weight)
+            factor *= 1.0 if geometry["delta"] else read_share(node, weight) ** 0.5
         each_tap = bool(geometry.get("transposed")) and single_position(node)
-        even = not geometry.get("delta", True) and _reads_few(node, weight)
+        even = not geometry.get("delta", True) and is_stem(node, weight)
         return WeightLaw(self.distribution, geometry, each_tap=each_tap, divisor=factor, even=even)  # type: ignore[arg-type]
-
-
-def _reads_few(node: fx.Node, weight: Tensor) -> bool:
-    """Whether a convolution mixes so few channels that it reads all its taps."""
-    if operation_name(node) not in CONVOLUTIONS or weight.ndim < 3:
-        return False
-    mixes = geometry_of(node, transposed=False)["groups"] == 1 and weight.shape[1] < _FEW
-    return mixes and weight[0, 0].numel() > 1
-
-
-def _read_share(node: fx.Node, weight: Tensor) -> float:
-    """Share of its taps that such a convolution meets at the average output: at borders some read padding."""
-    source = node.args[0]
-    if not _reads_few(node, weight) or not isinstance(source, fx.Node):
-        return 1.0
-    taps = weight.shape[2:]
-    geometry = geometry_of(node, transposed=False)
-    if geometry["padding"] != _own_padding(node):  # of a separate operation, whose zeros are inputs
-        return 1.0
-    strides, dilations = (per_axis(key, geometry[key], len(taps)) for key in ("stride", "dilation"))
-    pads: Any = layer_padding(geometry["padding"], taps, dilations)
-    axes = zip(shape_of(source)[2:], shape_of(node)[2:], taps, strides, pads, dilations, strict=True)
-    return math.prod(float(tap_counts(*axis, transposed=False).mean()) for axis in axes)
-
-
-def _own_padding(node: fx.Node) -> Any:
-    given = dict(zip(("stride", "padding"), node.args[3:], strict=False)) | dict(node.kwargs)
-    return _plain(given.get("padding", 0))
 
 
 def _keeps_q(weight: Tensor, share: float = 1.0) -> bool:
@@ -161,11 +128,6 @@ def _keeps_q(weight: Tensor, share: float = 1.0) -> bool:
     if weight.is_meta or not weight.numel():
         return True
     return abs(mean_square(weight) * weight[0].numel() * share - 1) < 1e-3 + torch.finfo(weight.dtype).eps
-
-
-def single_position(node: fx.Node) -> bool:
-    source = node.args[0]
-    return isinstance(source, fx.Node) and all(size == 1 for size in shape_of(source)[2:])
 
 
 def _spread(weight: Tensor) -> str:
@@ -176,40 +138,6 @@ def _spread(weight: Tensor) -> str:
 def _wide(value: Any, weight: Tensor) -> list[int]:
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     return values * (weight.ndim - 2) if len(values) == 1 else values
-
-
-def geometry_of(node: fx.Node, *, transposed: bool) -> dict[str, Any]:
-    names = ("stride", "padding", "dilation", "groups")
-    if transposed:
-        names = ("stride", "padding", "output_padding", "groups", "dilation")
-    given = dict(zip(names, node.args[3:], strict=False)) | dict(node.kwargs)
-    given.pop("output_padding", None)
-    defaults: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    chosen = {**defaults, **{k: v for k, v in given.items() if k in defaults}}
-    chosen["padding"] = _with_explicit_padding(node, chosen["padding"])
-    return {**{k: _plain(v) for k, v in chosen.items()}, "transposed": transposed}
-
-
-def _with_explicit_padding(node: fx.Node, padding: Any) -> Any:
-    """A separate padding operation in front moves the tap that meets the output position."""
-    source = node.args[0]
-    if not isinstance(source, fx.Node) or source.target not in (
-        aten.pad.default,
-        aten.constant_pad_nd.default,
-    ):
-        return padding
-    amounts = source.args[1]
-    assert isinstance(amounts, (list, tuple))
-    front = [int(a) for a in amounts[0::2]][::-1]  # type: ignore[call-overload]
-    if isinstance(padding, str):
-        return front
-    own = list(padding) if isinstance(padding, (list, tuple)) else [padding] * len(front)
-    own = own * len(front) if len(own) == 1 else own
-    return [o + f for o, f in zip(own, front, strict=True)] if len(own) == len(front) else padding
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
 def drawn_weight(work: Workspace, node: fx.Node, at: int) -> tuple[fx.Node | None, float]:
