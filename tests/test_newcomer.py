@@ -161,9 +161,10 @@ def test_broken_timm_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def test_demo_says_what_is_promised_and_what_its_width_makes_of_it(tmp_path: Path) -> None:
-    """The plan is met in the analysis; one network of width 16 to 64 is not that of infinite width, and it is said."""
+    """What the average keeps of three colours, and what a width of 16 to 64 makes of the plan."""
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
-    assert "not met:" not in said and "inputs with cosine 0 / 0.5 / 0.9 arrive with 0 /" in said
+    assert "not met: C(0) from input to linear is planned to be 0, and the analysis finds 0.04" in said
+    assert said.count("is planned to be") == 1 and "an average over positions keeps of two inputs" in said
     assert "C(0) = 0, slope 1.5 and q = 1 at the output" in said and "finite width: at width" in said
