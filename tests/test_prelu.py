@@ -96,12 +96,13 @@ def test_slopes_of_channels_are_averaged_exactly(name: str) -> None:
 
 
 def test_slopes_along_positions() -> None:
-    """Dimension 1 is a position here: two positions meet two slopes, E[a_i a_j] over i != j."""
+    """Dimension 1 is a position here: two positions meet two slopes, E[a_i a_j] over i != j, and a cosine in R^16."""
     slopes = SLOPES["usual"]
     part = kernel_of(Net(slopes), torch.randn(2, 4, 16)).merged
-    relu, zero = pointwise("relu"), torch.zeros((), dtype=torch.float64)
-    one = torch.ones((), dtype=torch.float64)
-    up, crossed = float(relu.dual(one, one, zero)[0]), -float(relu.dual(one, one, -zero)[0])
+    cosines, one = torch.linspace(-1, 1, 20_001, dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    density = (1 - cosines.square()).pow(13 / 2)
+    both = pointwise("relu").dual(one, one, cosines)[0]  # of u and v; of u and -v at the cosines turned about
+    up, crossed = float(both @ density / density.sum()), -float(both.flip(0) @ density / density.sum())
     products = [a * b for i, a in enumerate(slopes) for j, b in enumerate(slopes) if i != j]
     mean = sum(slopes) / 4
     expected = up + 2 * mean * crossed + sum(products) / len(products) * up
