@@ -131,7 +131,7 @@ class Rescale(Pass):
 
     def _image(self, work: Workspace, node: fx.Node, kernel: Kernel, values: dict[fx.Node, Any]) -> AffineImage | None:
         if isinstance(work.module(node), WeightedSum):  # where the means of terms, and no draws, tell
-            return incoherent(kernel) if self.keep == "slope" and kernel.how.level < _SAMPLED else None
+            return incoherent(kernel) if kernel.how.level < _SAMPLED else None
         keep = self.keep if isinstance(work.module(node), ShapedActivation) or is_max_pool(node) else "q"
         read = values.get(node.all_input_nodes[0]) if node.all_input_nodes else None
         return restoring(kernel, read if isinstance(read, Kernel) else None, keep)
@@ -192,7 +192,7 @@ class Rescale(Pass):
             return "a sum of multiples of one tensor"
         if name == "add" and _adds_table(work, node):
             return "an added table"
-        if isinstance(work.module(node), WeightedSum) and not _shapes(work, node):
+        if self.keep == "slope" and isinstance(work.module(node), WeightedSum) and not _shapes(work, node):
             return "a sum of terms that are not orthogonal"
         return _CHANGERS.get(name, "")
 
