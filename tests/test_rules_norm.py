@@ -130,7 +130,7 @@ def test_a_batch_norm_of_channels_that_are_dead_or_alive_says_that_one_variance_
     def behind(*layers: nn.Module) -> str:
         model = nn.Sequential(nn.Linear(64, 64, bias=False), *layers, nn.BatchNorm1d(64)).train()
         node = kgraph.analyze(model, torch.randn(8, 64)).nodes[-1]
-        return f"{node.how} {node.flags}"
+        return f"{node.how} {node.note}"
 
     assert behind(nn.ReLU(), nn.Linear(64, 64, bias=False)).startswith("exact")
     assert behind(nn.ReLU()).startswith("exact")  # unrelated inputs share nothing in front of the relu

@@ -213,3 +213,20 @@ def test_a_backward_written_by_hand_leaves_no_ntk() -> None:
     assert any("written by hand" in note for note in report.analysis.notes)
     plain = kgraph.analyze(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)), torch.randn(2, 16))
     assert math.isfinite(plain.final.ntk)
+
+
+def test_a_gain_in_front_of_a_function_has_the_tangent_that_depends_on_the_field() -> None:
+    """d/dg sin(g x) = x cos(g x): E[x^2 cos^2(g x)] = 1/2 + (1/2 - 2 g^2) exp(-2 g^2), not E[x^2] E[cos^2]."""
+    g = 0.9
+
+    class Gained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.full((64,), g))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sin(x * self.gain)
+
+    found = kgraph.analyze(Gained(), torch.randn(2, 64)).nodes[-1].ntk
+    assert found == pytest.approx(0.5 + (0.5 - 2 * g**2) * math.exp(-2 * g**2), rel=1e-8)
+    assert abs(found - (1 + math.exp(-2 * g**2)) / 2) > 0.3

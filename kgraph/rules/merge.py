@@ -18,6 +18,7 @@ from kgraph.constants import add_constant, known_part, moments, multiply_constan
 from kgraph.entries import origin, said
 from kgraph.how import assumed
 from kgraph.kernel import DIFF, SAME, Axes, Kernel, Part, merge
+from kgraph.maps.tangent import TrainedFactor
 from kgraph.modules import WeightedSum
 from kgraph.rules.pointwise import unary
 from kgraph.rules.table import Context, rule
@@ -93,8 +94,16 @@ def _trained(
         gained = own * (read.parts[i].cov if read is not None else torch.ones_like(part.cov))
         if places:
             gained = torch.stack([gained[:, SAME], torch.zeros_like(gained[:, DIFF])], 1)
-        parts.append(algebra.trained(part, gained, of_itself=read is not None))
+        moved = algebra.trained(part, gained, of_itself=read is not None)
+        factor = _one_number(known) if read is not None and part.gaussian and not places else 0.0
+        parts.append(moved.times(TrainedFactor(own / factor**2, 0.0)) if factor and moved is not part else moved)
     return result.with_parts(*parts)
+
+
+def _one_number(known: Tensor) -> float:
+    """The factor that all channels have; 0 where they differ."""
+    first = known.detach().flatten()[:1]
+    return float(first) if len(first) and bool((known == first).all()) else 0.0
 
 
 def _scaled(x: Kernel, factor: float) -> Kernel:
