@@ -22,6 +22,7 @@ from kgraph.maps.tangent import TrainedFactor
 from kgraph.modules import WeightedSum
 from kgraph.rules.pointwise import unary
 from kgraph.rules.table import Context, rule
+from kgraph.rules.weights import one_number
 
 Operand = Kernel | Tensor | float | int
 _LEFT = 1e-8
@@ -95,15 +96,9 @@ def _trained(
         if places:
             gained = torch.stack([gained[:, SAME], torch.zeros_like(gained[:, DIFF])], 1)
         moved = algebra.trained(part, gained, of_itself=read is not None)
-        factor = _one_number(known) if read is not None and part.gaussian and not places else 0.0
+        factor = one_number(known) if read is not None and part.gaussian and not places else None
         parts.append(moved.times(TrainedFactor(own / factor**2, 0.0)) if factor and moved is not part else moved)
     return result.with_parts(*parts)
-
-
-def _one_number(known: Tensor) -> float:
-    """The factor that all channels have; 0 where they differ."""
-    first = known.detach().flatten()[:1]
-    return float(first) if len(first) and bool((known == first).all()) else 0.0
 
 
 def _scaled(x: Kernel, factor: float) -> Kernel:

@@ -24,7 +24,7 @@ from kgraph.maps.tangent import TrainedFactor
 from kgraph.modules import PerLocationNorm
 from kgraph.rules.speeds import is_parameter
 from kgraph.rules.table import Context, rule
-from kgraph.rules.weights import mean_square
+from kgraph.rules.weights import mean_square, one_number
 from kgraph.site import shape_of
 
 _MIXING = ("conv", "linear", "addmm", "matmul", "mm", "bmm", "baddbmm", "einsum", "embedding", "bilinear")
@@ -111,17 +111,11 @@ def _speed(context: Context, name: str, tensor: Tensor | None) -> float:
 
 def _remembered(context: Context, result: Part, weight: Tensor | None, bias: Tensor | None) -> Part:
     """A trained gain of a Gaussian that is one number in all channels is a factor in front of what follows."""
-    shift = 0.0 if bias is None else _one_number(bias)
-    gain = 1.0 if weight is None else _one_number(weight)
+    shift = 0.0 if bias is None else one_number(bias)
+    gain = 1.0 if weight is None else one_number(weight)
     if not gain or shift is None:
         return result
     return result.times(TrainedFactor(_speed(context, "weight", weight) / gain**2, shift))
-
-
-def _one_number(tensor: Tensor) -> float | None:
-    """The value that all entries have; None where they differ."""
-    first = float(tensor.detach().flatten()[0])
-    return first if bool((tensor == first).all()) else None
 
 
 @rule(aten.layer_norm.default)

@@ -33,6 +33,12 @@ def mean_square(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(real, dtype=torch.float64)) ** 2 / max(tensor.numel(), 1)
 
 
+def one_number(x: Tensor) -> float | None:
+    """The value that all entries have; None where they differ, or there are none."""
+    first = x.detach().flatten()[:1]
+    return float(first) if len(first) and bool((x == first).all()) else None
+
+
 def real_mean(x: Tensor) -> float:
     """E[x], taken as 0 where it differs from it by no more than sampling noise (four standard errors).
 
