@@ -30,6 +30,7 @@ from kgraph.param_groups import param_groups
 from kgraph.passes.graph_parametrize import graph_parametrize
 from kgraph.saved import load
 from kgraph.shaping import ShapedConstants, shape_activation
+from kgraph.studies.explain import Effect, Explanation, explain
 from kgraph.studies.finite_width.measured import MeasuredFluctuations, MeasuredNode, measure_fluctuations
 from kgraph.studies.finite_width.report import Fluctuations, NodeFluctuations, fluctuations
 from kgraph.studies.isometry.report import Isometry, LayerIsometry, isometry
@@ -47,7 +48,9 @@ __all__ = [
     "Certificate",
     "CertificateRow",
     "EdgeOfChaos",
+    "Effect",
     "EmpiricalNTK",
+    "Explanation",
     "ExportError",
     "Figure",
     "FileError",
@@ -82,6 +85,7 @@ __all__ = [
     "compare",
     "critical_point",
     "empirical_ntk",
+    "explain",
     "export_onnx",
     "fluctuations",
     "graph_parametrize",

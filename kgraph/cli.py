@@ -1,17 +1,32 @@
-"""The command line: `kgraph analyze | transform | verify | export | demo`."""
+"""The command line: `kgraph analyze | explain | transform | verify | export | demo`."""
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
+from kgraph.cli_options import (
+    HtmlOption,
+    Inputs,
+    JsonOption,
+    Kwargs,
+    MethodName,
+    MethodOption,
+    MethodOptions,
+    Model,
+    ModeOption,
+    OnnxOption,
+    OwnMethods,
+    Seed,
+    Shortcut,
+    Trust,
+)
 from kgraph.errors import FileError
 from kgraph.files import destination, folder
 from kgraph.terminal import Group, bar, console, errors, spinner
@@ -31,50 +46,6 @@ app = typer.Typer(
     "that returns a model: the module or file is run. Or MODEL is a file that `kgraph transform --out` wrote.",
     epilog="Example: `kgraph analyze timm:resnet50 --html report.html`",
 )
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="timm:NAME, package.module:FACTORY or path/to/file.py:FACTORY (the file is run), "
-        "or a file that transform --out wrote."
-    ),
-]
-Trust = Annotated[
-    bool,
-    typer.Option("--trust", help="Run what a saved file holds or names: whole modules, factories it does not lie by."),
-]
-Kwargs = Annotated[str, typer.Option(help="Arguments of the factory, as JSON: '{\"width\": 3}'.")]
-Inputs = Annotated[
-    list[str] | None,
-    typer.Option("--input", help="Shape of an input: 1,3,64,64 or 1,128:long. Repeat for more. Default: inferred."),
-]
-
-
-class MethodName(str, Enum):
-    """Names of `kgraph.transform`'s methods: typer takes lists of enumerations, not of literals."""
-
-    dks = "dks"
-    tat = "tat"
-    edge_of_chaos = "edge-of-chaos"
-    ntk_chaos = "ntk-chaos"
-    residual_scaling = "residual-scaling"
-
-
-MethodOption = Annotated[Literal["dks", "tat"], typer.Option(help="How to shape the kernel.")]
-MethodOptions = Annotated[
-    list[MethodName],
-    typer.Option("--method", help="How to shape the kernel. Repeat it for methods that set different things."),
-]
-OwnMethods = Annotated[
-    list[MethodName] | None,
-    typer.Option("--method", help="How to transform a MODEL that is not transformed yet. Default: tat."),
-]
-Shortcut = Annotated[float | None, typer.Option(help="Weight of the shortcut in residual sums, in [0, 1].")]
-Seed = Annotated[int, typer.Option(help="Seed of the model's and the method's random weights.")]
-ModeOption = Annotated[Literal["train", "eval"] | None, typer.Option(help="Mode to analyse. Default: the model's own.")]
-HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write the report as one HTML file.")]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON ('-': standard output).")]
-OnnxOption = Annotated[Path | None, typer.Option("--onnx", help="Export the result to ONNX.")]
 
 
 def _version(wanted: bool) -> None:
@@ -116,6 +87,27 @@ def analyze(
         out = console()
         out.print(report if not all_nodes else Text(report.text(all_nodes=True, width=out.width)))
     _write(report, html, json)
+
+
+@app.command(epilog="Example: `kgraph explain timm:resnet18 --input 2,3,64,64`")
+def explain(
+    model: Model,
+    kwargs: Kwargs = "{}",
+    inputs: Inputs = None,
+    mode: ModeOption = None,
+    seed: Seed = 0,
+    trust: Trust = False,
+    json: JsonOption = None,
+) -> None:
+    """Print what each component of MODEL does to its kernel: norms, skips, activations, initializers, pools."""
+    import kgraph
+
+    _check_places(json)
+    module, examples = _load(model, kwargs, inputs, seed, trust)
+    found = kgraph.explain(module, examples, mode=mode, seed=seed)
+    if not _is_stdout(json):
+        console().print(found)
+    _write(found, None, json)
 
 
 @app.command(epilog="Example: `kgraph transform timm:resnet50 --method tat --shortcut-weight 0.8 --out model.pt`")

@@ -14,7 +14,7 @@ import networkx as nx
 from torch import fx
 
 from kgraph.canonical import aten, operation_name
-from kgraph.checks import weight_of_shortcut
+from kgraph.checks import flag, weight_of_shortcut
 from kgraph.gradient_stops import read_instead, stopped
 from kgraph.modules import WeightedSum
 from kgraph.passes.base import Pass, Workspace, owner_path
@@ -38,12 +38,15 @@ class ScaleResiduals(Pass):
 
     Args:
         shortcut_weight: w in [0, 1]; 0 removes the shortcuts.
+        only_shortcuts: leave sums of equal branches as they are.
     """
 
     shortcut_weight: float = 0.8
+    only_shortcuts: bool = False
 
     def __post_init__(self) -> None:
         weight_of_shortcut(self.shortcut_weight)
+        flag("only_shortcuts", self.only_shortcuts)
 
     def rewrite(self, work: Workspace) -> None:
         inside = _inside_regions(work)
@@ -61,7 +64,8 @@ class ScaleResiduals(Pass):
         terms: dict[fx.Node, int] = {}
         plans = [(node, *self._weights(node, lengths, terms)) for node in sums]
         for node, weights, shortcut, why in plans:
-            _replace(work, node, weights, shortcut, why)
+            if shortcut is not None or not self.only_shortcuts:
+                _replace(work, node, weights, shortcut, why)
 
     def _weights(
         self, node: fx.Node, lengths: _Lengths, terms: dict[fx.Node, int]

@@ -287,6 +287,14 @@ def test_a_model_object_and_a_dotted_factory(calls: list[Any], model: str) -> No
     assert run("analyze", model.replace(":make", ":nothing")).exit_code == 1
 
 
+def test_explain_prints_a_table_and_writes_json(tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    file.write_text("from torch import nn\nnet = lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))\n")
+    result = run("explain", f"{file}:net", "--input", "2,8", "--json", str(tmp_path / "e.json"))
+    assert result.exit_code == 0 and "tanh instead" in result.stdout and "as it is" in result.stdout
+    assert json.loads((tmp_path / "e.json").read_text())["effects"][0]["change"] == "as it is"
+
+
 def test_timm_models(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     fake = SimpleNamespace(create_model=lambda name, **options: nn.Linear(1, options["classes"]))
     monkeypatch.setitem(sys.modules, "timm", fake)
@@ -297,7 +305,7 @@ def test_timm_models(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1 and "pip install timm" in result.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["analyze"], ["transform"], ["export"], ["verify"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["analyze"], ["explain"], ["transform"], ["export"], ["verify"], ["demo"]])
 def test_help_has_an_example(command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0 and "Example: kgraph" in result.stdout.replace("`", "")

@@ -248,6 +248,7 @@ BAD: dict[str, dict[str, Sequence[Any]]] = {
         "parametrization": [None, *WORD],
         "progress": [0, "a", True, *BASIC],
     },
+    "explain": {"model": MODEL, "example_inputs": INPUTS, "mode": WORD, "inputs": [None, *WORD], "seed": SEED},
     "order_chaos": {
         "model": MODEL,
         "example_inputs": [*INPUTS, X * NAN],
@@ -305,6 +306,8 @@ BAD: dict[str, dict[str, Sequence[Any]]] = {
     },
     "Certificate.text": TEXT,
     "Certificate.to_json": {"path": but(PATHS, None)},
+    "Explanation.text": TEXT,
+    "Explanation.to_json": {"path": but(PATHS, None)},
     "KernelComparison.disagreements": {"sigmas": [*POSITIVE, None], "width_factor": [*AT_LEAST_0, None]},
     "KernelComparison.text": {"width": [*but(COUNT, 1), None], "all_nodes": [None, *FLAG]},
     "KernelComparison.plot": {"path": [*PATHS, "a.nonsense"]},
@@ -339,7 +342,7 @@ BAD: dict[str, dict[str, Sequence[Any]]] = {
     },
     "passes.Reinitialize": {"distribution": [None, *WORD], "delta": [None, *FLAG]},
     "passes.Rescale": {"tolerance": [*POSITIVE, None], "only_gates": [None, *FLAG], "keep": [None, *WORD]},
-    "passes.ScaleResiduals": {"shortcut_weight": [*AT_LEAST_0, 1.5, None]},
+    "passes.ScaleResiduals": {"shortcut_weight": [*AT_LEAST_0, 1.5, None], "only_shortcuts": [None, *FLAG]},
     "passes.ShapeActivations": {
         "method": [None, 0, "tat", kgraph.TAT, kgraph.EdgeOfChaos(), *BASIC],
         "targets": [0, "a", *BASIC],
@@ -362,6 +365,7 @@ MADE_BY_KGRAPH = {
     *("MeasuredFluctuations", "MeasuredNode", "NTKReport", "NodeComparison", "NodeFluctuations", "NodeGram"),
     *("OrderChaosReport", "PhaseDiagram", "ResidualDepth", "ShapedConstants", "TransformRecord", "passes.Pass"),
     *("Report", "Comparison", "MonteCarlo", "OnnxExport", "Certificate", "CertificateRow", "Figure"),
+    *("Effect", "Explanation"),
 }
 """Results: nobody builds them by hand; their methods are in the table."""
 INTERNAL = {
@@ -393,6 +397,7 @@ def result(of: str) -> Any:
         "NodeGram": lambda: kgraph.kernels(SMALL, X).output,
         "Fluctuations": lambda: kgraph.fluctuations(SMALL, X),
         "MeasuredFluctuations": lambda: kgraph.measure_fluctuations(SMALL, X, draws=3),
+        "Explanation": lambda: kgraph.explain(SMALL, X),
         "OrderChaosReport": lambda: kgraph.order_chaos(SMALL, X),
         "PhaseDiagram": lambda: kgraph.phase_diagram("tanh", sigma_w=[1.0, 1.5], sigma_b=[0.1, 0.2]),
         "ResidualDepth": lambda: kgraph.residual_depth(nn.Sequential(Residual(), Residual()), X, draws=0),
