@@ -63,9 +63,10 @@ def _cell(cell: tuple[float, list[float], float] | None) -> str:
 
 
 def plan(nets: list[str], arms: list[str], optimizer: str, seeds: int, found: dict[Run, Outcome]) -> list[Run]:
-    """The whole grid with the first seed; of every arm the best rate and its neighbours with the others."""
+    """The whole grid with the first seed, the middle first; then an arm's best rate and its neighbours with others."""
     grid = RATES[optimizer]
-    first = [Run(net, arm, optimizer, rate, 0) for net in nets for arm in arms for rate in grid]
+    inside_out = sorted(grid, key=lambda rate: abs(grid.index(rate) - 2.9))
+    first = [Run(net, arm, optimizer, rate, 0) for rate in inside_out for net in nets for arm in arms]
     more = []
     for net in nets:
         for arm in arms:
@@ -91,7 +92,7 @@ def main() -> None:
             runs = plan(args.nets, args.arms, args.optimizer, seeds, recorded(args.file))
             for run in track(list(missing(runs, args.file)), "training"):
                 record(run, train(run), args.file)
-    Console(width=160).print(table(recorded(args.file), args.optimizer))
+    Console(width=170).print(table(recorded(args.file), args.optimizer))
 
 
 if __name__ == "__main__":
