@@ -10,6 +10,7 @@ from os import PathLike
 from torch import nn
 
 from kgraph.analysis import Ledger
+from kgraph.calibration import calibrate
 from kgraph.capture import Graph, capture, check_model, unread
 from kgraph.certificate import Certificate
 from kgraph.channel_dims import channel_dim
@@ -161,7 +162,8 @@ def transform(
         model: any bare module; never touched unless ``inplace``.
         method: "dks", "tat", `DKS(zeta=...)`, `TAT(eta=..., tau=...)`, another method, or a list of methods that
             set different things.
-        example_inputs: tensor, tuple or dict; inferred when None.
+        example_inputs: tensor, tuple or dict; inferred when None. Of a batch of at least 8 that is plainly no white
+            noise the constants behind averages over positions are measured, where white noise tells nothing.
         shortcut_weight: weight of shortcuts in [0, 1]; 0 removes them; None: .8, raised where the targets need it.
         seed: of the re-drawn weights.
         inplace: let the result own the model's own submodules and parameters instead of copies.
@@ -203,6 +205,9 @@ def transform(
     lost = (*constrained, *unseen(outcome.graph.module), *lost_results(stored, model, shaped, inputs))
     lost += (*gradients.lost, *gradients.lost_by(shaped))
     ledger = replace(ledger, unmet=(*ledger.unmet, *lost, *false_log_determinants(shaped, inputs, flows)))
+    measured = calibrate(shaped, inputs, outcome.promise.channels)
+    ledger = replace(ledger, changes=(*ledger.changes, *measured.changes), notes=(*ledger.notes, *measured.notes))
+    after, evaluated = after.noting(*measured.notes), evaluated.noting(*measured.notes)
     watch = LoadWatch().over(shaped)
     used = chosen[0] if len(chosen) == 1 else chosen
     results = (outcome.shortcut_weight, outcome.targets, ledger, before, after, evaluated)

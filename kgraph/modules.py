@@ -11,6 +11,7 @@ into the kernel.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -205,14 +206,30 @@ class Scale(nn.Module):
         factor: a finite number.
         shift: a finite number.
         reason: why it is there; shown when the model is printed.
+        average: whether it stands behind an average over positions, how much of which is left depends on the inputs.
+
+    Attributes:
+        measured: whether the factor is that of inputs which `kgraph.calibration` has seen.
 
     Shapes: any to the same.
     Raises: InputError for a constant that is not finite.
     """
 
-    def __init__(self, factor: float, shift: float = 0.0, reason: str = "") -> None:
+    def __init__(self, factor: float, shift: float = 0.0, reason: str = "", *, average: bool = False) -> None:
         super().__init__()
         self.factor, self.shift, self.reason = finite("factor", factor), finite("shift", shift), reason
+        self.average, self.measured = average, False
+
+    def fit(self, x: Tensor) -> float:
+        """Make q = 1 of what comes out for x; returns q without the factor."""
+        q = float((x.detach().double() + self.shift).square().mean())
+        self.fit_to(q)
+        return q
+
+    def fit_to(self, q: float) -> None:
+        """The factor for which q = 1 comes out; 0 and NaN leave it."""
+        if 0 < q < math.inf:
+            self.factor, self.measured = q**-0.5, True
 
     def forward(self, x: Tensor) -> Tensor:
         """``factor * (x + shift)``."""

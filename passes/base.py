@@ -182,9 +182,9 @@ class Workspace:
         node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
         return call
 
-    def scale_after(self, node: fx.Node, factor: float, reason: str, shift: float = 0.0) -> fx.Node:
+    def scale_after(self, node: fx.Node, module: Scale) -> fx.Node:
         """Insert ``factor * (v + shift)`` between ``node`` and its readers."""
-        return self.call_after(node, Scale(factor, shift, reason), f"{owner_path(self, node)}scale")
+        return self.call_after(node, module, f"{owner_path(self, node)}scale")
 
 
 def owner_path(work: Workspace, node: fx.Node) -> str:

@@ -35,14 +35,12 @@ from kgraph.propagate import Propagation, propagate, reread
 _ROUNDING = 1e-9
 """What two ways to the same kernel may differ by, q being 1."""
 _MAX_POOLS = ("max_pool1d", "max_pool2d", "max_pool3d")
+_AVERAGING = ("average pooling", "averaging positions")
 _CHANGERS = {
     **dict.fromkeys(_MAX_POOLS, "max pooling"),
-    "avg_pool1d": "average pooling",
-    "avg_pool2d": "average pooling",
-    "avg_pool3d": "average pooling",
-    "adaptive_avg_pool1d": "average pooling",
-    "adaptive_avg_pool2d": "average pooling",
-    "mean": "averaging positions",
+    **{f"avg_pool{d}d": _AVERAGING[0] for d in (1, 2, 3)},
+    **{f"adaptive_avg_pool{d}d": _AVERAGING[0] for d in (1, 2, 3)},
+    "mean": _AVERAGING[1],
     "embedding": "embedding",
     "upsample_bilinear2d": "interpolation",
     "prelu": "an activation that is not shaped",
@@ -157,7 +155,7 @@ class Rescale(Pass):
             }
             work.replace_module(str(node.target), ShapedActivation(module.activation, **constants))
         else:
-            work.scale_after(node, image.factor, why, image.shift)
+            work.scale_after(node, Scale(image.factor, image.shift, why, average=reason in _AVERAGING))
         what = "normalize gate" if reason == "a gate" else f"restore {self.keep}" if moved else "restore q"
         before = f"q {q:.4g}" + (f", mean {plain.mean:.3g}" if moved else "")
         after = "q 1" + (f", mean {(plain.mean + image.shift) * image.factor:.3g}" if moved else "")

@@ -127,8 +127,8 @@ def test_a_constant_that_is_not_the_one_of_the_walk_costs_a_new_walk(
     """Negative control: the constant put in is half a percent off, which is seen, walked anew, and found broken."""
     inner = Workspace.scale_after
 
-    def off(self: Workspace, node: Any, factor: float, reason: str, shift: float = 0.0) -> Any:
-        return inner(self, node, factor * 1.005, reason, shift)
+    def off(self: Workspace, node: Any, module: Scale) -> Any:
+        return inner(self, node, Scale(module.factor * 1.005, module.shift))
 
     monkeypatch.setattr(Workspace, "scale_after", off)
     model, x = made("gated")

@@ -32,6 +32,7 @@ from kgraph.emitted import NAMES, EmittedModule
 from kgraph.errors import InputError, KGraphError
 from kgraph.failures import failed
 from kgraph.inputs import Inputs, resolve_inputs
+from kgraph.modules import Scale
 from kgraph.promised import Point, Promise
 from kgraph.propagate import TOKEN_VIEWS
 from kgraph.untouched import untouched
@@ -90,6 +91,7 @@ def certify(
     left = [point.node for point in promise.points if point.node not in measured]
     notes = [
         redraw.note(),
+        "constants that were measured on inputs are measured anew in every draw" if _measured(own) else "",
         f"not measured, inside a module call or without a batch dimension: {', '.join(left)}" if left else "",
     ]
     if data and any("q" in row.departures for row in rows):
@@ -99,6 +101,10 @@ def certify(
         *(report.model, method, promise.words, rows, promise.output, cosines, words, n, pairs, seed),
         notes=tuple(filter(None, notes)),
     )
+
+
+def _measured(module: EmittedModule) -> bool:
+    return any(isinstance(one, Scale) and one.measured for one in module.modules())
 
 
 def _of_size(moments: Tensor) -> str:
@@ -147,13 +153,13 @@ class _Run:
         most = max(1, _ENTRIES // (ROWS * _size(self.leaves)))
         total: dict[str, Tensor] = {}
         for start in range(0, pairs, most):
-            for name, part in self._run(min(most, pairs - start)).items():
+            for name, part in self._run(min(most, pairs - start), fit=start == 0).items():
                 total[name] = total[name] + part if name in total else part
         return total
 
-    def _run(self, pairs: int) -> dict[str, Tensor]:
+    def _run(self, pairs: int, fit: bool) -> dict[str, Tensor]:
         inputs = [self._input(i, x, pairs) for i, x in enumerate(self.leaves)]
-        recorder = Recorder(self.module, self.points, pairs, self.generator)
+        recorder = Recorder(self.module, self.points, pairs, self.generator, fit=fit)
         try:
             recorder.run(*inputs, enable_io_processing=False)
         except KGraphError:
@@ -192,17 +198,30 @@ class Recorder(fx.Interpreter):
         points: by node of the module, the name of the sums to keep.
         pairs: of the batch, whose rows are those of the pairs one after another.
         generator: of the tokens.
+        fit: whether constants that were measured on inputs are measured anew, as a transform would.
     """
 
-    def __init__(self, module: fx.GraphModule, points: dict[str, str], pairs: int, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        points: dict[str, str],
+        pairs: int,
+        generator: torch.Generator,
+        *,
+        fit: bool = False,
+    ) -> None:
         super().__init__(module, garbage_collect_values=True)
-        self.points, self.pairs, self.generator = points, pairs, generator
+        self.points, self.pairs, self.generator, self.fit = points, pairs, generator, fit
         self.tokens: set[fx.Node] = set()
         self.moments: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         if operation_name(n) in TOKEN_VIEWS and any(i in self.tokens for i in n.all_input_nodes):
             self.tokens.add(n)
+        if self.fit and n.op == "call_module":
+            one = self.fetch_attr(str(n.target))
+            if isinstance(one, Scale) and one.measured:
+                one.fit(self.fetch_args_kwargs_from_env(n)[0][0])
         table = self._table(n)
         result = super().run_node(n) if table is None else self._embedded(n, table)
         if n.op == "placeholder" and isinstance(result, Tensor) and not result.is_floating_point() and result.ndim:
