@@ -108,6 +108,19 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class ZeroSums:
+    """What is known of a weight whose units sum to 0 over their inputs and taps.
+
+    Attributes:
+        fan_in: entries of a unit.
+        stored: whether the weight is a parameter itself: its gradient then has the mean of what it reads.
+    """
+
+    fan_in: int
+    stored: bool
+
+
+@dataclass(frozen=True)
 class Layer:
     """Second moments and shape of an affine layer.
 
@@ -116,6 +129,7 @@ class Layer:
         weight: sw2 = fan_in E[W^2].
         bias, bias_mean: E[b^2], E[b].
         bias_law: that of the biases about their mean, where it is no Gaussian's.
+        zero_sums: of a weight that does not see the mean of what it reads.
         own, own_bias: own terms of the tangents: factors of the input's kernel, and constants.
         geometry: taps of a convolution, None for a linear layer.
     """
@@ -128,6 +142,7 @@ class Layer:
     own_bias: Own = field(default_factory=dict)
     geometry: Geometry | None = None
     bias_law: Bias | None = None
+    zero_sums: ZeroSums | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ from kgraph.rules.spatial import over_positions
 from kgraph.rules.speeds import is_parameter
 from kgraph.rules.table import TURNED, Context, parameter_of, rule
 from kgraph.rules.weights import assumed_of, mean_square, off_centre, uneven_rows
+from kgraph.rules.zero_sums import zero_sums
 
 
 @rule(aten.mm.default, aten.matmul.default)
@@ -105,16 +106,22 @@ def _by_parameter(context: Context, letters: Letters, x: Kernel, weight: Tensor,
         to_positions(x.axes[letters.random.index(letter)]) if letter in letters.random else (("c", sizes[letter]),)
         for letter in letters.out
     )
-    result, rows = contract(context, x, summed, layer, axes), _of_rows(letters, weight)
+    zero = zero_sums(context, source, _by_unit(letters, weight))
+    result, rows = contract(context, x, summed, layer, axes, zero), _of_rows(letters, weight)
     return result if rows is EXACT else said(result, rows)
 
 
 def _of_rows(letters: Letters, weight: Tensor) -> How:
     """What is assumed of its units, which the letters that stay count."""
+    uneven = any(letter not in letters.random for letter in letters.known) and uneven_rows(_by_unit(letters, weight))
+    return assumed_of(None, off_centre(weight), uneven)
+
+
+def _by_unit(letters: Letters, weight: Tensor) -> Tensor:
+    """The weight as [units, inputs of one]."""
     kept = [i for i, letter in enumerate(letters.known) if letter not in letters.random]
     rows = weight.permute(*kept, *(i for i in range(weight.ndim) if i not in kept))
-    uneven = len(kept) > 0 and uneven_rows(rows.flatten(0, len(kept) - 1))
-    return assumed_of(None, off_centre(weight), uneven)
+    return rows.flatten(len(kept)).flatten(0, len(kept) - 1) if kept else rows.reshape(1, -1)
 
 
 def _by_constant(context: Context, letters: Letters, x: Kernel, known: Tensor) -> Kernel:

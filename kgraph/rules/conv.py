@@ -21,6 +21,7 @@ from kgraph.how import EXACT, assumed
 from kgraph.kernel import DIFF, SAME, Kernel, Part, Unknown
 from kgraph.rules.linear import FEW, Affine, affine_part, bias_moments, both_ways, of_rows, without_shared_channels
 from kgraph.rules.table import Context, rule
+from kgraph.rules.zero_sums import OF_POSITIONS, units_of, zero_sums
 
 
 def tap_counts(
@@ -35,6 +36,19 @@ def tap_counts(
         source = torch.arange(size_out)[None] * stride + tap[:, None]
         hits = (source >= 0) & (source < size_in)
     return hits.double().sum(1) / max(size_out, 1)
+
+
+def taps_met(
+    size_in: int, size_out: int, taps: int, stride: int, padding: int, dilation: int, transposed: bool
+) -> Tensor:
+    """How many taps meet an input position at every output position (one axis), shape [size_out]."""
+    tap = torch.arange(taps)[:, None] * dilation - padding
+    out = torch.arange(size_out)[None]
+    if not transposed:
+        source = out * stride + tap
+        return ((source >= 0) & (source < size_in)).double().sum(0)
+    source = out - tap
+    return ((source % stride == 0) & (source >= 0) & (source < size_in * stride)).double().sum(0)
 
 
 def _outer(factors: Sequence[Tensor]) -> Tensor:
@@ -94,6 +108,13 @@ def _convolve(
         for i in range(dims)
     ]
     taps, met = _tap_variances(weight, transposed, groups), _outer(counts)
+    zero = zero_sums(context, context.node.args[1], units_of(weight, transposed, groups))
+    if zero is not None:
+        at = [
+            taps_met(sizes_in[i], sizes_out[i], weight.shape[2 + i], strides[i], paddings[i], dilations[i], transposed)
+            for i in range(dims)
+        ]
+        zero = zero.meeting(_outer(at))
     twice = _met_by_two(met, math.prod(sizes_out))
     same, different = float((taps * met).sum()), float((taps * twice).sum())
     alike = different**2 / max(float((taps * twice).square().sum()), 1e-300)  # taps that weigh alike
@@ -114,6 +135,10 @@ def _convolve(
                 again if context.parametrization != "ntk" else different
             )
             result = replace(result, scatter=part.scatter.layer(different, own, alike))
+        if zero is not None and mixes:
+            result = replace(result, how=result.how | OF_POSITIONS)
+        elif zero is not None:
+            result = zero.applied(context, part, result, float(taps.sum()), layer.speeds[0])
         return result if groups == 1 or channels >= FEW else _of_few(part, result, channels, layer.root)
 
     part = once(x.merged, context.signature, summed)

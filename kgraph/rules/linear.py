@@ -26,6 +26,7 @@ from kgraph.rules.weights import (
     uneven_columns,
     uneven_rows,
 )
+from kgraph.rules.zero_sums import OF_POSITIONS, ZeroSums, zero_sums
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,9 @@ def without_shared_channels(part: Part) -> Part:
     return replace(part, cov=cov, slope=slope, ntk=ntk)
 
 
-def contract(context: Context, x: Kernel, dims: tuple[int, ...], layer: Affine, axes: Axes) -> Kernel:
+def contract(
+    context: Context, x: Kernel, dims: tuple[int, ...], layer: Affine, axes: Axes, zero: ZeroSums | None = None
+) -> Kernel:
     """Apply an affine layer that sums over ``dims`` of ``x``; ``axes`` are those of the result."""
     kept = [factor for i, axis in enumerate(x.axes) if i not in dims for factor in axis]
     mixes = any(role == "c" for role, _ in kept)
@@ -120,6 +123,10 @@ def contract(context: Context, x: Kernel, dims: tuple[int, ...], layer: Affine, 
 
     def summed(part: Part) -> Part:
         result = affine_part(context, without_shared_channels(part) if mixes else part, layer, size)
+        if zero is not None and mixes:
+            result = replace(result, how=result.how | OF_POSITIONS)
+        elif zero is not None:
+            result = zero.applied(context, part, result, layer.weight, layer.speeds[0])
         if not mixes or layer.fan_in >= FEW:
             return result
         # all channels share the few weights of a unit, whose sum of squares is a number of its own
@@ -156,8 +163,10 @@ def last_dim(
         fan_in * mean_square(weight), sb2, mean, fan_in, bias is not None, name, speeds, bias_law(bias, mean)
     )
     axes = (*(to_positions(axis) for axis in x.axes[:-1]), (("c", out),))
-    rows = of_rows(context, index, weight.T if turned and weight.ndim == 2 else weight, x)
-    result = contract(context, x, (len(x.axes) - 1,), layer, axes)
+    by_unit = weight.T if turned and weight.ndim == 2 else weight
+    rows = of_rows(context, index, by_unit, x)
+    zero = zero_sums(context, context.node.args[index], by_unit)
+    result = contract(context, x, (len(x.axes) - 1,), layer, axes, zero)
     return result if rows is EXACT else said(result, rows)
 
 

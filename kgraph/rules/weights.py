@@ -19,6 +19,8 @@ UNEVEN_ROWS = assumed("channels of one variance, though rows of the weight diffe
 UNEVEN_COLUMNS = assumed("channels read alike, though they differ, and columns of the weight differ in variance")
 _SPREAD = 5e-3
 """Of the variance of the units' variances, against their mean's square: below it a function of them hardly differs."""
+_LEFT, _ROUNDINGS = 1e-5, 4.0
+"""Of a unit's sum against the root of the sum of its squares: of weights once held in 32 bits, and in roundings."""
 _SIX_SIGMA = 2 * float(norm.sf(6.0))
 _MIRRORS = {"t", "transpose", "permute", "numpy_T", "mT", "flip", "rot90", "roll"}
 
@@ -75,6 +77,29 @@ def off_centre(weight: Tensor) -> bool:
     least = _SHARE_OF_MEAN * mean_square(weight) / weight[0].numel()
     mean = float(weight.detach().mean(dtype=torch.float64))  # cheap: most weights end here
     return mean**2 > least and real_mean(weight) ** 2 > least
+
+
+def sums_to_zero(weight: Tensor) -> bool:
+    """Whether every unit of a weight [out, ...] sums to 0 up to rounding, as a standardized weight's do.
+
+    The square of a sum of independent entries is the sum of their squares on average; rounding leaves eps^2 of it.
+    """
+    if weight.is_meta or weight.is_complex() or weight.ndim < 2 or not any(weight.stride()):
+        return False
+    if not weight.numel() or weight[0].numel() < 2 or not weight.is_floating_point():
+        return False
+    least = max(_LEFT, _ROUNDINGS * torch.finfo(weight.dtype).eps)
+    sums, squares = _sums(weight[:1])  # cheap: most weights end here
+    if sums > least**2 * squares:
+        return False
+    sums, squares = _sums(weight)
+    return squares > 0 and sums <= least**2 * squares
+
+
+def _sums(weight: Tensor) -> tuple[float, float]:
+    """Sums of the units' squared sums, and of all squares."""
+    rows = weight.detach().flatten(1).double()
+    return float(rows.sum(1).square().sum()), float(rows.square().sum())
 
 
 def uneven_rows(weight: Tensor) -> bool:

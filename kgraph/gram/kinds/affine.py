@@ -19,6 +19,7 @@ from kgraph.gram.engine import Engine
 from kgraph.gram.field import Field
 from kgraph.gram.gaps import Gaps
 from kgraph.gram.taps import convolve, count_taps
+from kgraph.gram.unseen import unseen_gap, unseen_means
 
 laws.mean(f.Affine)(lambda engine, u: torch.tensor(u.layer.bias_mean, dtype=torch.float64))
 laws.mean(f.Leaf)(lambda engine, u: torch.tensor(u.mean, dtype=torch.float64))
@@ -54,10 +55,15 @@ def _through_layer(engine: Engine, inner: Block, u: f.Affine, v: f.Affine) -> Bl
         summed = inner.times(layer.weight)
     else:
         summed = inner.each(lambda x: convolve(engine.layout, x, geometry, u.arg.places))
-    cov = summed.cov + layer.bias if layer.bias else summed.cov
+    unseen = None if layer.zero_sums is None else unseen_means(engine, u, v)
+    arrives = summed.cov if unseen is None else (summed.cov - unseen.cov) * unseen.spread
+    cov = arrives + layer.bias if layer.bias else arrives
     if not (layer.own or layer.own_bias):
         return Block(cov, summed.tangents)
     kernel, factor = _counted(engine, inner.cov, summed.cov, u)
+    if unseen is not None and not unseen.stored:
+        less = unseen.cov if engine.parametrization == "ntk" else unseen.counted / factor
+        kernel = (kernel - less) * unseen.spread
     unit = layer.bias if engine.parametrization == "ntk" else 1.0
     tangents = dict(summed.tangents)
     for name in {**layer.own, **layer.own_bias}:
@@ -88,9 +94,8 @@ def affine_gap(gaps: Gaps, u: f.Affine, v: f.Affine) -> Tensor | None:
     if u.layer is not v.layer:
         return None
     inner, geometry = gaps.gap(u.arg, v.arg), u.layer.geometry
-    if geometry is None:
-        return inner * u.layer.weight
-    return convolve(gaps.engine.layout, inner, geometry, u.arg.places)
+    summed = inner * u.layer.weight if geometry is None else convolve(gaps.engine.layout, inner, geometry, u.arg.places)
+    return summed if u.layer.zero_sums is None else unseen_gap(gaps, summed, u, v)
 
 
 @laws.pair.outright(f.Sliced)

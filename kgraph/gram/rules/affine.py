@@ -17,7 +17,7 @@ from kgraph.gram.places import Relabel
 from kgraph.gram.rules.grouped import MOST_GROUPS, ranges_of
 from kgraph.gram.rules.measured import second_moment
 from kgraph.gram.rules.over_positions import position_layer, sums_positions
-from kgraph.gram.rules.repeats import draws_of
+from kgraph.gram.rules.repeats import draws_of, zero_sums_of
 from kgraph.gram.rules.table import Context, rule
 from kgraph.gram.shares import layer_terms
 from kgraph.gram.tangents import times
@@ -26,7 +26,8 @@ from kgraph.gram.value import Axes, CannotFollow, Value, channel_range, place_st
 from kgraph.how import EXACT, How, assumed
 from kgraph.kernel import Bias
 from kgraph.roots import Root
-from kgraph.rules.weights import real_mean
+from kgraph.rules.weights import real_mean, sums_to_zero
+from kgraph.rules.zero_sums import EACH_TAP, by_tap, units_of
 
 
 def contracted(x: Value, dims: Sequence[int]) -> tuple[Field, Axes]:
@@ -76,9 +77,18 @@ def layer_output(context: Context, u: Field, layer: Layer, places: tuple[int, ..
 
 
 def make_layer(
-    context: Context, names: tuple[str, str], weight: Tensor, bias: Tensor | None, fan_in: int, geometry: Any = None
+    context: Context,
+    names: tuple[str, str],
+    weight: Tensor,
+    bias: Tensor | None,
+    fan_in: int,
+    geometry: Any = None,
+    units: Tensor | None = None,
 ) -> Layer:
-    """Moments of a layer, and its own terms: times (fan_in, 1) as PyTorch trains, (sw2, sb2) in NTK form."""
+    """Moments of a layer, and its own terms: times (fan_in, 1) as PyTorch trains, (sw2, sb2) in NTK form.
+
+    ``units`` is the weight as [units, ...], where it is stored otherwise.
+    """
     sb2 = second_moment(context, names[1], bias) if bias is not None else 0.0
     drawn = bias if names[1] not in context.variances else None
     mean = 0.0 if drawn is None else context.measured(real_mean, names[1], drawn)
@@ -87,7 +97,8 @@ def make_layer(
     own, own_bias = (layer_terms(context, name) for name in names)
     if context.engine.parametrization == "standard":
         own = times(own, float(fan_in if geometry is None else geometry.channels))
-    return Layer(names[0], sw2, sb2, mean, own, {} if bias is None else own_bias, geometry, law)
+    zero = zero_sums_of(context, names[0], weight if units is None else units)
+    return Layer(names[0], sw2, sb2, mean, own, {} if bias is None else own_bias, geometry, law, zero)
 
 
 def _law(bias: Tensor) -> Bias | None:
@@ -103,8 +114,9 @@ def _linear(
         return position_layer(context, x, weight if along else weight.T, bias, names)
     u, axes = contracted(x, [len(x.axes) - 1])
     context.read_one_way(at[0], along)
-    layer = make_layer(context, names, weight, bias, weight.numel() // max(out, 1))
-    how = u.how | draws_of(context, names[0], weight if along else weight.T, u)
+    units = weight if along else weight.T
+    layer = make_layer(context, names, weight, bias, weight.numel() // max(out, 1), units=units)
+    how = u.how | draws_of(context, names[0], units, u)
     how |= _TIED if weight.data_ptr() in context.engine.tables else EXACT
     result = layer_output(context, u, layer, u.places, how)
     return Value(((out, result),), (*axes[:-1], (("c", out),) if out > 1 else ()))
@@ -201,11 +213,15 @@ def _convolve(
         taps, equal = torch.full_like(taps, context.variances[context.name(1)]), True
     key = (tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(weight.shape[2:]), sizes)
     geometry = geometry_of(taps, equal, runs, sizes, channels, key)
-    layer = make_layer(context, (context.name(1), context.name(2)), weight, bias, channels * taps.numel(), geometry)
+    units = units_of(weight, transposed, groups)
+    fan_in = channels * taps.numel()
+    layer = make_layer(context, (context.name(1), context.name(2)), weight, bias, fan_in, geometry, units)
     out = weight.shape[1] * groups if transposed else weight.shape[0]
     at = len(x.axes) - dims - 1
     read = contracted(x, [at])[0]
     way = draws_of(context, layer.root, weight.transpose(0, 1) if transposed else weight, read)
+    if layer.zero_sums is not None and (transposed or any(padding)) and sums_to_zero(by_tap(units)):
+        way |= EACH_TAP
     results = _by_groups(context, x, at, channels, layer, out, way)
     axes = (*contracted(x, [at])[1][:at], (("c", out),), *((("p", s),) for s in sizes))
     return _without_ones(Value(results, axes, at if len(results) > 1 else None))

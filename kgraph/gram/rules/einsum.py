@@ -84,7 +84,9 @@ def _layer(context: Context, random: list[tuple[str, Value]], known: tuple[str, 
     fan_in = weight.numel()
     for letter in free:
         fan_in //= sizes[letter]
-    layer = make_layer(context, (name, ""), weight, None, fan_in)
+    rows = [names.index(letter) for letter in free]
+    units = weight.permute(*rows, *(i for i in range(weight.ndim) if i not in rows)).reshape(-1, fan_in)
+    layer = make_layer(context, (name, ""), weight, None, fan_in, units=units)
     u = fields[0] if len(fields) == 1 else _crossed(*fields)
     result = layer_output(context, u, layer, u.places)
     axes = tuple((("c", sizes[x]),) if x in free and sizes[x] > 1 else kept.get(x, ()) for x in output)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from kgraph.gram.align import CHANNELS, DRAWN_CHANNELS
-from kgraph.gram.field import Field, Grouped, Known
+from kgraph.gram.field import Field, Grouped, Known, ZeroSums
 from kgraph.gram.rules.table import Context, parameters_behind
 from kgraph.gram.value import Value
 from kgraph.how import EXACT, How, assumed
-from kgraph.rules.weights import UNEVEN_COLUMNS, assumed_of, off_centre, uneven_columns, uneven_rows
+from kgraph.rules.weights import UNEVEN_COLUMNS, assumed_of, off_centre, sums_to_zero, uneven_columns, uneven_rows
 
 
 def warned(context: Context, x: Value) -> Value:
@@ -34,6 +34,14 @@ def draws_of(context: Context, name: str, weight: Tensor, u: Field) -> How:
         own = UNEVEN_COLUMNS
     fixed = node is not None and not parameters_behind(context, node)
     return own | assumed(f"the buffer {name} as independent draws of its own variance") if fixed else own
+
+
+def zero_sums_of(context: Context, name: str, units: Tensor) -> ZeroSums | None:
+    """What is known of a weight [units, ...] whose units sum to 0; None of others, and of declared variances."""
+    if name in context.variances or not context.measured(sums_to_zero, name, units):
+        return None
+    node = context.named.get(name)
+    return ZeroSums(units[0].numel(), node is not None and node.op == "get_attr")
 
 
 def _read_apart(u: Field) -> bool:

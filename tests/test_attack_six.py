@@ -1,0 +1,255 @@
+"""Weights that sum to zero, states of recurrent layers, distances and angles: wrong numbers that were called right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kgraph
+from kgraph.rules.weights import sums_to_zero
+
+WIDTH = 256
+Standardize = Callable[[Tensor], Tensor]
+
+
+def by_hand(w: Tensor) -> Tensor:
+    dims = tuple(range(1, w.ndim))
+    return (w - w.mean(dims, keepdim=True)) / (w.std(dims, keepdim=True) + 1e-5) / w[0].numel() ** 0.5
+
+
+def by_batch_norm(w: Tensor) -> Tensor:
+    flat = F.batch_norm(w.reshape(1, len(w), -1), None, None, training=True, eps=1e-6)
+    return flat.reshape_as(w) * (1 / w[0].numel() ** 0.5)
+
+
+def centred(w: Tensor) -> Tensor:
+    return w - w.mean(tuple(range(1, w.ndim)), keepdim=True)
+
+
+def plain(w: Tensor) -> Tensor:
+    return w * 1.0
+
+
+def gaussian(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape) / math.prod(shape[1:]) ** 0.5)
+
+
+class Dense(nn.Module):
+    """A layer, a relu, and a layer whose weight is ``change`` of a parameter."""
+
+    def __init__(self, change: Standardize) -> None:
+        super().__init__()
+        self.a, self.b, self.change = gaussian(WIDTH, 32), gaussian(32, WIDTH), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.relu(F.linear(x, self.a)), self.change(self.b))
+
+
+class Product(Dense):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("ni,oi->no", torch.relu(x @ self.a.T), self.change(self.b))
+
+
+class Convolution(nn.Module):
+    """The same with 3 x 3 taps, zero padding and a stride."""
+
+    def __init__(self, change: Standardize) -> None:
+        super().__init__()
+        self.a, self.b, self.change = gaussian(WIDTH // 2, 16, 1, 1), gaussian(32, WIDTH // 2, 3, 3), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(F.conv2d(x, self.a))
+        return F.conv2d(h, self.change(self.b), stride=2, padding=1)
+
+
+class Transposed(Convolution):
+    """The same back to more positions: every one meets one, two or four taps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(F.conv2d(x, self.a))
+        return F.conv_transpose2d(h, self.change(self.b).transpose(0, 1), stride=2, padding=1)
+
+
+NETWORKS = {"linear": Dense, "einsum": Product, "convolution": Convolution, "transposed": Transposed}
+SIGNS = 4
+
+
+def inputs(name: str) -> Tensor:
+    shape = (2, 32) if name in ("linear", "einsum") else (2, 16, 4, 4)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def drawn_kernels(make: Callable[[], nn.Module], x: Tensor, draws: int = 40) -> list[tuple[Tensor, Tensor]]:
+    """E[y y'] and the NTK, [2, 2], averaged over units and positions: means over networks and their standard errors.
+
+    By autodiff: with random signs s, sum_i s_i dy_i has the trace of the NTK as its mean square.
+    """
+    found = []
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        net = make().double()
+        y = net(x.double()).flatten(1)
+        total = torch.zeros(2, 2, dtype=torch.float64)
+        for _ in range(SIGNS):
+            signs = torch.randn_like(y[0]).sign()
+            grads = [torch.autograd.grad((row * signs).sum(), list(net.parameters()), retain_graph=True) for row in y]
+            flat = torch.stack([torch.cat([g.flatten() for g in grad]) for grad in grads])
+            total += flat @ flat.T / SIGNS
+        found.append(((y @ y.T).detach() / y.shape[1], total / y.shape[1]))
+    both = [torch.stack(kind) for kind in zip(*found, strict=True)]
+    return [(k.mean(0), k.std(0) / draws**0.5) for k in both]
+
+
+def agrees(found: Tensor, drawn: tuple[Tensor, Tensor]) -> bool:
+    """Within four standard errors and the 4 / width that a weight's own mean and deviation cost."""
+    found = found.flatten(2).mean(2) if found.ndim > 2 else found
+    mean, error = drawn
+    scale = mean.diagonal().sqrt()
+    return bool(((found - mean).abs() <= 4 * error + 4 / WIDTH * scale[:, None] * scale).all())
+
+
+@pytest.mark.parametrize("change", [by_hand, by_batch_norm, centred])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_kernels_of_weights_that_sum_to_zero(name: str, change: Standardize) -> None:
+    """The layer does not see the mean of what it reads: K' = sw2 (K - m m'), at borders too."""
+    x = inputs(name)
+    torch.manual_seed(77)
+    net = NETWORKS[name](change)
+    found = kgraph.kernels(net, x)
+    nngp, ntk = drawn_kernels(lambda: NETWORKS[name](change), x)
+    assert agrees(found.nngp, nngp) and agrees(found.ntk, ntk)
+    assert found.how == "exact" or name == "transposed"  # its weight is turned around on the way
+    other = kgraph.kernels(NETWORKS[name](plain), x)  # what all entries as new ones would give, with the same variance
+    ratio = float(sum_of_squares(net) / sum_of_squares(NETWORKS[name](plain)))
+    assert not agrees(ratio * other.nngp, nngp)
+
+
+@pytest.mark.parametrize("name", ["linear", "convolution"])
+def test_stored_weights_that_sum_to_zero(name: str) -> None:
+    """The gradient by a weight that is a parameter has the mean of what it reads: the NTK's own term keeps m m'."""
+    x = inputs(name)
+
+    def make() -> nn.Module:
+        net = NETWORKS[name](lambda w: w)
+        with torch.no_grad():
+            net.b.copy_(centred(net.b))
+        return net
+
+    torch.manual_seed(77)
+    found = kgraph.kernels(make(), x)
+    nngp, ntk = drawn_kernels(make, x)
+    assert found.how == "exact" and agrees(found.nngp, nngp) and agrees(found.ntk, ntk)
+    computed = kgraph.kernels(NETWORKS[name](centred), x)
+    assert agrees(computed.nngp, nngp) and not agrees(computed.ntk, ntk)
+
+
+def probes(net: Callable[[], nn.Module], shape: tuple[int, ...], draws: int = 40) -> dict[str, tuple[float, float]]:
+    """q, C(0), C(.5) and the slope over networks, with their standard errors; channels are dimension 1."""
+    table = []
+    generator = torch.Generator().manual_seed(5)
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        model, row = net().double().eval(), []
+        for c in (0.0, 0.5, 1 - NEAR):
+            a, b = (torch.randn(4, *shape, generator=generator, dtype=torch.float64).movedim(1, -1) for _ in range(2))
+            a = F.normalize(a, dim=-1)
+            b = F.normalize(b - (a * b).sum(-1, keepdim=True) * a, dim=-1)
+            pair = torch.cat([a, c * a + math.sqrt(1 - c * c) * b]) * a.shape[-1] ** 0.5
+            with torch.no_grad():
+                u, v = model(pair.movedim(-1, 1)).chunk(2)
+            row += [(u.square() + v.square()).mean() / 2, (u * v).mean(), (u - v).square().mean() / 2 / NEAR]
+        table.append(torch.stack(row))
+    rows = torch.stack(table)
+    without = torch.stack([_numbers(torch.cat([rows[:i], rows[i + 1 :]])) for i in range(draws)])
+    errors = ((without - without.mean(0)).square().sum(0) * (draws - 1) / draws).sqrt()  # jackknife
+    return dict(
+        zip(("q", "c0", "c.5", "slope"), zip(_numbers(rows).tolist(), errors.tolist(), strict=True), strict=True)
+    )
+
+
+NEAR = 1e-4
+
+
+def _numbers(rows: Tensor) -> Tensor:
+    m = rows.mean(0)
+    return torch.stack([m[[0, 3, 6]].mean(), m[1] / m[0], m[4] / m[3], m[8] / m[6]])
+
+
+def right(row: object, drawn: dict[str, tuple[float, float]], width: int = WIDTH) -> bool:
+    found = {"q": row.q, "c0": row.c[0], "c.5": row.c[1], "slope": row.slope}  # type: ignore[attr-defined]
+    scale = {"q": drawn["q"][0], "slope": drawn["slope"][0]}
+    return all(abs(found[k] - m) <= 4 * e + 4 / width * scale.get(k, 1.0) for k, (m, e) in drawn.items())
+
+
+@pytest.mark.parametrize("change", [by_hand, by_batch_norm, centred])
+def test_analysis_of_weights_that_sum_to_zero(change: Standardize) -> None:
+    """relu in front of a standardized layer: C(0) = 0 and slope pi / (pi - 1), not 1 / pi and 1."""
+    torch.manual_seed(77)
+    final = kgraph.analyze(Dense(change), torch.randn(2, 32)).final
+    drawn = probes(lambda: Dense(change), (32,))
+    assert final.how == "exact" and right(final, drawn)
+    assert final.slope == pytest.approx(math.pi / (math.pi - 1)) and final.c[0] == pytest.approx(0, abs=1e-9)
+    torch.manual_seed(77)
+    assert not right(kgraph.analyze(Dense(plain), torch.randn(2, 32)).final, drawn)
+
+
+class Wide(Convolution):
+    """Without padding, and with two positions averaged: the numbers between positions count too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(torch.relu(F.conv2d(x, self.a)), self.change(self.b), groups=1).mean((2, 3))
+
+
+def test_analysis_of_convolutions_that_sum_to_zero() -> None:
+    torch.manual_seed(77)
+    final = kgraph.analyze(Wide(by_hand), torch.randn(2, 16, 4, 4)).final
+    drawn = probes(lambda: Wide(by_hand), (16, 4, 4))
+    assert right(final, drawn, WIDTH // 2)
+    assert not right(kgraph.analyze(Wide(plain), torch.randn(2, 16, 4, 4)).final, drawn, WIDTH // 2)
+
+
+def test_borders_of_convolutions_that_sum_to_zero() -> None:
+    """At a border fewer taps are met: S^2 / k falls faster than their number."""
+    torch.manual_seed(77)
+    net = Convolution(by_hand)
+    final = kgraph.analyze(net, torch.randn(2, 16, 4, 4)).final
+    drawn = probes(lambda: Convolution(by_hand), (16, 4, 4))
+    assert right(final, drawn, WIDTH // 2)
+
+
+def test_analysis_of_stored_weights_that_sum_to_zero() -> None:
+    """The NTK's own term keeps the mean: sw2 T + N K with K of relu, 1 / 2."""
+    torch.manual_seed(77)
+    net, same = Dense(lambda w: w), Dense(centred)
+    with torch.no_grad():
+        for model in (net, same):
+            model.a.copy_(net.a)
+            model.b.copy_(centred(net.b))
+    stored, computed = (kgraph.analyze(model, torch.randn(2, 32)).final for model in (net, same))
+    q = float(net.a.detach().square().mean()) * 32
+    assert stored.q == pytest.approx(computed.q) and stored.slope == pytest.approx(computed.slope)
+    assert stored.ntk - computed.ntk == pytest.approx(WIDTH * q / (2 * math.pi), rel=4 / WIDTH)
+
+
+def test_what_sums_to_zero() -> None:
+    generator = torch.Generator().manual_seed(3)
+    for shape in ((64, 64), (8, 3, 7, 7), (1, 256), (512, 2)):
+        w = torch.randn(shape, generator=generator)
+        assert not sums_to_zero(w)
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            assert sums_to_zero(centred(w.to(dtype).double()).to(dtype)), (shape, dtype)
+        part = centred(w)
+        part[0] = w[0]
+        assert not sums_to_zero(part)
+    for empty in (torch.zeros(4, 4), torch.ones(3, 1), torch.randn(9), torch.empty(4, 4, device="meta")):
+        assert not sums_to_zero(empty)
+    assert not sums_to_zero(torch.linalg.qr(torch.randn(32, 32, generator=generator))[0])
+
+
+def sum_of_squares(net: nn.Module) -> Tensor:
+    return net.change(net.b).detach().square().sum()  # type: ignore[operator, union-attr]
