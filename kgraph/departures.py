@@ -7,7 +7,7 @@ from torch import fx
 
 from kgraph.canonical import operation_name
 from kgraph.contractions import WORDS, contraction_of, follows_softmax
-from kgraph.modules import WeightedSum
+from kgraph.modules import NORM_FACTOR, Scale, WeightedSum
 from kgraph.passes.base import Workspace
 
 _Q_TOLERANCE = 1e-6
@@ -80,6 +80,8 @@ def _reason(work: Workspace, node: fx.Node) -> str:
     }
     if isinstance(work.module(node), WeightedSum):
         return "its terms differ in q, or are not orthogonal: means add up, or one value or weight is in several"
+    if isinstance(module := work.module(node), Scale) and module.reason == NORM_FACTOR:
+        return "the size that a norm gave its vectors, which is kept"
     if node.op == "call_module":
         return "its local Q map does not give q = 1 here"
     return reasons.get(operation_name(node), "the operation changes q by itself")

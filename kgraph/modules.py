@@ -199,6 +199,10 @@ class WeightedSum(nn.Module):
         return "weights=(" + ", ".join(f"{w:.8g}" for w in self.weights) + ")"
 
 
+NORM_FACTOR = "a norm's own factor"
+"""The reason of a `Scale` that stands in a removed norm's place, and changes q on purpose."""
+
+
 class Scale(nn.Module):
     """``factor * (x + shift)``: restores q after a gate, a pooling or an embedding, and takes a mean off.
 

@@ -13,7 +13,7 @@ from torch import fx, nn
 from kgraph.canonical import aten, is_effect, operation_name
 from kgraph.gradient_stops import read_instead, stopped_between
 from kgraph.kernel import Kernel
-from kgraph.modules import Scale
+from kgraph.modules import NORM_FACTOR, Scale
 from kgraph.nonlinear import known_value
 from kgraph.norm_chain import WRITTEN, chain_of
 from kgraph.passes.base import Pass, Workspace, made_here, owner_path
@@ -75,7 +75,7 @@ def _remove(work: Workspace, node: fx.Node, source: fx.Node, activations: set[fx
     work.record(node, f"remove {NORMS[node.target]}", why, before, "gone")  # type: ignore[index]
     graph = work.graph.module.graph
     if stays:
-        path = work.add_module(f"{owner_path(work, end)}scale", Scale(factor, reason="a norm's own factor"))
+        path = work.add_module(f"{owner_path(work, end)}scale", Scale(factor, reason=NORM_FACTOR))
         with graph.inserting_before(end):
             call = graph.call_module(path, (first,))
         call.meta = made_here(end)
@@ -110,14 +110,15 @@ def _sets_a_size(work: Workspace, end: fx.Node, activations: set[fx.Node]) -> bo
     """Whether a norm's factor is what logits or an output are made of, not just the q value of a layer's input.
 
     Vectors of unit length that meet each other (cosine attention, contrastive heads), or leave the model without an
-    activation behind them, keep their length; in front of a layer that leads to an activation, q = 1 is wanted.
+    activation or a layer behind them, keep their length, and so do those that meet unit rows of a weight (cosine
+    classifiers): the logits are cosines. In front of a layer whose weight is drawn anew, q = 1 is wanted.
     """
     followed, seen, queue = False, {end}, [(end, False)]
     while queue:
         node, mixed = queue.pop()
         for user in node.users:
             name = operation_name(user)
-            if user in activations or user.target in NORMS:
+            if user in activations or user.target in NORMS or (name in _AFFINE and _is_drawn(user)):
                 followed = True
             elif name in _CONTRACTIONS and sum(map(work.carries_random, set(user.all_input_nodes))) > 1:
                 if not mixed:
@@ -127,6 +128,11 @@ def _sets_a_size(work: Workspace, end: fx.Node, activations: set[fx.Node]) -> bo
                 seen.add(user)
                 queue.append((user, mixed or name in _AFFINE))
     return not followed
+
+
+def _is_drawn(layer: fx.Node) -> bool:
+    """Whether an affine layer's weight is a tensor of its own, and not computed from one."""
+    return len(layer.args) > 1 and isinstance(layer.args[1], fx.Node) and layer.args[1].op == "get_attr"
 
 
 def _producer(node: fx.Node) -> fx.Node | None:

@@ -22,7 +22,7 @@ from kgraph.canonical import operation_name
 from kgraph.checks import choice, flag, positive
 from kgraph.how import LEVELS
 from kgraph.kernel import SAME, Kernel, Pairs, Part
-from kgraph.modules import Scale, ShapedActivation, WeightedSum
+from kgraph.modules import NORM_FACTOR, Scale, ShapedActivation, WeightedSum
 from kgraph.multiples import Multiples
 from kgraph.nonlinear import Region
 from kgraph.passes.affine import affine_source
@@ -138,7 +138,7 @@ class Rescale(Pass):
         """Sampled values are left out: their noise is no fault of the pass."""
         kernels, bad = work.kernels(), []
         for node in self._candidates(work):
-            ends = [user for user in node.users if isinstance(work.module(user), Scale)] or [node]
+            ends = [user for user in node.users if _restores(work, user)] or [node]
             off = [n for n in ends if kernels[n].how.level < 2 and abs(float(kernels[n].merged.q) - 1) > 1e-6]
             bad += [node.name for n in off if float(kernels[n].merged.q) > 0]
         return f"q is not 1 behind {', '.join(sorted(bad))}" if bad else ""
@@ -197,6 +197,11 @@ class Rescale(Pass):
 
 def is_max_pool(node: fx.Node) -> bool:
     return operation_name(node) in _MAX_POOLS
+
+
+def _restores(work: Workspace, node: fx.Node) -> bool:
+    """Whether a node is a scale of this pass, and not one that keeps the size which a norm had set."""
+    return isinstance(module := work.module(node), Scale) and module.reason != NORM_FACTOR
 
 
 def _input_reason(work: Workspace, kernels: dict[fx.Node, Kernel], node: fx.Node, q: float) -> str:
