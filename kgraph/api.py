@@ -25,7 +25,7 @@ from kgraph.gram.stops import not_followed
 from kgraph.input_moments import InputMoments, plainly_not_white
 from kgraph.inputs import resolve_inputs
 from kgraph.log_determinants import false_log_determinants, find_log_determinants
-from kgraph.methods import DKS, TAT, Method
+from kgraph.methods import DKS, TAT, Auto, Method
 from kgraph.modes import depends_on_mode
 from kgraph.opaque import unseen
 from kgraph.passes.fold_parametrizations import constraints, fold_hooks, fold_parametrizations, has_hooks
@@ -35,6 +35,7 @@ from kgraph.propagate import Propagation, probes_of, propagate, real_inputs
 from kgraph.recipe import Outcome, Plan, is_free, prepare, rewrite
 from kgraph.record import LoadWatch, TransformRecord
 from kgraph.report import Report
+from kgraph.selection import choose
 from kgraph.side_results import lost_results, stored_results
 from kgraph.subnetworks import find_subnetworks
 from kgraph.summarize import summarize
@@ -144,7 +145,7 @@ def _maps_hold(graph: Graph) -> bool:
 
 def transform(
     model: nn.Module,
-    method: AnyMethod | str | Sequence[AnyMethod | str] = "tat",
+    method: AnyMethod | str | Sequence[AnyMethod | str] = "auto",
     example_inputs: object = None,
     *,
     shortcut_weight: float | None = None,
@@ -160,8 +161,8 @@ def transform(
 
     Args:
         model: any bare module; never touched unless ``inplace``.
-        method: "dks", "tat", `DKS(zeta=...)`, `TAT(eta=..., tau=...)`, another method, or a list of methods that
-            set different things.
+        method: "auto" (DKS where positions are pooled, else TAT; the ledger says why), "dks", "tat",
+            `DKS(zeta=...)`, `TAT(eta=..., tau=...)`, another method, or a list of methods that set different things.
         example_inputs: tensor, tuple or dict; inferred when None. Of a batch of at least 8 that is plainly no white
             noise the constants behind averages over positions are measured, where white noise tells nothing.
         shortcut_weight: weight of shortcuts in [0, 1]; 0 removes them; None: .8, raised where the targets need it.
@@ -190,9 +191,16 @@ def transform(
     stored = stored_results(owned, inputs)
     first = propagate(graph, mode=mode)
     gradients = read_gradients(graph)
+    why: tuple[str, ...] = ()
+    if plan is not None and isinstance(chosen[0], Auto):
+        suited, reason = choose(graph, first)
+        chosen, plan, why = (suited,), replace(plan, method=suited), (reason,)
     before = _report(graph, first, gradients.no_ntk)
     outcome = rewrite(graph, plan, first) if plan is not None else _by_systems(graph, chosen, seed, first)
-    ledger = _with_lost(_with_notes(outcome.ledger, folded, left_out, graph.left_out), graph)
+    ledger = _with_lost(
+        _with_notes(replace(outcome.ledger, notes=(*why, *outcome.ledger.notes)), folded, left_out, graph.left_out),
+        graph,
+    )
     found = _in_mode(outcome.graph, outcome.propagation, mode)
     if plan is not None and found.values is not outcome.propagation.values:
         ledger = replace(ledger, notes=(*ledger.notes, _OTHER_MODE))
@@ -217,6 +225,8 @@ def transform(
 
 def _plan(chosen: tuple[AnyMethod, ...], plan: Plan) -> Plan | None:
     """The plan of DKS or TAT (which stand alone: they set everything), or None for systems, which have no options."""
+    if isinstance(chosen[0], Auto):
+        return plan
     if isinstance(chosen[0], (DKS, TAT)):
         return replace(plan, method=chosen[0])
     plain = Plan(plan.method, seed=plan.seed)
@@ -265,7 +275,7 @@ def _with_lost(ledger: Ledger, graph: Graph) -> Ledger:
 
 def shaping_targets(
     model: nn.Module,
-    method: Method | str = "tat",
+    method: Method | Auto | str = "auto",
     example_inputs: object = None,
     shortcut_weight: float | None = None,
 ) -> ShapingTargets:
@@ -284,7 +294,10 @@ def shaping_targets(
     owned = copied(model)
     fold_parametrizations(owned)
     weight = 0.8 if shortcut_weight is None else weight_of_shortcut(shortcut_weight)
-    work = prepare(capture(owned, example_inputs, verify=False), weight)
+    graph = capture(owned, example_inputs, verify=False)
+    if isinstance(chosen, Auto):
+        chosen, _ = choose(graph, propagate(graph, mode=_mode(model)))
+    work = prepare(graph, weight)
     found = find_subnetworks(work.graph, work.propagation(), free=is_free)
     if not found.free and (lines := unseen(work.graph.module)):
         raise InputError(f"no activation is left to shape: {lines[0]}")

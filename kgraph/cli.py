@@ -113,7 +113,7 @@ def explain(
 @app.command(epilog="Example: `kgraph transform timm:resnet50 --method tat --shortcut-weight 0.8 --out model.pt`")
 def transform(
     model: Model,
-    methods: MethodOptions = [MethodName.tat],  # noqa: B006 (typer copies it)
+    methods: MethodOptions = [MethodName.auto],  # noqa: B006 (typer copies it)
     kwargs: Kwargs = "{}",
     inputs: Inputs = None,
     shortcut_weight: Shortcut = None,
@@ -172,7 +172,7 @@ def verify(
     _check_places(html, json)
     module, examples = _load(model, kwargs, inputs, seed, trust)
     if not isinstance(module, EmittedModule) or module.kgraph is None:
-        module = _transformed(model, module, methods or [MethodName.tat], examples, shortcut_weight, seed)
+        module = _transformed(model, module, methods or [MethodName.auto], examples, shortcut_weight, seed)
     elif methods or inputs or shortcut_weight is not None:
         raise typer.BadParameter(f"'{model}' is transformed already: leave --method, --input and --shortcut-weight out")
     found = _certified(module, draws, seed)

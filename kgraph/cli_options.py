@@ -29,6 +29,7 @@ Inputs = Annotated[
 class MethodName(str, Enum):
     """Names of `kgraph.transform`'s methods: typer takes lists of enumerations, not of literals."""
 
+    auto = "auto"
     dks = "dks"
     tat = "tat"
     edge_of_chaos = "edge-of-chaos"
@@ -43,7 +44,7 @@ MethodOptions = Annotated[
 ]
 OwnMethods = Annotated[
     list[MethodName] | None,
-    typer.Option("--method", help="How to transform a MODEL that is not transformed yet. Default: tat."),
+    typer.Option("--method", help="How to transform a MODEL that is not transformed yet. Default: auto."),
 ]
 Shortcut = Annotated[float | None, typer.Option(help="Weight of the shortcut in residual sums, in [0, 1].")]
 Seed = Annotated[int, typer.Option(help="Seed of the model's and the method's random weights.")]

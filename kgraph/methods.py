@@ -50,4 +50,9 @@ class TAT:
             raise InputError(f"tau is {self.tau}", hint="TAT needs tau > 0; 0.3 is the published default")
 
 
+@dataclass(frozen=True)
+class Auto:
+    """DKS or TAT, whichever trained better on graphs of the model's kind: see `kgraph.selection`."""
+
+
 Method = DKS | TAT

@@ -150,7 +150,7 @@ def test_tau(tau: float) -> None:
 @pytest.mark.parametrize("method", ["batchnorm", None, DKS, 3])
 def test_unknown_method(method: Any) -> None:
     for call in (kgraph.transform, kgraph.shaping_targets):
-        with pytest.raises(InputError, match=r"unknown method .*'dks', 'tat'"):
+        with pytest.raises(InputError, match=r"unknown method .*'auto', 'dks', 'tat'"):
             call(small(), method, X)
 
 

@@ -7,12 +7,12 @@ from itertools import combinations
 
 from kgraph.capture import Graph
 from kgraph.errors import InputError
-from kgraph.methods import DKS, TAT, Method
+from kgraph.methods import DKS, TAT, Auto, Method
 from kgraph.passes.base import Pipeline, Workspace
 from kgraph.propagate import Propagation
 from kgraph.systems.system import System
 
-AnyMethod = Method | System
+AnyMethod = Method | Auto | System
 MODE = "eval"
 """Of the analyses between passes: dropout's noise is no part of the kernel's shape."""
 
@@ -50,9 +50,9 @@ def _sets(method: AnyMethod) -> frozenset[str]:
 
 
 def _resolve(method: object) -> AnyMethod:
-    if isinstance(method, (DKS, TAT, System)):
+    if isinstance(method, (Auto, DKS, TAT, System)):
         return method
-    named: dict[str, type[AnyMethod]] = {"dks": DKS, "tat": TAT}
+    named: dict[str, type[AnyMethod]] = {"auto": Auto, "dks": DKS, "tat": TAT}
     named |= {system.label: system for system in System.__subclasses__()}
     if isinstance(method, str) and method.lower() in named:
         return named[method.lower()]()
