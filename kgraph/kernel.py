@@ -10,6 +10,7 @@ and the background pair, two unrelated members of a batch (what BatchNorm subtra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -278,6 +279,17 @@ class Kernel:
     def one(self) -> Kernel:
         """The same kernel with its channel groups averaged."""
         return replace(self, parts=(self.merged,), split=None)
+
+
+def alike(pieces: tuple[Kernel, ...]) -> bool:
+    """Whether all have the same second moments, to rounding or four of their own errors where they were drawn."""
+    first = pieces[0].merged
+    for piece in pieces[1:]:
+        own = piece.merged
+        error = 4 * math.hypot(first.how.error, own.how.error) + 1e-9
+        if bool(((own.cov - first.cov).abs() > error * torch.maximum(own.q, first.q)).any()):
+            return False
+    return True
 
 
 def made_of(part: Part) -> tuple[Part, ...]:

@@ -253,3 +253,99 @@ def test_what_sums_to_zero() -> None:
 
 def sum_of_squares(net: nn.Module) -> Tensor:
     return net.change(net.b).detach().square().sum()  # type: ignore[operator, union-attr]
+
+
+class Recurrent(nn.Module):
+    """Two recurrent layers, and a part of what they give."""
+
+    def __init__(self, cell: type[nn.Module], pick: Callable[[Tensor, Tensor], Tensor], **options: bool) -> None:
+        super().__init__()
+        self.cells = cell(16, 32, 2, **{"batch_first": True, **options})
+        self.pick = pick
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, h = self.cells(x if self.cells.batch_first else x.transpose(0, 1))
+        return self.pick(y, h[0] if isinstance(h, tuple) else h)
+
+
+class Cells(Recurrent):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pick(*self.cells(x)[1])
+
+
+PICKS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], dict[str, bool]]] = {
+    "the last layer's state": (lambda y, h: h[-1], {}),
+    "the first layer's state": (lambda y, h: h[0], {}),
+    "the last time step": (lambda y, h: y[:, -1], {}),
+    "the first time step": (lambda y, h: y.select(1, 0), {}),
+    "time in front": (lambda y, h: y[-1], {"batch_first": False}),
+    "backwards": (lambda y, h: h[-1], {"bidirectional": True}),
+    "both directions": (lambda y, h: y[:, -1], {"bidirectional": True}),
+    "one direction": (lambda y, h: y[:, -1, :32], {"bidirectional": True}),
+    "unbound": (lambda y, h: h.unbind(0)[1], {}),
+}
+
+
+def of_itself(model: nn.Module, shape: tuple[int, ...], count: int = 1500) -> dict[str, tuple[float, float]]:
+    """q, C(0) and C(.5) of one network over white inputs [count, ...], with standard errors over inputs."""
+    generator = torch.Generator().manual_seed(9)
+    found = {}
+    for name, c in (("c0", 0.0), ("c.5", 0.5)):
+        a, b = (torch.randn(*shape, generator=generator) for _ in range(2))
+        with torch.no_grad():
+            u, v = model(a), model(c * a + math.sqrt(1 - c * c) * b)
+        per_input = torch.stack([(u * v).flatten(1).mean(1), u.square().flatten(1).mean(1)]).double()
+        means, errors = per_input.mean(1), per_input.std(1) / count**0.5
+        found[name] = (float(means[0] / means[1]), float(errors[0] / means[1]))
+        found["q"] = (float(means[1]), float(errors[1]))
+    return found
+
+
+def measures(row: object, drawn: dict[str, tuple[float, float]]) -> bool:
+    """Within four standard errors of the networks' and two of the printed ones."""
+    printed = 2 * float(row.note.removeprefix("+-"))  # type: ignore[attr-defined]
+    found = {"q": row.q, "c0": row.c[0], "c.5": row.c[1]}  # type: ignore[attr-defined]
+    scale = {"q": drawn["q"][0]}
+    return all(abs(found[k] - m) <= 4 * e + 2 * printed * scale.get(k, 1.0) for k, (m, e) in drawn.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [*((name, nn.RNN) for name in PICKS), ("the last layer's state", nn.LSTM), ("the last time step", nn.GRU)],
+)
+def test_states_and_steps_of_recurrent_layers(name: str, cell: type[nn.Module]) -> None:
+    pick, options = PICKS[name]
+    torch.manual_seed(1)
+    model = Recurrent(cell, pick, **options)
+    row = kgraph.analyze(model, torch.randn(2, 5, 16)).final
+    assert row.how == "sampled" and measures(row, of_itself(model, (1500, 5, 16)))
+
+
+def test_an_average_over_layers_is_no_layer() -> None:
+    """What indexing gave: the mean square of both layers' states, several times the last one's."""
+    torch.manual_seed(1)
+    model = Recurrent(nn.GRU, lambda y, h: h)
+    row = kgraph.analyze(model, torch.randn(2, 5, 16)).final
+    model.pick = lambda y, h: h[-1]
+    assert not measures(row, of_itself(model, (1500, 5, 16)))
+    model.pick = lambda y, h: h.transpose(0, 1)
+    assert measures(row, of_itself(model, (1500, 5, 16)))
+
+
+def test_cell_states_are_told_apart() -> None:
+    torch.manual_seed(1)
+    model = Cells(nn.LSTM, lambda h, c: c[-1])
+    row = kgraph.analyze(model, torch.randn(2, 5, 16)).final
+    assert measures(row, of_itself(model, (1500, 5, 16)))
+
+
+def test_long_sequences_and_cuts_across_time_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many steps the first and the last are told apart; several of one cut are counted like all."""
+    monkeypatch.setattr("kgraph.rules.recurrent._MOST_STEPS", 4)
+    torch.manual_seed(1)
+    x = torch.randn(2, 7, 16)
+    last = Recurrent(nn.RNN, lambda y, h: y[:, -1])
+    row = kgraph.analyze(last, x).final
+    assert row.how == "sampled" and measures(row, of_itself(last, (1500, 7, 16)))
+    assert kgraph.analyze(Recurrent(nn.RNN, lambda y, h: y[:, 3]), x).final.how == "assumed"
+    assert kgraph.analyze(Recurrent(nn.RNN, lambda y, h: y[:, :2]), x).final.how == "assumed"

@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from kgraph.canonical import operation_name
 from kgraph.entries import said
 from kgraph.how import assumed
-from kgraph.kernel import Kernel
+from kgraph.kernel import Kernel, alike
 from kgraph.modules import Scale, WeightedSum
 from kgraph.rules.pointwise import COPIES, is_pointwise
+from kgraph.rules.recurrent import STEPS
 from kgraph.rules.speeds import is_parameter
 
 BORDER = "positions at a zero-padded border counted like inner ones"
@@ -56,6 +56,7 @@ _VIEWS = {
 }
 _RUNS = {"cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "topk"}
 _LAYERS = ("linear", "conv", "addmm", "matmul", "mm", "bmm", "einsum")
+_STEPPED = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _CUTS = {"index_select", "gather", "select", "slice", "narrow", "chunk", "split", "split_with_sizes", "unbind"}
 
 
@@ -96,7 +97,7 @@ class Borders:
         if not told and before and _needs_positions(node, before, kernels, values):
             told = [before[0]]
         if node in self.sampled:
-            told = [why for why in told if why not in (RUNNING, ORDERED)]
+            told = [why for why in told if why not in (RUNNING, ORDERED, STEPS)]
         inside = any(n in self.near for n in node.all_input_nodes)
         shared = any(n in self.shared for n in node.all_input_nodes)
         bends = _is_function(node) or len(read) > len(node.all_input_nodes)
@@ -238,7 +239,9 @@ def _made_by(node: fx.Node, value: Kernel, kernels: list[Kernel], values: Mappin
     if name in ("cat", "concat", "stack"):
         if _copies(node, values):
             return COPIED
-        return JOINED if value.joined is not None and not _alike(value.joined[1]) else ""
+        return JOINED if value.joined is not None and not alike(value.joined[1]) else ""
+    if name == "getitem" and value.joined is not None and operation_name(node.all_input_nodes[0]).startswith(_STEPPED):
+        return "" if alike(value.joined[1]) else STEPS
     if name in ("matmul", "mm", "einsum"):
         constant = [n for n in node.all_input_nodes if isinstance(values[n], Tensor) and not is_parameter(n)]
         return MIXED if constant else ""
@@ -294,8 +297,3 @@ def _copies(node: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
     if "c" in roles or "b" in roles:
         return False
     return any(not a.merged.independent(b.merged) for i, a in enumerate(pieces) for b in pieces[:i])
-
-
-def _alike(pieces: tuple[Kernel, ...]) -> bool:
-    first = pieces[0].merged.cov
-    return all(torch.allclose(piece.merged.cov, first, rtol=1e-9, atol=0) for piece in pieces[1:])

@@ -24,6 +24,15 @@ class Measured:
         wide = torch.complex128 if first.is_complex() else torch.float64
         self.first, self.second, self.slope, self.ntk = first.to(wide), second.to(wide), slope, ntk
 
+    def narrow(self, dim: int, start: int, length: int) -> Measured:
+        """A range of the entries along ``dim``."""
+
+        def cut(x: Tensor, at: int = dim) -> Tensor:
+            return x.narrow(at, start, length)
+
+        slope, ntk = ({row: (cut(a), cut(b)) for row, (a, b) in of.items()} for of in (self.slope, self.ntk))
+        return Measured(cut(self.first), cut(self.second, dim + 1), slope, ntk)
+
     def moments(self, axes: Axes) -> dict[str, Tensor]:
         """cov, slope, ntk as [P, 2], and the mean."""
         places = [i for i, axis in enumerate(axes) if any(role == "p" for role, _ in axis)]

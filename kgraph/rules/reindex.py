@@ -15,7 +15,7 @@ from typing import Any
 from kgraph.canonical import aten
 from kgraph.entries import expand_positions, moved, said, slice_part
 from kgraph.how import assumed
-from kgraph.kernel import Axes, Factor, Kernel, Part
+from kgraph.kernel import Axes, Factor, Kernel, Part, alike
 from kgraph.rules.pointwise import COPIES, apply_all, rounding_of
 from kgraph.rules.table import Context, rule
 
@@ -70,6 +70,7 @@ def _moved(x: Kernel, axes: Axes) -> Kernel:
     return replace(x.one(), axes=axes)
 
 
+_ACROSS = assumed("a cut across positions of several laws, counted like all of them")
 _MIDDLE = assumed("the middle of what is flipped counted as moved, though it stays")
 
 
@@ -165,7 +166,9 @@ def _narrow(x: Kernel, dim: int, start: int, stop: int) -> Kernel:
             return _narrow(*inside)
     axes[dim] = ((next(iter(roles), "p") if len(roles) == 1 else "c", kept),) if kept > 1 else ()
     if "c" not in roles:
-        return _elsewhere(replace(x, axes=tuple(axes)), f"{start}:{stop} of {dim - len(x.axes)}")
+        result = _elsewhere(replace(x, axes=tuple(axes)), f"{start}:{stop} of {dim - len(x.axes)}")
+        across = x.joined is not None and x.joined[0] == dim and not alike(x.joined[1])
+        return said(result, _ACROSS) if across else result
     parts = _channel_range(x, dim, start, stop)
     return Kernel(parts, tuple(axes), dim if len(parts) > 1 else None)
 

@@ -31,6 +31,7 @@ from kgraph.modes import mode_argument
 from kgraph.roots import Root, Roots
 from kgraph.rules.crossings import jumped, may_jump, shifted
 from kgraph.rules.measured import Measured, matched, result_axes
+from kgraph.rules.recurrent import CELLS, told_apart
 from kgraph.rules.region import Region, find_region, kernels_of, of_draws, parts_of, ways_of
 from kgraph.rules.runs import Outcome, Point, Runs
 from kgraph.rules.speeds import is_parameter
@@ -67,7 +68,7 @@ class Sampler:
         measured = self._measure(region, runs, repeats)
         flat, tree = pytree.tree_flatten(measured[0])
         others = [pytree.tree_leaves(m) for m in measured[1:]]
-        kernels = [self._kernel(node, region, [first, *(o[i] for o in others)]) for i, first in enumerate(flat)]
+        kernels = [self._result(node, region, i, [first, *(o[i] for o in others)]) for i, first in enumerate(flat)]
         if may_jump(region.nodes):
             found = self._jumps(region, runs, entries)
             kernels = [
@@ -177,9 +178,17 @@ class Sampler:
     def _known(self, node: fx.Node) -> bool:
         return isinstance(self.values.get(node), Tensor)
 
-    def _kernel(self, node: fx.Node, region: Region, measured: list[Measured]) -> Kernel:
+    def _result(self, node: fx.Node, region: Region, place: int, measured: list[Measured]) -> Kernel:
+        """The kernel of one output tensor; of a recurrent layer, that of each time step and layer is remembered."""
+
+        def kernel(drawn: list[Measured], axes: Axes | None = None) -> Kernel:
+            return self._kernel(node, region, drawn, axes)
+
+        return told_apart(node, place, measured, kernel) if node.target in CELLS else kernel(measured)
+
+    def _kernel(self, node: fx.Node, region: Region, measured: list[Measured], axes: Axes | None = None) -> Kernel:
         inputs = [k for n in region.frontier for k in kernels_of(self.values[n])]
-        axes = result_axes(tuple(measured[0].first.shape), inputs, site_of(node).shape)
+        axes = axes or result_axes(tuple(measured[0].first.shape), inputs, site_of(node).shape)
         fields = [m.moments(axes) for m in measured]
         roots = Roots.union(part.roots for kernel in inputs for part in kernel.parts)
         roots |= Roots({Root(name) for n in region.nodes if _is_layer(n) for name in ways_of(n, self.values)})
