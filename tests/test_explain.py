@@ -107,10 +107,29 @@ def test_a_plain_network_has_no_rows_for_what_it_lacks() -> None:
     assert found.at == "the output" and "transform with TAT" in changes
 
 
-def test_what_cannot_be_made_is_a_row_that_says_why() -> None:
-    """A recurrent layer has its function inside; a network without an activation has nothing to exchange."""
+def test_a_network_without_activations() -> None:
     found = kgraph.explain(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(2, 8))
     assert all(effect.component not in ("activation", "pooling") for effect in found.effects)
+    assert "q " not in found.effects[0].words and math.isnan(found.effects[0].q_high)
+
+
+def test_a_learnable_slope_goes_with_its_activation() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.PReLU(16), nn.Linear(16, 8))
+    found = kgraph.explain(model, torch.randn(2, 8))
+    (effect,) = [effect for effect in found.effects if effect.change == "tanh instead"]
+    own = kgraph.analyze(nn.Sequential(model[0], nn.Tanh(), model[2]), torch.randn(2, 8)).final
+    assert (effect.q, effect.c, effect.slope) == pytest.approx((own.q, own.c[0], own.slope), rel=1e-9)
+
+
+def test_what_cannot_be_made_is_a_row_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> None:
+        raise kgraph.RuleError("no such thing")
+
+    monkeypatch.setattr("kgraph.studies.explain.variants.rewrite", fails)
+    found = kgraph.explain(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), torch.randn(2, 8))
+    refused = [effect for effect in found.effects if effect.refused]
+    assert [effect.change for effect in refused] == ["transform with DKS", "transform with TAT"]
+    assert "transform with DKS: no such thing" in str(found) and found.effects[0].words
 
 
 def test_words(found: kgraph.Explanation) -> None:

@@ -123,9 +123,11 @@ class Explanation(LayerReport):
             table.columns[-1].no_wrap, table.columns[-1].justify = False, "left"
         legend = (
             f"q read: q values that activations read; C(0), slope: at {self.at}; "
-            f"NTK cond: of {INPUTS} unrelated inputs at the output"
+            f"NTK cond: of {INPUTS} unrelated inputs at the output; initializers: of all layers' weights, biases 0"
         )
-        return [*(Text(line, style="bold") for line in self.summary), Text(""), table, Text(legend, style="dim")]
+        refused = [f"{effect.change}: {effect.refused}" for effect in self.effects if effect.refused]
+        notes = [Text(line, style="dim") for line in (legend, *refused)]
+        return [*(Text(line, style="bold") for line in self.summary), Text(""), table, *notes]
 
 
 def explain(

@@ -11,11 +11,12 @@ from torch import Tensor, fx, nn
 from kgraph.canonical import aten, operation_name
 from kgraph.methods import DKS, TAT
 from kgraph.modules import ShapedActivation
+from kgraph.nonlinear import Region
 from kgraph.passes.affine import CONVOLUTIONS, TRANSPOSED
-from kgraph.passes.base import Pass, Workspace
+from kgraph.passes.base import Pass, Workspace, made_here, owner_path
 from kgraph.passes.remove_norms import NORMS, RemoveNorms
 from kgraph.passes.scale_residuals import ScaleResiduals
-from kgraph.passes.shape_activations import kept_reason, swap_activation
+from kgraph.passes.shape_activations import kept_reason
 from kgraph.recipe import Plan, rewrite
 
 _MAX_TO_AVERAGE = {
@@ -53,9 +54,17 @@ class SwapActivations(Pass):
     def rewrite(self, work: Workspace) -> None:
         for region in work.regions():
             if not kept_reason(region):
-                name = operation_name(region.end)
-                swap_activation(work, region, ShapedActivation(self.function()))
-                work.record(region.end, "swap activation", "as asked", name)
+                work.record(region.end, "swap activation", "as asked", operation_name(region.end))
+                _call_instead(work, region, ShapedActivation(self.function()))
+
+
+def _call_instead(work: Workspace, region: Region, module: nn.Module) -> None:
+    """Call a module of the region's source alone: a learnable slope is not read any more."""
+    graph = work.graph.module.graph
+    with graph.inserting_before(region.end):
+        call = graph.call_module(work.add_module(f"{owner_path(work, region.end)}swapped", module), (region.source,))
+    call.meta = made_here(region.end)
+    region.end.replace_all_uses_with(call)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,9 @@ def fate(q_low: float, q_high: float, c: float, slope: float) -> str:
 
 
 def _size(low: float, high: float) -> str:
-    if not math.isfinite(high):
+    if math.isnan(high):  # no activation reads anything
+        return ""
+    if math.isinf(high):
         return "q is not finite"
     if high > _RANGE and high > 1 / max(low, 1e-300):
         return f"q explodes (by {short(high)})"
