@@ -12,6 +12,7 @@ from torch import nn
 from kgraph.analysis import Ledger
 from kgraph.calibration import calibrate
 from kgraph.capture import Graph, capture, check_model, unread
+from kgraph.casts import follow_types
 from kgraph.certificate import Certificate
 from kgraph.channel_dims import channel_dim
 from kgraph.checks import choice, flag, mode_of, seeded, weight_of_shortcut, with_finite_values
@@ -187,6 +188,7 @@ def transform(
     constrained = [f"{name} is held by a parametrization, which is folded and lost" for name in constraints(owned)]
     folded = fold_parametrizations(owned)
     graph = capture(owned, inputs)
+    follow_types(graph)
     left_out, flows = unread(graph), find_log_determinants(owned, inputs)
     stored = stored_results(owned, inputs)
     first = propagate(graph, mode=mode)

@@ -23,9 +23,11 @@ from kgraph.gradient_stops import STOPS, insert_detaches, stop, stopped_between,
 from kgraph.modes import mode_argument
 from kgraph.norm_chain import restore
 from kgraph.site import site_of
-from kgraph.switches import DeviceAnchor, TrainingSwitch
+from kgraph.switches import DeviceAnchor, TrainingSwitch, TypeAnchor
 
 SWITCH, ANCHOR = "_kgraph_switch", "_kgraph_anchor"
+FOLLOWS = "kgraph_follows"
+"""Key in a node's ``meta``: the type that it says is the model's, and follows when that is cast (`kgraph.casts`)."""
 
 
 def emit(flat: fx.GraphModule, root: nn.Module, *, name: str | None = None, lift: bool = True) -> EmittedModule:
@@ -49,6 +51,7 @@ def emit(flat: fx.GraphModule, root: nn.Module, *, name: str | None = None, lift
     _drive_training_flags(graph, helpers)
     _follow_device(graph, helpers)
     _follow_type(graph)
+    _follow_model(graph, helpers)
     graph.eliminate_dead_code(is_impure_node=is_effect)
     _drop_orphan_counters(graph)
     graph.lint()
@@ -204,6 +207,23 @@ def _follow_device(graph: fx.Graph, helpers: dict[str, nn.Module]) -> None:
         device = graph.call_module(name)
     for node in baked:
         node.kwargs = {**node.kwargs, "device": device}
+
+
+def _follow_model(graph: fx.Graph, helpers: dict[str, nn.Module]) -> None:
+    """The types that are the model's own (``zeros(n, dtype=x.dtype)``) are read off the emitted module."""
+    anchors: dict[torch.dtype, fx.Node] = {}
+    first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+    for node in [n for n in graph.nodes if FOLLOWS in n.meta]:
+        own: torch.dtype = node.meta[FOLLOWS]
+        if own not in anchors:
+            with graph.inserting_before(first):
+                anchors[own] = graph.call_module(_add_helper(helpers, ANCHOR, TypeAnchor(own)))
+        said = own in (*node.args, *node.kwargs.values())
+        if said:
+            node.args = tuple(anchors[own] if one is own else one for one in node.args)
+            node.kwargs = {key: anchors[own] if one is own else one for key, one in node.kwargs.items()}
+        elif node.target is not aten.to.other:
+            node.kwargs = {**node.kwargs, "dtype": anchors[own]}
 
 
 def _follow_type(graph: fx.Graph) -> None:

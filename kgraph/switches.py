@@ -1,4 +1,4 @@
-"""Two tiny modules that let functional operations follow the module they live in."""
+"""Tiny modules that let functional operations follow the module they live in."""
 
 from __future__ import annotations
 
@@ -33,3 +33,16 @@ class DeviceAnchor(nn.Module):
 
     def forward(self) -> torch.device:
         return self.anchor.device
+
+
+class TypeAnchor(nn.Module):
+    """Returns the floating point type that the module is in, for ``zeros`` and its like."""
+
+    anchor: torch.Tensor
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("anchor", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self) -> torch.dtype:
+        return self.anchor.dtype

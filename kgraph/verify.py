@@ -54,7 +54,7 @@ def another_batch(emitted: nn.Module, model: nn.Module, inputs: Inputs) -> int |
         resized = _resized(inputs, size, other)
         try:
             with torch.no_grad():
-                expected, actual = (_seeded_run(module, resized) for module in (model, emitted))
+                expected, actual = (seeded_run(module, resized) for module in (model, emitted))
         except Exception:  # a model of one batch size: whoever calls it with another is told
             continue
         if not _same(actual, expected):
@@ -70,15 +70,15 @@ def _set_mode(training: bool, *modules: nn.Module) -> None:
 def _alike(emitted: nn.Module, model: nn.Module, inputs: Inputs) -> bool:
     """Whether both give one output from one seed: a forward may draw noise in eval mode too."""
     with torch.no_grad():
-        expected = _seeded_run(model, inputs)
+        expected = seeded_run(model, inputs)
         try:
-            actual = _seeded_run(emitted, inputs)
+            actual = seeded_run(emitted, inputs)
         except Exception:  # a graph that does not run is a mismatch
             return False
     return _same(actual, expected)
 
 
-def _seeded_run(module: nn.Module, inputs: Inputs) -> list[Tensor]:
+def seeded_run(module: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Outputs of a run from a set seed; buffers are put back, written to or assigned: the next run starts alike."""
     with untouched(module):
         torch.manual_seed(0)
@@ -109,7 +109,7 @@ def _training_run(module: nn.Module, inputs: Inputs) -> tuple[list[Tensor], Laye
     hook = register_module_forward_hook(note)
     try:
         with torch.no_grad():
-            return _seeded_run(module, inputs), layers
+            return seeded_run(module, inputs), layers
     finally:
         hook.remove()
 
