@@ -130,6 +130,28 @@ def finite(name: str, value: float) -> float:
     return given
 
 
+def dense_inputs(inputs: object, *, with_values: bool = False) -> None:
+    """An InputError if a tensor among the inputs is no plain array of numbers: sparse, nested, quantized.
+
+    Args:
+        with_values: whether one on the meta device, which has a shape alone, is refused too.
+    """
+    for leaf in pytree.tree_leaves(inputs):
+        if not isinstance(leaf, Tensor):
+            continue
+        if leaf.layout is not torch.strided or leaf.is_nested:
+            kind = "nested tensor" if leaf.is_nested else f"tensor of layout {leaf.layout}"
+            hint = "Pass a padded tensor" if leaf.is_nested else "Pass x.to_dense()"
+            raise InputError(f"an input is a {kind}, and kernels are of dense ones", hint=hint)
+        if leaf.is_quantized:
+            raise InputError(f"an input of shape {tuple(leaf.shape)} is quantized", hint="Pass x.dequantize()")
+        if with_values and leaf.is_meta:
+            raise InputError(
+                f"an input of shape {tuple(leaf.shape)} is on the meta device and has no values",
+                hint="Pass one on a real device",
+            )
+
+
 def finite_inputs(inputs: object) -> None:
     """An InputError if a tensor among the inputs holds nan or infinities."""
     for leaf in pytree.tree_leaves(inputs):

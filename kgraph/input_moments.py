@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kgraph.checks import dense_inputs
 from kgraph.errors import InputError
 
 _PLAINLY = 0.3
@@ -62,6 +63,7 @@ class InputMoments:
         Raises:
             InputError: no batch of numbers, one input, inputs that are all the same, or nothing but zeros.
         """
+        dense_inputs(x, with_values=True)
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
             raise InputError("moments are those of a tensor [N, ...] of floating-point numbers", hint="Pass a batch")
         if not isinstance(channel, int) or isinstance(channel, bool) or not 0 < channel < x.ndim:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from kgraph.checks import dense_inputs
 from kgraph.errors import InputError
 
 
@@ -36,6 +37,7 @@ def resolve_inputs(model: nn.Module, example_inputs: object = None) -> Inputs:
             f"the example inputs hold no tensor (got {type(example_inputs).__name__})",
             hint="Pass a tensor, a tuple of positional arguments or a dict of keyword arguments",
         )
+    dense_inputs((args, kwargs))
     return _with_batch(Inputs(args, kwargs))
 
 

@@ -194,6 +194,7 @@ def compare(
     check_model(model)
     count_of("draws", draws, 2, "A standard error needs at least 2")
     seed = seeded(seed)
+    batched_inputs(x1)  # refuses what has no values to move
     x = pytree.tree_map(_double, x1)  # on the CPU: measuring goes through the captured graph
     inputs, n = batched_inputs(x)
     if n < 2:

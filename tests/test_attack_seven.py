@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import kgraph
 from kgraph.emitted import EmittedModule
+from kgraph.errors import InputError
 
 WIDTH, INPUTS = 128, 32
 
@@ -173,3 +174,49 @@ def test_a_type_that_is_meant_stays(state: bool) -> None:
     assert len(made) == 1 + state and followed == ["aten.zeros.default"] * state
     double, x = shaped.double(), torch.randn(3, INPUTS, dtype=torch.float64)
     assert double(x).dtype == torch.float64
+
+
+def _perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+ODD: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "sparse": (Tensor.to_sparse, r"layout torch.sparse_coo.*to_dense"),
+    "rows": (Tensor.to_sparse_csr, r"layout torch.sparse_csr.*to_dense"),
+    "quantized": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "quantized.*dequantize"),
+    "nested": (lambda x: torch.nested.nested_tensor(list(x)), "nested tensor.*padded"),
+    "meta": (lambda x: x.to("meta"), "meta"),
+}
+CALLS: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "kernels": kgraph.kernels,
+    "second": lambda model, x: kgraph.kernels(model, torch.randn(3, 6), x),
+    "ntk": kgraph.ntk,
+    "nngp": kgraph.nngp,
+    "function": kgraph.kernel_function,
+    "called": lambda model, x: kgraph.kernel_function(model, torch.randn(3, 6))(x),
+    "compare": kgraph.compare,
+    "empirical": kgraph.empirical_ntk,
+    "montecarlo": kgraph.montecarlo,
+    "analyze": kgraph.analyze,
+    "data": lambda model, x: kgraph.analyze(model, x, inputs="data"),
+    "transform": lambda model, x: kgraph.transform(model, "dks", x),
+    "targets": lambda model, x: kgraph.shaping_targets(model, "dks", x),
+    "moments": lambda model, x: kgraph.InputMoments.of(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested|Sparse|quantize).*:UserWarning", "ignore:.*quantiz.*:DeprecationWarning")
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("odd", ODD)
+def test_inputs_that_are_no_arrays(odd: str, call: str) -> None:
+    make, said = ODD[odd]
+    with pytest.raises(InputError, match=said):
+        CALLS[call](_perceptron(), make(torch.randn(3, 6)))
+
+
+@pytest.mark.parametrize("get", [3, None, b"ntk", {"ntk": 1}, ("nngp", 3), (), "both", [["ntk"]]])
+def test_kernels_that_there_are_not(get: object) -> None:
+    x = torch.randn(3, 6)
+    kernel = kgraph.kernel_function(_perceptron(), x)
+    with pytest.raises(InputError, match="get"):
+        kernel(x, get=get)  # type: ignore[arg-type]

@@ -47,11 +47,7 @@ class KernelFunction:
         Raises:
             InputError, RuleError: see `kgraph.errors`.
         """
-        wanted = (get,) if isinstance(get, str) else tuple(get)
-        for name in wanted:
-            choice("get", name, _NAMES)
-        if not wanted:
-            raise InputError("get names no kernel", hint=f"Pass one of {', '.join(_NAMES)}, or both")
+        wanted = _wanted(get)
         for x in (x1, x2):
             self._check_form(x)
         asked = self.asked.but({**options, "with_ntk": "ntk" in wanted})
@@ -73,6 +69,16 @@ class KernelFunction:
                 f"the inputs hold {sizes} each, and the function was made with {own}",
                 hint="Make another with kgraph.kernel_function for inputs of this form",
             )
+
+
+def _wanted(get: object) -> tuple[str, ...]:
+    """The kernels that are asked for; an InputError for anything but the name of one, or a sequence of names."""
+    if isinstance(get, bytes) or not isinstance(get, (str, Sequence)):
+        raise InputError(f"get is {get!r}", hint=f"Pass {' or '.join(map(repr, _NAMES))}, or both in a tuple")
+    names = (get,) if isinstance(get, str) else tuple(get)
+    if not names:
+        raise InputError("get names no kernel", hint=f"Pass one of {', '.join(_NAMES)}, or both")
+    return tuple(choice("get", name, _NAMES) for name in names)
 
 
 def _sizes(inputs: Any) -> list[tuple[int, ...]]:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from kgraph.capture import Graph, capture, check_model
-from kgraph.checks import finite_inputs, mode_of, with_values
+from kgraph.checks import dense_inputs, finite_inputs, mode_of, with_values
 from kgraph.copies import copied
 from kgraph.errors import InputError, RuleError
 from kgraph.gram.block import Block
@@ -164,6 +164,7 @@ def _arguments(x: Any) -> Inputs:
 def batched_inputs(x: Any) -> tuple[Inputs, int]:
     """The model's arguments, and how many inputs they hold."""
     inputs = _arguments(x)
+    dense_inputs(tuple(inputs), with_values=True)
     sizes = {leaf.shape[0] for leaf in pytree.tree_leaves(tuple(inputs)) if isinstance(leaf, Tensor) and leaf.ndim}
     if len(sizes) != 1:
         raise InputError("the inputs have no common first dimension", hint="Pass tensors with one row an input")
