@@ -23,6 +23,7 @@ from kgraph.kernel import SAME, Apply, Gaussian, Kernel, Pairs, Part, Product, S
 from kgraph.roots import Root, Roots
 from kgraph.rules import Context, Sampler, find_rule, speeds
 from kgraph.rules.borders import Borders
+from kgraph.rules.crossings import of_an_angle
 from kgraph.rules.noise import draws_noise, noise_kernel
 from kgraph.rules.pointwise import is_pointwise, unary
 from kgraph.rules.sampled import for_mode
@@ -219,7 +220,7 @@ class _Walk:
         if rule is not None:
             return rule(context, *args, **kwargs)
         if is_pointwise(target) and _one_random(args, kwargs) and not _reads_complex(node, args):
-            return unary(context, target, args, kwargs)
+            return context.sample() if of_an_angle(node) else unary(context, target, args, kwargs)
         return context.sample()
 
     def _reads_tokens(self, node: fx.Node) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -349,3 +350,71 @@ def test_long_sequences_and_cuts_across_time_are_said(monkeypatch: pytest.Monkey
     assert row.how == "sampled" and measures(row, of_itself(last, (1500, 7, 16)))
     assert kgraph.analyze(Recurrent(nn.RNN, lambda y, h: y[:, 3]), x).final.how == "assumed"
     assert kgraph.analyze(Recurrent(nn.RNN, lambda y, h: y[:, :2]), x).final.how == "assumed"
+
+
+class Radial(nn.Module):
+    """Radial basis functions: exp(-|x - c|^2 / s) of distances to points."""
+
+    def __init__(self, p: float = 2.0) -> None:
+        super().__init__()
+        self.points, self.head, self.p = nn.Parameter(torch.randn(WIDTH, 64)), gaussian(32, WIDTH), p
+
+    def forward(self, x: Tensor) -> Tensor:
+        far = torch.cdist(x, self.points, p=self.p)
+        return F.linear(torch.exp(-far.square() / 32) if self.p == 2 else far, self.head)
+
+
+def test_distances_to_points() -> None:
+    """q up to what the points' norms share with the products, E[chi^2] of 64: 2 / 64 of the variances, squared."""
+    torch.manual_seed(0)
+    row = kgraph.analyze(Radial(), torch.randn(2, 64)).final
+    drawn = probes(Radial, (64,))
+    assert row.how == "assumed" and row.note.startswith("distances") and right(row, drawn, 64)
+    assert not right(replace(row, c=(1.0, 1.0, 1.0)), drawn, 64)
+
+
+def test_a_slope_that_is_not_known_has_a_reason() -> None:
+    torch.manual_seed(0)
+    rows = kgraph.analyze(Radial(p=3.0), torch.randn(2, 64)).nodes
+    row = next(row for row in rows if row.name.startswith("cdist"))
+    assert math.isnan(row.slope) and ("no slope" in row.note)
+
+
+def test_a_mean_that_hides_the_variance_is_said() -> None:
+    """Norms of 4096 numbers: what the draws leave of the mean is more than the norms differ by."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), Angle(lambda a: torch.cdist(a, torch.zeros(8, 64) + 0.1, p=3.0)))
+    row = kgraph.analyze(model, torch.randn(2, 64)).final
+    assert row.how == "assumed" and "variance" in row.note
+
+
+class Angle(nn.Module):
+    def __init__(self, run: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.run = nn.Linear(64, 64), nn.Linear(64, 64), run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self.a(x), self.b(x)) if self.run.__code__.co_argcount == 2 else self.run(x)
+
+
+@pytest.mark.parametrize(
+    ("run", "jumps"),
+    [
+        (lambda a, b: torch.atan2(a, b), True),
+        (lambda a, b: torch.atan2(a, b).tanh() + a, True),
+        (lambda a, b: torch.atan2(a, 1 + b.square()), False),
+        (lambda a, b: torch.atan2(a, b).sin(), False),
+    ],
+)
+def test_angles_jump_where_they_are_cut(run: Callable[..., Tensor], jumps: bool) -> None:
+    """Nearer inputs part by the root of what continuous functions do, in the network itself."""
+    torch.manual_seed(0)
+    net = Angle(run)
+    row = kgraph.analyze(net, torch.randn(4, 64)).final
+    torch.manual_seed(1)
+    x, direction = torch.randn(2, 4000, 64, dtype=torch.float64)
+    with torch.no_grad():
+        net.double()
+        large, small = ((net(x + d * direction) - net(x)).square().mean() for d in (1e-2, 1e-4))
+    assert (float(large / small) < 1e3) == jumps
+    assert math.isinf(row.slope) == jumps

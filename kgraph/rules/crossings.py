@@ -20,14 +20,21 @@ SHIFTS = (0.0, 1e-2, 1e-3)
 _LEAST = 40.0
 """Ratio of the mean square changes: 100 of what is continuous, 10 of what jumps."""
 _STEPS = frozenset(
-    "sign sgn round floor ceil trunc frac fix heaviside floor_divide remainder fmod bucketize searchsorted".split()  # noqa: SIM905
+    """sign sgn round floor ceil trunc frac fix heaviside floor_divide remainder fmod bucketize searchsorted
+    atan2 angle""".split()  # noqa: SIM905
 )
+"""Angles jump by 2 pi where they are cut."""
 _COUNTING = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def may_jump(nodes: Iterable[fx.Node]) -> bool:
     """Whether any operation makes truth values, indices or steps; all others are continuous."""
     return any(operation_name(node) in _STEPS or _counts(node) for node in nodes)
+
+
+def of_an_angle(node: fx.Node) -> bool:
+    """Whether a node reads an angle: its sine does not jump where the angle is cut, which runs of both show."""
+    return any(operation_name(n) in ("atan2", "angle") for n in node.all_input_nodes)
 
 
 def shifted(point: Point) -> list[Point]:

@@ -69,6 +69,9 @@ class Sampler:
         flat, tree = pytree.tree_flatten(measured[0])
         others = [pytree.tree_leaves(m) for m in measured[1:]]
         kernels = [self._result(node, region, i, [first, *(o[i] for o in others)]) for i, first in enumerate(flat)]
+        if not runs.derivable:
+            why = f"no slope: PyTorch has no forward derivative of {operation_name(node)}"
+            kernels = [_with_note(k, why) for k in kernels]
         if may_jump(region.nodes):
             found = self._jumps(region, runs, entries)
             kernels = [
@@ -212,6 +215,9 @@ class Sampler:
             reason = reason or "the rows of a table that activations choose, as they are"
         if any(_without_batch(n) for n in region.nodes):
             reason = reason or _OF_A_BATCH
+        variance = float(mean["cov"][Pairs.SELF, SAME]) - float(mean["mean"]) ** 2
+        if not reason and 0 < variance < 2 * error * float(mean["cov"][Pairs.SELF, SAME]):
+            reason = f"{operation_name(node)}: its mean is so large that the error of the draws hides its variance"
         how = how | assumed(reason) if reason else how
         like = Part(channels, mean["cov"], mean["slope"], mean["ntk"], float(mean["mean"]), roots)
         drawn = algebra.empirical(like, first, second, mean["slope"], mean["ntk"], roots)
@@ -228,6 +234,17 @@ def varies(tensor: Tensor, dim: int) -> bool:
         return False
     plain = tensor if tensor.layout is torch.strided else tensor.to_dense()
     return bool((plain != plain.narrow(dim, 0, 1)).any())
+
+
+def _with_note(kernel: Kernel, why: str) -> Kernel:
+    """The kernel with ``why`` behind the note of every part whose slope is not known."""
+
+    def noted(part: Part) -> Part:
+        if not bool(part.slope[Pairs.UNIT].isnan().any()) or why in part.how.note:
+            return part
+        return replace(part, how=replace(part.how, note=f"{part.how.note}; {why}".removeprefix("; ")))
+
+    return kernel.told(*map(noted, kernel.parts))
 
 
 _OF_A_BATCH = "statistics over a batch of the few inputs that were drawn"
