@@ -54,6 +54,17 @@ def table(found: dict[Run, Outcome], optimizer: str) -> Table:
     return shown
 
 
+def markdown(found: dict[Run, Outcome], optimizer: str) -> str:
+    """The same for a page: best mean accuracy in percent, and its rate."""
+    lines = [f"| network | {' | '.join(ARMS)} |", f"| --- |{' --- |' * len(ARMS)}"]
+    for net in NETS:
+        cells = [best(found, net, arm, optimizer) for arm in ARMS]
+        if any(cells):
+            name = net if net in WITH_SKIPS else f"{net} (no skips)"
+            lines.append(f"| {name} | {' | '.join(f'{100 * c[0]:.1f} ({c[2]:g})' if c else '' for c in cells)} |")
+    return "\n".join(lines)
+
+
 def _cell(cell: tuple[float, list[float], float] | None) -> str:
     if cell is None:
         return ""
@@ -84,6 +95,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--optimizer", default="adam", choices=list(RATES))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--markdown", action="store_true", help="print the table for a page")
     parser.add_argument("--file", type=Path, default=FILE)
     args = parser.parse_args()
     if args.run:
@@ -92,7 +104,11 @@ def main() -> None:
             runs = plan(args.nets, args.arms, args.optimizer, seeds, recorded(args.file))
             for run in track(list(missing(runs, args.file)), "training"):
                 record(run, train(run), args.file)
-    Console(width=170).print(table(recorded(args.file), args.optimizer))
+    found = recorded(args.file)
+    if args.markdown:
+        print(markdown(found, args.optimizer))
+    else:
+        Console(width=170).print(table(found, args.optimizer))
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ def test_the_record_resumes_and_makes_a_table(tmp_path: Path) -> None:
     assert training.best(recorded(file), "resnet18", "he", "adam") is None
     shown = training.table(recorded(file), "adam")
     assert shown.row_count == 1
+    assert training.markdown(recorded(file), "adam").splitlines()[-1] == "| resnet18 |  |  |  | 77.0 (0.003) |  |"
 
 
 def test_the_plan_repeats_the_best_rate_and_its_neighbours() -> None:
