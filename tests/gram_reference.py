@@ -24,10 +24,13 @@ def array(stored: dict[str, Any]) -> Tensor:
     return torch.tensor(stored["data"], dtype=torch.float64).reshape(stored["shape"])
 
 
-def alternating(shape: tuple[int, ...], std: float) -> Tensor:
-    """Entries +-std in turn: E[w] = 0 and E[w^2] = std^2 exactly, at every tap."""
+def shuffled(shape: tuple[int, ...], std: float) -> Tensor:
+    """As many entries std as -std, shuffled: E[w] = 0 and E[w^2] = std^2 exactly at every tap, and no row sums to 0."""
     count = math.prod(shape[:2])
     signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(-(-count // 2))[:count]
+    signs = signs[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+    if not signs.reshape(shape[:2]).sum(1).any():  # of one row, say: it would not see the mean of what it reads
+        signs[0] = -signs[0]
     return (std * signs).reshape(*shape[:2], *(1 for _ in shape[2:])).expand(shape).clone()
 
 
@@ -40,7 +43,7 @@ def quantiles(count: int, std: float) -> Tensor:
 
 def set_moments(layer: nn.Module, spec: dict[str, Any], fan_in: int) -> nn.Module:
     assert isinstance(layer.weight, Tensor)
-    layer.weight.data = alternating(tuple(layer.weight.shape), spec["W_std"] / math.sqrt(fan_in))
+    layer.weight.data = shuffled(tuple(layer.weight.shape), spec["W_std"] / math.sqrt(fan_in))
     if layer.bias is not None:
         assert isinstance(layer.bias, Tensor)
         layer.bias.data = quantiles(len(layer.bias), spec["b_std"] or 0.0)

@@ -26,7 +26,7 @@ class Chain(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(depth))
         with torch.no_grad():
             for p in self.parameters():
-                p.copy_(torch.tensor([[entry, -entry], [-entry, entry]]))  # about zero, as draws are
+                p.copy_(torch.tensor([[entry, entry], [-entry, -entry]]))  # about zero, as draws are
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

@@ -46,7 +46,7 @@ def test_the_report_and_the_measured_ntk_agree_on_it() -> None:
     assert shares == pytest.approx([0.0, sizes[1] / sum(sizes[1:]), sizes[2] / sum(sizes[1:])], rel=1e-9)
     counted = kgraph.ntk_report(model, X, count_frozen=True).layers
     assert counted[0].share == pytest.approx(sizes[0] / sum(sizes), rel=1e-9)
-    for p in model.parameters():  # the set moments are those of alternating signs, which let no gradient through
+    for p in model.parameters():  # the set moments are those of shuffled signs, which let no gradient through
         nn.init.normal_(p.data, generator=torch.Generator().manual_seed(p.shape[1]))
     trained = list(model[1:].parameters())
     jacobian = [torch.autograd.grad(y, trained, retain_graph=True) for y in model(X[:1].to(model[0].weight.dtype))[0]]
