@@ -139,6 +139,10 @@ def _report(graph: Graph, result: Propagation, no_ntk: str = "") -> Report:
     return Report(analysis)
 
 
+def _noting(report: Report, lines: tuple[str, ...]) -> Report:
+    return Report(replace(report.analysis, notes=(*report.analysis.notes, *lines))) if lines else report
+
+
 def _maps_hold(graph: Graph) -> bool:
     """Subnetwork maps are made of local maps at q = 1; normalization layers change c by themselves."""
     return not any(node.target in NORMS for node in graph.module.graph.nodes)
@@ -217,7 +221,7 @@ def transform(
     ledger = replace(ledger, unmet=(*ledger.unmet, *lost, *false_log_determinants(shaped, inputs, flows)))
     measured = calibrate(shaped, inputs, outcome.promise.channels)
     ledger = replace(ledger, changes=(*ledger.changes, *measured.changes), notes=(*ledger.notes, *measured.notes))
-    after, evaluated = after.noting(*measured.notes), evaluated.noting(*measured.notes)
+    after, evaluated = _noting(after, measured.notes), _noting(evaluated, measured.notes)
     watch = LoadWatch().over(shaped)
     used = chosen[0] if len(chosen) == 1 else chosen
     results = (outcome.shortcut_weight, outcome.targets, ledger, before, after, evaluated)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,10 +62,6 @@ class Report:
     def summary(self) -> tuple[str, str, str]:
         """Three sentences: the model, what happens to q, what happens to c."""
         return summary_lines(self.analysis, self.rows)
-
-    def noting(self, *lines: str) -> Report:
-        """The same report with more notes."""
-        return Report(replace(self.analysis, notes=(*self.analysis.notes, *lines))) if lines else self
 
     def flagged(self, *kinds: str) -> tuple[Row, ...]:
         """Rows with a flag (of one of these kinds, e.g. "collapse", "chaos", "explodes", "assumed")."""
