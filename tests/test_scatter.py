@@ -32,11 +32,13 @@ class Pooled(nn.Module):
 
 
 def constant(layer: nn.Conv2d) -> nn.Conv2d:
-    """sw2 = 1 exactly."""
-    fan_in = layer.weight[0].numel()
-    signs = torch.tensor([1.0, -1.0]).repeat(layer.weight.numel() // 2).reshape(layer.weight.shape)
+    """sw2 = 1 exactly; signs are shuffled, so that the rows do not sum to 0."""
+    fan_in, count = layer.weight[0].numel(), layer.weight.numel()
+    signs = torch.tensor([1.0, -1.0]).repeat(count // 2)[
+        torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    ]
     with torch.no_grad():
-        layer.weight.copy_(signs / fan_in**0.5)
+        layer.weight.copy_(signs.reshape(layer.weight.shape) / fan_in**0.5)
     return layer
 
 
