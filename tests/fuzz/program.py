@@ -48,7 +48,7 @@ def drawn(layer, weight="default", gain=1.0, bias="default"):
 '''
 
 
-_OF_CHANNELS = r"nn\.(Linear|Conv|Embedding|RNN|GRU|LSTM|Bilinear|BatchNorm|GroupNorm|InstanceNorm|PReLU)"
+_OF_CHANNELS = r"nn\.(Linear|Conv|Embedding|RNN|GRU|LSTM|Bilinear|BatchNorm|GroupNorm|InstanceNorm)|nn\.PReLU\(\w"
 _SUMS_CHANNELS = r"nn\.(Linear|Conv|Embedding|RNN|GRU|LSTM|Bilinear)"
 _OVER_POSITIONS = r"nn\.Linear\(\d+, \d+"
 _JUMPING = ("torch.sign", "torch.round", "hardshrink", "threshold", " > 0")
