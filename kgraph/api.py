@@ -166,7 +166,7 @@ def transform(
 
     Args:
         model: any bare module; never touched unless ``inplace``.
-        method: "auto" (DKS where positions are pooled, else TAT; the ledger says why), "dks", "tat",
+        method: "auto" (the one that trained better: DKS; a note says why), "dks", "tat",
             `DKS(zeta=...)`, `TAT(eta=..., tau=...)`, another method, or a list of methods that set different things.
         example_inputs: tensor, tuple or dict; inferred when None. Of a batch of at least 8 that is plainly no white
             noise the constants behind averages over positions are measured, where white noise tells nothing.
@@ -199,7 +199,7 @@ def transform(
     gradients = read_gradients(graph)
     why: tuple[str, ...] = ()
     if plan is not None and isinstance(chosen[0], Auto):
-        suited, reason = choose(graph, first)
+        suited, reason = choose()
         chosen, plan, why = (suited,), replace(plan, method=suited), (reason,)
     before = _report(graph, first, gradients.no_ntk)
     outcome = rewrite(graph, plan, first) if plan is not None else _by_systems(graph, chosen, seed, first)
@@ -300,10 +300,9 @@ def shaping_targets(
     owned = copied(model)
     fold_parametrizations(owned)
     weight = 0.8 if shortcut_weight is None else weight_of_shortcut(shortcut_weight)
-    graph = capture(owned, example_inputs, verify=False)
     if isinstance(chosen, Auto):
-        chosen, _ = choose(graph, propagate(graph, mode=_mode(model)))
-    work = prepare(graph, weight)
+        chosen, _ = choose()
+    work = prepare(capture(owned, example_inputs, verify=False), weight)
     found = find_subnetworks(work.graph, work.propagation(), free=is_free)
     if not found.free and (lines := unseen(work.graph.module)):
         raise InputError(f"no activation is left to shape: {lines[0]}")

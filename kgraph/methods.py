@@ -52,7 +52,7 @@ class TAT:
 
 @dataclass(frozen=True)
 class Auto:
-    """DKS or TAT, whichever trained better on graphs of the model's kind: see `kgraph.selection`."""
+    """DKS or TAT, whichever trained better: see `kgraph.selection`."""
 
 
 Method = DKS | TAT
