@@ -34,13 +34,27 @@ def bias_law(bias: Tensor | None, mean: float) -> Bias | None:
     if square <= 0 or spread <= 1e-12 * square:
         return None
     centred = centred * math.sqrt(square / spread)
-    fourth = float(centred.pow(4).mean()) / square**2 - 3
-    if abs(fourth) <= _SIGMAS * math.sqrt(24 / len(values)) and not _bounded(centred, square):
+    fourth = _excess(centred, square)
+    if not fourth:
         return None
     if abs(float(centred.pow(3).mean())) <= _SIGMAS * math.sqrt(6 / len(values)) * square**1.5:
         centred = torch.cat([centred, -centred])  # its skewness is noise
     nodes, weights = gauss_rule(centred)
     return Bias(nodes, weights, square, fourth * square**2)
+
+
+def excess_kurtosis(values: Tensor) -> float:
+    """E[x^4] / E[x^2]^2 - 3 about zero; 0 of few, of values all alike and of what is as good as Gaussian."""
+    values = values.detach().double().flatten()
+    square = float(values.square().mean()) if len(values) > 1 else 0.0
+    return _excess(values, square) if square > 0 else 0.0
+
+
+def _excess(centred: Tensor, square: float) -> float:
+    """Excess kurtosis; 0 where it is noise."""
+    fourth = float(centred.pow(4).mean()) / square**2 - 3
+    noise = _SIGMAS * math.sqrt(24 / len(centred))
+    return fourth if abs(fourth) > noise or _bounded(centred, square) else 0.0
 
 
 def _bounded(centred: Tensor, square: float) -> bool:

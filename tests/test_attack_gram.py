@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from gaussian_weights import with_gaussian_weights
 from gram_montecarlo import Net
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, linear, relu, rms_norm, scaled_dot_product_attention
@@ -296,7 +297,8 @@ def test_groups_of_unlike_layers() -> None:
 
 def test_one_number_for_all_channels_is_assumed() -> None:
     """A norm behind it would take its gradient out again, which no law of one channel shows."""
-    model, x = net(lambda m, x: m.b(relu(m.a(x)) * m.s), a=dense(8), b=dense(), s=parameter(1)), inputs(2, 8)
+    layers = {"a": with_gaussian_weights(dense(8)), "b": dense(), "s": parameter(1)}
+    model, x = net(lambda m, x: m.b(relu(m.a(x)) * m.s), **layers), inputs(2, 8)
     assert [kgraph.kernels(model, x, with_ntk=on).how for on in (True, False)] == ["assumed", "exact"]
 
 

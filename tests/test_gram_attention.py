@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from gaussian_weights import with_gaussian_weights
 from gram_montecarlo import Case, Net, check_nngp, dense, sequences, tokens
 from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention
@@ -200,7 +201,7 @@ def test_a_known_matrix_over_positions() -> None:
         def __init__(self, trained: bool) -> None:
             super().__init__()
             matrix = torch.ones(4, 4, dtype=torch.float64).tril() / 4
-            self.a = dense(6, EMBED, bias=False).double()
+            self.a = with_gaussian_weights(dense(6, EMBED, bias=False).double())
             if trained:
                 self.matrix = nn.Parameter(matrix)
             else:

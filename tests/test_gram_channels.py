@@ -210,3 +210,34 @@ def test_heads_cut_through_groups_of_channels_are_refused_with_advice() -> None:
 
     with pytest.raises(kgraph.errors.RuleError, match=r"reshape through groups of channels.*kgraph\.empirical_ntk"):
         kgraph.nngp(net(forward, a=layer(8), b=layer(8), w=layer(64)), X)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_known_channels_that_are_copied_along_positions(padding: int) -> None:
+    """Coordinates: one is the same in every row, the other in every column; as an input's channels they are whole."""
+
+    class Coordinates(nn.Module):
+        def __init__(self, whole: bool) -> None:
+            super().__init__()
+            self.layer, self.whole = nn.Conv2d(5, 8, 3, padding=padding, bias=False), whole
+
+        def forward(self, x: Tensor) -> Tensor:
+            count, _, height, width = x.shape
+            if self.whole:
+                return torch.relu(self.layer(x))
+            rows = torch.linspace(-1, 1, height, dtype=x.dtype).view(1, 1, height, 1).expand(count, 1, height, width)
+            columns = torch.linspace(0, 2, width, dtype=x.dtype).view(1, 1, 1, width).expand(count, 1, height, width)
+            ones = torch.ones(1, 1, 1, 1, dtype=x.dtype).expand(count, 2, height, width)
+            return torch.relu(self.layer(torch.cat([x, rows, columns, ones], 1)))
+
+    x = torch.randn(2, 1, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows = torch.linspace(-1, 1, 5, dtype=torch.float64).view(5, 1).expand(2, 1, 5, 3)
+    columns = torch.linspace(0, 2, 3, dtype=torch.float64).expand(2, 1, 5, 3)
+    joined = torch.cat([x, rows, columns, torch.ones(2, 2, 5, 3, dtype=torch.float64)], 1)
+    variances = {"layer.weight": 0.1}
+
+    found = kgraph.kernels(Coordinates(whole=False), x, variances=variances, positions="full")
+    asked = kgraph.kernels(Coordinates(whole=True), joined, variances=variances, positions="full")
+
+    torch.testing.assert_close(found.nngp, asked.nngp, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.ntk, asked.ntk, rtol=1e-12, atol=1e-12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gaussian_weights import with_gaussian_weights
 from torch import Tensor, nn
 
 import kgraph
@@ -31,7 +32,7 @@ def test_groups_of_few_channels_are_assumed_to_be_gaussian(width: int) -> None:
 def test_rows_that_repeat_are_told_where_channels_are_read_apart() -> None:
     """Equal pixels of a cell: their correlation is 1, not 0."""
     torch.manual_seed(0)
-    layer = nn.Conv2d(3, 32, 3, padding=1)
+    layer = with_gaussian_weights(nn.Conv2d(3, 32, 3, padding=1))
     model = nn.Sequential(layer, nn.PixelShuffle(2), nn.AvgPool2d(2))
     assert how(model) == "exact"
     with torch.no_grad():

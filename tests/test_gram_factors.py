@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import pytest
 import torch
+from gaussian_weights import with_gaussian_weights
 from gram_montecarlo import SIGMAS
 from torch import Tensor, nn
 
@@ -69,7 +70,7 @@ class Scaled(nn.Module):
 def test_what_is_not_known_is_assumed() -> None:
     assert kgraph.kernels(Scaled(), X).how == "assumed"
     assert kgraph.kernels(without_biases(Scaled()), X, with_ntk=False).how != "assumed"
-    assert kgraph.kernels(network(nn.ReLU), X).how == "exact"
+    assert kgraph.kernels(with_gaussian_weights(network(nn.ReLU)), X).how == "exact"
 
 
 def test_factors_are_found() -> None:
@@ -131,7 +132,7 @@ def without_biases(model: Net) -> Net:
         if isinstance(layer, nn.Linear):
             nn.init.zeros_(layer.bias)
             break
-    return model
+    return with_gaussian_weights(model)
 
 
 @pytest.mark.parametrize("parametrization", ["standard", "ntk"])

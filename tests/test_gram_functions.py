@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from gaussian_weights import with_gaussian_weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -152,7 +153,7 @@ class TwoUses(nn.Module):
 
 
 def test_one_weight_on_two_functions_is_that_weight_on_their_difference() -> None:
-    model = TwoUses().double()
+    model = with_gaussian_weights(TwoUses().double())
     plain = net(lambda z: F.relu(z) - torch.tanh(z))
     plain[0].load_state_dict(model.a.state_dict())
     plain[2].load_state_dict(model.w.state_dict())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gaussian_weights import with_gaussian_weights
 from gram_montecarlo import SIGMAS, Case, Net, check_nngp, dense, vectors
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ def without_biases(model: nn.Sequential) -> nn.Sequential:
     for layer in model:
         if isinstance(layer, nn.Linear):
             nn.init.zeros_(layer.bias)
-    return model
+    return with_gaussian_weights(model)
 
 
 def last(width: int) -> nn.Linear:

@@ -106,6 +106,20 @@ def _held(u: Field) -> Held:
 _MOST_TERMS = 8
 
 
+def of_few(u: Field) -> bool:
+    """Whether a Gaussian field holds units of few weights that are no Gaussians."""
+    match u:
+        case f.Affine(layer=layer):
+            return layer.few
+        case f.Leaf(few=few):
+            return few
+        case f.Sliced(arg=arg) | f.Moved(arg=arg):
+            return of_few(arg)
+        case f.Sum(terms=terms):
+            return any(of_few(term) for _, term in terms[:_MOST_TERMS])
+    return False
+
+
 def averages(fn: Pointwise) -> bool:
     """Whether a function is averaged over biases; functions with kinks and a closed form are not."""
     return fn.closed is None or not len(fn.kinks())
@@ -121,4 +135,4 @@ def _shifted(fn: Pointwise, shift: float) -> Pointwise:
     return fn.affine(input_shift=shift)
 
 
-__all__ = ["About", "about", "about_both", "averages", "centred", "shows"]
+__all__ = ["About", "about", "about_both", "averages", "centred", "of_few", "shows"]

@@ -130,6 +130,7 @@ class Layer:
         bias, bias_mean: E[b^2], E[b].
         bias_law: that of the biases about their mean, where it is no Gaussian's.
         zero_sums: of a weight that does not see the mean of what it reads.
+        few: whether its weights are no Gaussians', and so few numbers are read that it shows.
         own, own_bias: own terms of the tangents: factors of the input's kernel, and constants.
         geometry: taps of a convolution, None for a linear layer.
     """
@@ -143,6 +144,7 @@ class Layer:
     geometry: Geometry | None = None
     bias_law: Bias | None = None
     zero_sums: ZeroSums | None = None
+    few: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,12 +165,14 @@ class Leaf(Field):
 
     Attributes:
         bias_law: that of a layer's biases, where it is no Gaussian's.
+        few: as a layer's.
     """
 
     block: Block = field(default_factory=lambda: Block(torch.zeros(())))
     mean: float = 0.0
     gap: Tensor | None = None
     bias_law: Bias | None = None
+    few: bool = False
 
     @property
     def level(self) -> float | None:

@@ -36,6 +36,15 @@ def axis_runs(
     return runs
 
 
+def tap_sums(x: Tensor, geometry: Geometry) -> Tensor:
+    """Sum over the taps that meet an input, [..., *places] -> [..., *sizes]."""
+    total = x.new_zeros(*x.shape[: x.ndim - len(geometry.sizes)], *geometry.sizes)
+    for _, runs in geometry.terms:
+        to, source = zip(*runs, strict=True)
+        total[(..., *to)] += x[(..., *source)]
+    return total
+
+
 def tap_shares(weight: Tensor) -> tuple[Tensor, bool]:
     """E[W_o^2] of every tap, and whether they are taken as equal.
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kgraph.gram.calculus import Calculus
 from kgraph.gram.field import Affine, Known
 from kgraph.gram.gaps import Gaps
+from kgraph.gram.taps import tap_sums
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,7 @@ def _spread(u: Affine, v: Affine) -> float:
 def _sums(engine: Calculus, u: Affine) -> Tensor:
     """S, [N or 1, *places]."""
     means, geometry = engine.means(u.arg), u.layer.geometry
-    if geometry is None:
-        return means
-    lead = means.shape[: means.ndim - len(geometry.sizes)]
-    total = torch.zeros(*lead, *geometry.sizes, dtype=means.dtype, device=means.device)
-    for _, runs in geometry.terms:
-        to, source = zip(*runs, strict=True)
-        total[(..., *to)] += means[(..., *source)]
-    return total
+    return means if geometry is None else tap_sums(means, geometry)
 
 
 __all__ = ["Unseen", "unseen_gap", "unseen_means"]

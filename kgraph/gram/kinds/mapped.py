@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kgraph.gram import field as f
 from kgraph.gram import laws
-from kgraph.gram.biased import About, about, about_both, averages, centred, shows
+from kgraph.gram.biased import About, about, about_both, averages, centred, of_few, shows
 from kgraph.gram.block import Block, Draws, added
 from kgraph.gram.calculus import Calculus, Side
 from kgraph.gram.engine import Engine
@@ -55,6 +55,8 @@ def mapped_mean(engine: Engine, u: f.Mapped) -> Tensor | None:
 def mapped_how(engine: Engine, u: f.Mapped) -> How | None:
     if factors(u.arg) is None:
         return assumed("the gradient by a factor in front of a nonlinearity is taken to be independent of it")
+    if of_few(u.arg):
+        return assumed("few weights of no Gaussian law count as Gaussians")
     if u in engine.rounded:
         return assumed("biases of no Gaussian law count as Gaussians")
     return QUADRATURE if u.fn.how == "quadrature" or u in engine.crossed else None

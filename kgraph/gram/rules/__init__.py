@@ -7,6 +7,7 @@ from kgraph.gram.rules import (  # noqa: F401  (each registers its rules)
     einsum,
     embedding,
     gates,
+    joined,
     merge,
     norm,
     orders,

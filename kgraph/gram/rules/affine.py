@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from kgraph.gram import field as f
 from kgraph.gram.build import moved, sliced
 from kgraph.gram.field import Affine, Field, Layer, Leaf
 from kgraph.gram.places import Relabel
+from kgraph.gram.rules.few import reads_few
 from kgraph.gram.rules.grouped import MOST_GROUPS, ranges_of
 from kgraph.gram.rules.measured import second_moment
 from kgraph.gram.rules.over_positions import position_layer, sums_positions
@@ -73,7 +75,7 @@ def layer_output(context: Context, u: Field, layer: Layer, places: tuple[int, ..
     block = engine.pair(output, output)
     gap = engine.gaps.gap(output, output) if engine.gaps is not None else None
     how = engine.how(output)  # known once the block is
-    return Leaf(places, roots, how, block, layer.bias_mean, gap, layer.bias_law)
+    return Leaf(places, roots, how, block, layer.bias_mean, gap, layer.bias_law, layer.few)
 
 
 def make_layer(
@@ -116,6 +118,7 @@ def _linear(
     context.read_one_way(at[0], along)
     units = weight if along else weight.T
     layer = make_layer(context, names, weight, bias, weight.numel() // max(out, 1), units=units)
+    layer = replace(layer, few=reads_few(context, names[0], weight, u, None))
     how = u.how | draws_of(context, names[0], units, u)
     how |= _TIED if weight.data_ptr() in context.engine.tables else EXACT
     result = layer_output(context, u, layer, u.places, how)
@@ -219,6 +222,7 @@ def _convolve(
     out = weight.shape[1] * groups if transposed else weight.shape[0]
     at = len(x.axes) - dims - 1
     read = contracted(x, [at])[0]
+    layer = replace(layer, few=reads_few(context, layer.root, weight, read, geometry))
     way = draws_of(context, layer.root, weight.transpose(0, 1) if transposed else weight, read)
     if layer.zero_sums is not None and (transposed or any(padding)) and sums_to_zero(by_tap(units)):
         way |= EACH_TAP
