@@ -168,6 +168,8 @@ def _scattered(result: Part, centred: Pointwise, base: Part, variance: Tensor) -
     scatter = base.scatter
     if scatter is None or not scatter.shows(float(variance)):
         return replace(result, scatter=None)
+    if scatter.given:
+        return replace(result, scatter=scatter.of_function(float(variance), float(result.q), result.mean))
     cov, slope, ntk = result.cov.clone(), result.slope.clone(), result.ntk.clone()
     value, gain = centred.dual(variance, variance, base.cov[:, DIFF, None] - base.mean**2 + scatter.cov)
     tangent = gain * (base.ntk[:, DIFF, None] + scatter.ntk)

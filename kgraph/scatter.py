@@ -28,11 +28,14 @@ class Scatter:
     Attributes:
         cov, ntk: what a pair has more than the mean, [S] each.
         weights: [S].
+        given: whether the channels are still an input's own: each of them draws both positions anew, so that functions
+            have the moments of the mean cosine; units of a layer have one cosine in common.
     """
 
     cov: Tensor
     ntk: Tensor
     weights: Tensor
+    given: bool = False
 
     @property
     def variance(self) -> float:
@@ -45,18 +48,22 @@ class Scatter:
 
     def scaled(self, square: float) -> Scatter:
         """Of ``factor v``, with the factor's square."""
-        return Scatter(self.cov * square, self.ntk * square, self.weights)
+        return Scatter(self.cov * square, self.ntk * square, self.weights, self.given)
+
+    def of_function(self, q: float, second: float, mean: float) -> Scatter:
+        """Of f of given channels of this q: a mean of C products f f' has variance (E[f^2]^2 - E[f]^4) / C."""
+        return self.scaled(math.sqrt(max(second**2 - mean**4, 0.0)) / q)
 
     def layer(self, gain: float, own: float, taps: float = 1.0) -> Scatter:
         """Behind ``K' = gain K``, ``T' = gain T + own K`` of a mean over so many taps."""
-        share = taps**-0.5
+        share = taps**-0.5 if taps > 0 else 0.0  # no two outputs that read one tap
         return Scatter(share * gain * self.cov, share * (gain * self.ntk + own * self.cov), self.weights)
 
 
 def of_white(channels: int, q: float) -> Scatter:
     """That of white inputs of so many channels."""
     cosines, weights = _cosines(channels)
-    return Scatter(q * cosines, torch.zeros_like(cosines), weights)
+    return Scatter(q * cosines, torch.zeros_like(cosines), weights, given=True)
 
 
 @lru_cache(64)
@@ -76,7 +83,7 @@ def both(one: Scatter | None, two: Scatter | None) -> Scatter | None:
         return one or two
     if len(one.cov) != len(two.cov):  # of two inputs
         return max(one, two, key=lambda scatter: scatter.variance)
-    return Scatter(one.cov + two.cov, one.ntk + two.ntk, one.weights)
+    return Scatter(one.cov + two.cov, one.ntk + two.ntk, one.weights, one.given and two.given)
 
 
 __all__ = ["Scatter", "both", "of_white"]

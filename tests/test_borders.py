@@ -35,6 +35,7 @@ ASSUMED = {
     "a product": lambda: Product(),
     "a border, convolved without padding": lambda: nn.Sequential(conv(padding=1), conv()),
     "a border, pooled": lambda: nn.Sequential(conv(padding=1), nn.AvgPool2d(3, 1)),
+    "a border, pooled to windows that overlap": lambda: nn.Sequential(conv(padding=1), nn.AdaptiveAvgPool2d(4)),
     "windows that overlap, pooled": lambda: nn.Sequential(conv(), nn.MaxPool2d(2)),
     "windows that overlap, strided": lambda: nn.Sequential(conv(), conv(stride=2)),
     "windows cut by a border": lambda: nn.MaxPool2d(3, 1, 1),

@@ -86,3 +86,58 @@ def test_taps_and_many_channels_scatter_less() -> None:
         return kgraph.analyze(model, torch.randn(2, stem.in_channels, side, side)).nodes[-1].q
 
     assert q(one, SIDE) == pytest.approx(q(nine, SIDE + 2), rel=1e-3)
+
+
+class Functions(nn.Module):
+    """The mean over positions of a function of the inputs themselves, or of a layer's units."""
+
+    def __init__(self, channels: int, layer: bool) -> None:
+        super().__init__()
+        self.layer = constant(nn.Conv2d(channels, WIDTH, 1, bias=False)) if layer else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.layer(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 8])
+def test_functions_of_inputs_see_no_cosine(channels: int) -> None:
+    """Every channel draws two positions anew: E[relu x relu x'] = 1 / 2 pi, however few channels there are."""
+    x = torch.randn(2, channels, SIDE, SIDE)
+    independent = (0.5 + (PLACES - 1) / (2 * math.pi)) / PLACES
+
+    found = [kgraph.analyze(Functions(channels, layer), x).nodes[-1].q for layer in (False, True)]
+
+    assert found[0] == pytest.approx(independent, rel=1e-12)
+    assert found[1] > (1 + 0.1 / channels) * independent
+
+
+def test_layers_on_functions_of_few_inputs() -> None:
+    """cos(W relu(x)): covariances k scatter by Var(relu relu') / channels; their higher moments are a Gauss rule's."""
+    channels = 2
+
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = constant(nn.Conv2d(channels, WIDTH, 1, bias=False))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cos(self.layer(torch.relu(x))).mean((2, 3))
+
+    found = kgraph.analyze(Behind(), torch.randn(2, channels, SIDE, SIDE)).nodes[-1].q
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 400_000, channels, generator=generator, dtype=torch.float64).relu()
+    k, q = (a * b).mean(1), 0.5  # sw2 = 1, and kgraph's probes have one q
+
+    def pooled(of_pairs: float) -> float:
+        return math.exp(-q) * (math.cosh(q) + (PLACES - 1) * of_pairs) / PLACES
+
+    higher = pooled(float((torch.cosh(k) - 1 - k.square() / 2).mean())) - pooled(0.0)
+    assert found == pytest.approx(pooled(float(torch.cosh(k).mean())), abs=higher)
+    assert abs(found / pooled(math.cosh(float(k.mean()))) - 1) > 0.03 > higher
+
+
+def test_taps_that_no_two_outputs_share_do_not_scatter() -> None:
+    """2x2 positions, padded by 1, read in steps of 2 by 2x2 taps: each tap meets one of them."""
+    model = nn.Sequential(nn.Conv2d(3, WIDTH, 2, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    assert kgraph.analyze(model, torch.randn(2, 3, 2, 2)).nodes[-1].q > 0

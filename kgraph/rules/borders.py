@@ -148,6 +148,8 @@ def _needs_positions(node: fx.Node, reasons: list[str], kernels: list[Kernel], v
         return True  # windows read some positions more often than others
     if name.startswith("avg_pool"):
         return True
+    if name.startswith("adaptive_avg_pool"):  # the average of all positions counts each of them once
+        return max(_listed(_argument(node, "output_size", 1)), default=2) > 1
     if name in ("mul", "div"):
         known = [v for n in node.all_input_nodes if isinstance(v := values[n], Tensor)]
         return uneven > 1 or (name == "div" and len(kernels) > 1) or any(_differs(t, kernels[0]) for t in known)
