@@ -135,3 +135,29 @@ def test_a_batch_norm_of_channels_that_are_dead_or_alive_says_that_one_variance_
     assert behind(nn.ReLU(), nn.Linear(64, 64, bias=False)).startswith("exact")
     assert behind(nn.ReLU()).startswith("exact")  # unrelated inputs share nothing in front of the relu
     assert "channels of many variances" in behind(nn.ReLU(), nn.Linear(64, 64, bias=False), nn.ReLU())
+
+
+@pytest.mark.parametrize(("share", "how"), [(1.0, "assumed"), (0.5, "exact")])
+def test_what_a_norm_leaves_of_its_input_is_noise(share: float, how: str) -> None:
+    """x - x / sigma of q = 1.01: (sigma - 1)^2 = 2.5e-5 is left, and 1 / (2 C) = 8e-3 of sigma's noise with C = 64."""
+
+    class Left(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = nn.Linear(64, 64, bias=False), nn.LayerNorm(64, 1e-12, elementwise_affine=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x)
+            return x - share * self.norm(x)
+
+    model = Left()
+    with torch.no_grad():
+        model.layer.weight.normal_(generator=torch.Generator().manual_seed(0))
+        model.layer.weight.mul_((1.01 / 64 / model.layer.weight.square().mean()).sqrt())
+    found = kgraph.analyze(model, torch.randn(2, 64)).final
+    assert found.how == how
+    assert found.q == pytest.approx((1.01**0.5 - share) ** 2, rel=1e-3)
+    x = torch.randn(4000, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        measured = float(model(x).square().mean())
+    assert (abs(measured / found.q - 1) < 0.1) == (how == "exact")

@@ -17,7 +17,7 @@ from kgraph.canonical import aten
 from kgraph.constants import add_constant, known_part, moments, multiply_constant
 from kgraph.entries import origin, said
 from kgraph.how import assumed
-from kgraph.kernel import DIFF, SAME, Axes, Kernel, Part, merge
+from kgraph.kernel import DIFF, SAME, Apply, Axes, Kernel, Part, merge
 from kgraph.maps.tangent import TrainedFactor
 from kgraph.modules import WeightedSum
 from kgraph.rules.pointwise import unary
@@ -25,9 +25,8 @@ from kgraph.rules.table import Context, rule
 from kgraph.rules.weights import one_number
 
 Operand = Kernel | Tensor | float | int
-_LEFT = 1e-8
 _CANCELLED = assumed("its terms cancel, and what is left at finite width is not what is left in the limit")
-"""x minus its own BatchNorm: eps is all that is left of many inputs, and far less than the noise of the statistics."""
+"""x minus its own norm: with q = 1 eps is all that is left of it, less than the noise of statistics of C channels."""
 
 
 @rule(aten.add.Tensor, aten.add.Scalar)
@@ -68,7 +67,8 @@ def _sum(context: Context, x: Operand, y: Operand, wx: float, wy: float) -> Kern
     if isinstance(x, Kernel) and isinstance(y, Kernel):
         total = _pairwise(context, x, y, lambda u, v: algebra.add(u, v, wx, wy))
         terms = wx**2 * float(x.merged.q) + wy**2 * float(y.merged.q)
-        return said(total, _CANCELLED) if 0 < float(total.merged.q) < _LEFT * terms else total
+        channels, one_function = total.merged.size, isinstance(total.merged.expr, Apply)
+        return said(total, _CANCELLED) if 0 < float(total.merged.q) * channels < terms and not one_function else total
     if isinstance(x, Kernel):
         return _trained(context, 1, y, wy, add_constant(_scaled(x, wx), y, wy, _name(context, 1)))
     assert isinstance(y, Kernel)
