@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import kgraph
+from kgraph.capture import capture
+from kgraph.passes.base import Workspace
 from kgraph.studies.explain.report import INPUTS
+from kgraph.studies.explain.variants import Initialize
 from kgraph.studies.explain.words import difference, fate
 
 WIDTH, DEPTH = 256, 6
@@ -158,3 +161,16 @@ def test_bad_calls() -> None:
         kgraph.explain(Residual(), X, mode="test")
     with pytest.raises(kgraph.ModelError):
         kgraph.explain("a model", X)  # type: ignore[arg-type]
+
+
+def test_layers_of_one_shape_are_drawn_apart_in_any_precision() -> None:
+    """QR has no kernel for bfloat16; one seed for every layer would make all of them the same matrix."""
+    model = nn.Sequential(*(nn.Linear(16, 16, dtype=torch.bfloat16) for _ in range(3)))
+    graph = capture(model, torch.zeros(2, 16, dtype=torch.bfloat16))
+    work = Workspace(graph, seed=0)
+
+    Initialize(nn.init.orthogonal_).rewrite(work)
+
+    first, second, third = (graph.root.get_parameter(f"{i}.weight").double() for i in range(3))
+    torch.testing.assert_close(first @ first.T, torch.eye(16, dtype=torch.float64), rtol=0, atol=2**-8 * 1.01)
+    assert not torch.equal(first, second) and not torch.equal(second, third)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from kgraph.canonical import aten, operation_name
 from kgraph.methods import DKS, TAT
@@ -27,7 +27,7 @@ _MAX_TO_AVERAGE = {
 _POOL_ARGUMENTS = 4
 """Input, kernel size, stride, padding: what both kinds of pooling have in the same place."""
 
-Initializer = Callable[[Tensor], object]
+Initializer = Callable[..., object]
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,17 @@ class Initialize(Pass):
     draw: Initializer = field(default=nn.init.kaiming_normal_)
 
     def rewrite(self, work: Workspace) -> None:
+        generator = torch.Generator().manual_seed(work.seed)
         for layer in filter(work.is_random, work.nodes):
             if operation_name(layer) not in ("linear", *CONVOLUTIONS, *TRANSPOSED):
                 continue
             weight, bias = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
             if isinstance(weight, fx.Node) and weight.op == "get_attr" and work.tensor(weight).ndim > 1:
                 work.record(layer, "initialize", "as asked")
-                with torch.no_grad(), torch.random.fork_rng(devices=()):
-                    torch.manual_seed(work.seed)
-                    self.draw(work.tensor(weight))
+                drawn = torch.empty(work.tensor(weight).shape)  # half precision has no QR decomposition
+                with torch.no_grad():
+                    self.draw(drawn, generator=generator)
+                    work.tensor(weight).copy_(drawn)
             if isinstance(bias, fx.Node) and bias.op == "get_attr":
                 with torch.no_grad():
                     work.tensor(bias).zero_()
