@@ -283,7 +283,7 @@ def add(left: Part, right: Part, left_weight: float = 1.0, right_weight: float =
     common = _common_function(left, right, lambda u, v: left_weight * u + right_weight * v)
     common = common or _common_core(left, right, left_weight, right_weight)
     if common is not None:
-        return common
+        return _no_surer(common, left, right)
     left, right = scale(left, left_weight), scale(right, right_weight)
     cross = 2 * left.mean * right.mean
     total = Part(
@@ -306,7 +306,7 @@ def multiply(left: Part, right: Part) -> Part:
     """``left * right`` entry by entry: K' = K_left K_right when independent."""
     common = _common_function(left, right, lambda u, v: u * v) or _product_of_cores(left, right)
     if common is not None:
-        return common
+        return _no_surer(common, left, right)
     product = Part(
         size=max(left.size, right.size),
         cov=left.cov * right.cov,
@@ -412,7 +412,13 @@ def joint_function(parts: Sequence[Part], combine: Callable[..., Tensor]) -> Par
     functions = [_as_scaled_function(part) for part in parts]
     if any(base is not functions[0][1] for _, base in functions):
         return None
-    return apply(Pointwise(lambda u: combine(*(fn(u) for fn, _ in functions))), functions[0][1])
+    return _no_surer(apply(Pointwise(lambda u: combine(*(fn(u) for fn, _ in functions))), functions[0][1]), *parts)
+
+
+def _no_surer(common: Part, *parts: Part) -> Part:
+    """What was assumed of a part (the gain of a norm) is in its function too; what was drawn may be integrated now."""
+    told = [part.how for part in parts if part.how.name == "assumed"]
+    return replace(common, how=common.how | told[0]) if told else common
 
 
 def _compose(outer: Pointwise, inner: Pointwise) -> Pointwise:

@@ -155,7 +155,7 @@ class _Walk:
             value = self.value(node)
             value = self.borders.judged(node, value, self.values)
             if isinstance(value, Kernel):
-                value = still_infinite(value, [self.values[n] for n in node.all_input_nodes])
+                value = still_infinite(_without_pairs(value), [self.values[n] for n in node.all_input_nodes])
             if self.adjust is not None and isinstance(value, Kernel):
                 value = self._adjusted(node, value, self.adjust)
             self.values[node] = value
@@ -253,6 +253,13 @@ def known_result(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return written(node, args, kwargs, values)
+
+
+def _without_pairs(value: Kernel) -> Kernel:
+    """One position has no pairs whose cosines scatter, and what is copied from it has none either."""
+    if value.positions > 1 or all(part.scatter is None for part in value.parts):
+        return value
+    return value.told(*(replace(part, scatter=None) for part in value.parts))
 
 
 def still_infinite(value: Kernel, inputs: list[Any]) -> Kernel:

@@ -74,3 +74,16 @@ def test_multipliers_reach_the_slopes() -> None:
     model = network(1)
     nothing: dict[str, float | Tensor] = {"1.weight": 0.0, "3.weight": 0.0}
     assert bool((kgraph.ntk(model, X) > kgraph.ntk(model, X, multipliers=nothing)).all())
+
+
+def test_slopes_of_channel_groups_that_are_drawn() -> None:
+    """Two groups of channels that read two halves of an input: their slopes are other numbers, and meet in a norm."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(32, 32, 1, groups=2, bias=False), nn.PReLU(32), nn.GroupNorm(4, 32), nn.Tanh(), nn.Flatten(), last(96)
+    )
+    x = torch.randn(2, 32, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x[:, 16:] *= 2
+    found, without = kgraph.ntk(model, x), kgraph.ntk(model, x, multipliers={"1.weight": 0.0})
+    assert bool((found.diagonal() > without.diagonal()).all())
+    assert bool((found - without < 0.5 * found).all())

@@ -141,3 +141,33 @@ def test_taps_that_no_two_outputs_share_do_not_scatter() -> None:
     """2x2 positions, padded by 1, read in steps of 2 by 2x2 taps: each tap meets one of them."""
     model = nn.Sequential(nn.Conv2d(3, WIDTH, 2, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
     assert kgraph.analyze(model, torch.randn(2, 3, 2, 2)).nodes[-1].q > 0
+
+
+def test_copies_of_one_position_do_not_scatter() -> None:
+    """A layer that reads all positions leaves one; its copies are equal, whatever function follows."""
+
+    class Copied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2 * PLACES, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.layer(x.flatten(1)).unsqueeze(1).repeat(1, 3, 1) + 0.5)
+
+    found = kgraph.analyze(Copied(), torch.randn(2, 2, SIDE, SIDE)).nodes[-1]
+    assert found.c_positions == pytest.approx(1.0, abs=1e-12)
+
+
+def test_sums_of_what_a_norm_assumed_are_assumed() -> None:
+    """x + GroupNorm(x) is one function of x with the norm's gain as a number, which of few channels it is not."""
+
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.GroupNorm(WIDTH // 4, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.norm(x.clamp(-0.5, 1))
+
+    found = kgraph.analyze(Added(), torch.randn(2, WIDTH, SIDE, SIDE))
+    assert {row.how for row in found.nodes if row.op in ("group_norm", "add")} == {"assumed"}

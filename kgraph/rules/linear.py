@@ -87,8 +87,8 @@ FEW = 32
 """Inputs of a sum below which it is not taken for Gaussian without saying so, where its weights are shared."""
 
 
-def affine_part(context: Context, part: Part, layer: Affine, size: int) -> Part:
-    """K' = sw2 K + sb2; T' = g_w K + g_b + sw2 T; a fresh Gaussian, exact at infinite width."""
+def affine_part(context: Context, part: Part, layer: Affine, size: int, taps: int = 1) -> Part:
+    """K' = sw2 K + sb2; T' = g_w K + g_b + sw2 T over so many positions; a fresh Gaussian, exact at infinite width."""
     own_weight, own_bias = layer.ntk_gains(context.parametrization)
     return Part(
         size=size,
@@ -99,7 +99,7 @@ def affine_part(context: Context, part: Part, layer: Affine, size: int) -> Part:
         roots=Roots({Root(layer.root)}),
         expr=Gaussian(layer.law),
         how=part.how,
-        scatter=part.scatter and part.scatter.layer(layer.weight, own_weight),
+        scatter=part.scatter and part.scatter.layer(layer.weight, own_weight, taps),
     )
 
 
@@ -110,7 +110,7 @@ def without_shared_channels(part: Part) -> Part:
     """
     cov, slope, ntk = part.cov.clone(), part.slope.clone(), part.ntk.clone()
     cov[:, DIFF], slope[:, DIFF], ntk[:, DIFF] = part.mean**2, 0.0, 0.0
-    return replace(part, cov=cov, slope=slope, ntk=ntk)
+    return replace(part, cov=cov, slope=slope, ntk=ntk, scatter=None)
 
 
 def contract(
@@ -118,11 +118,12 @@ def contract(
 ) -> Kernel:
     """Apply an affine layer that sums over ``dims`` of ``x``; ``axes`` are those of the result."""
     kept = [factor for i, axis in enumerate(x.axes) if i not in dims for factor in axis]
+    read = math.prod(s for i in dims for role, s in x.axes[i] if role == "p")
     mixes = any(role == "c" for role, _ in kept)
     size = math.prod(s for axis in axes for role, s in axis if role == "c")
 
     def summed(part: Part) -> Part:
-        result = affine_part(context, without_shared_channels(part) if mixes else part, layer, size)
+        result = affine_part(context, without_shared_channels(part) if mixes else part, layer, size, read)
         if zero is not None and mixes:
             result = replace(result, how=result.how | OF_POSITIONS)
         elif zero is not None:

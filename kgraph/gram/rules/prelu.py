@@ -36,9 +36,9 @@ def prelu(context: Context, x: Any, weight: Any) -> Value:
         return shaped
     speed = 1.0 if context.engine.parametrization == "standard" else float(slopes.square().mean())
     terms = context.own({name: speed})
-    root = Root(f"{name} at {context.node.name}")
 
-    def with_own(before: Field, after: Field) -> Field:
+    def with_own(index: int, before: Field, after: Field) -> Field:
+        root = Root(f"{name} at {context.node.name}", ((f"groups of {context.node.name}", index, index + 1),))
         negative = mapped(NEGATIVE_PART, before)
         kernel = context.engine.pair(negative, negative).cov
         zero = torch.zeros_like(kernel)
@@ -47,5 +47,5 @@ def prelu(context: Context, x: Any, weight: Any) -> Value:
         how = after.how | _ONE_FOR_ALL if len(slopes) == 1 else after.how
         return Sum(after.places, after.roots | leaf.roots, how, ((1.0, after), (1.0, leaf)))
 
-    pairs = zip(x.groups, shaped.groups, strict=True)
-    return replace(shaped, groups=tuple((size, with_own(u, v)) for (size, u), (_, v) in pairs))
+    pairs = enumerate(zip(x.groups, shaped.groups, strict=True))
+    return replace(shaped, groups=tuple((size, with_own(i, u, v)) for i, ((size, u), (_, v)) in pairs))
