@@ -21,6 +21,8 @@ FARTHER = 10.0
 """Times that angle, a second neighbour: with functions that jump, its quotient is smaller."""
 JUMP = 1.15
 """Quotient of the two quotients from which on the slope is infinite."""
+ROUNDING = 1e-3
+"""Slopes below are those of float32's last digits, which jump: (1e-6 / ANGLE)^2 and less."""
 QUANTITIES = ("q", "c 0", "c 0.5", "c 0.9", "c positions", "slope", "farther slope")
 
 
@@ -168,6 +170,6 @@ def _estimates(rows: Tensor) -> dict[str, Estimate]:
         parts = (rows[:, moment] - ratio * rows[:, 0]) / q
         found[name] = Estimate(scale * float(ratio), scale * float(parts.std()) / math.sqrt(len(rows)))
     near, far = found["slope"], found.pop("farther slope")
-    if near.value > JUMP * far.value + 4 * near.error:
+    if near.value > max(ROUNDING, JUMP * far.value + 4 * near.error):
         found["slope"] = Estimate(math.inf, 0.0)
     return found
