@@ -27,6 +27,7 @@ from kgraph.methods import DKS, TAT
 from kgraph.montecarlo import montecarlo
 from kgraph.ntk_report import NTKReport, ntk_report
 from kgraph.param_groups import param_groups
+from kgraph.passes.fold import FoldReport, fold
 from kgraph.passes.graph_parametrize import graph_parametrize
 from kgraph.saved import load
 from kgraph.shaping import ShapedConstants, shape_activation
@@ -55,6 +56,7 @@ __all__ = [
     "Figure",
     "FileError",
     "Fluctuations",
+    "FoldReport",
     "InputError",
     "InputMoments",
     "Isometry",
@@ -88,6 +90,7 @@ __all__ = [
     "explain",
     "export_onnx",
     "fluctuations",
+    "fold",
     "graph_parametrize",
     "isometry",
     "kernel_function",

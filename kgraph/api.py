@@ -29,6 +29,7 @@ from kgraph.log_determinants import false_log_determinants, find_log_determinant
 from kgraph.methods import DKS, TAT, Auto, Method
 from kgraph.modes import depends_on_mode
 from kgraph.opaque import unseen
+from kgraph.passes.fold import fold as _fold
 from kgraph.passes.fold_parametrizations import constraints, fold_hooks, fold_parametrizations, has_hooks
 from kgraph.passes.remove_norms import NORMS
 from kgraph.promised import places_only
@@ -316,11 +317,14 @@ def export_onnx(
     *,
     opset: int = 20,
     certificate: Certificate | None = None,
+    fold: bool = True,
 ) -> OnnxExport:
     """Export to ONNX, check it, run it in onnxruntime at two batch sizes, and store the kernel report inside.
 
     Args:
         certificate: of a transformed model, to be stored too.
+        fold: write a transformed model's constants into its weights (`kgraph.fold`); the file is checked against the
+            model as it is.
 
     Raises:
         ExportError, InputError: see `kgraph.export`.
@@ -337,7 +341,9 @@ def export_onnx(
         report = current.to_dict()
     if certificate is not None:
         report = {**(report or {}), "certificate": certificate.to_dict()}
-    return _export_onnx(model, path, inputs.args or inputs.kwargs, opset=opset, report=report)
+    folded = _fold(model) if flag("fold", fold) and isinstance(model, EmittedModule) else None
+    result = _export_onnx(model, path, inputs.args or inputs.kwargs, opset=opset, report=report, written=folded)
+    return result if folded is None else replace(result, fold_report=folded.fold_report)
 
 
 __all__ = ["TransformRecord", "analyze", "export_onnx", "shaping_targets", "transform"]

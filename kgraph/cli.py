@@ -197,11 +197,12 @@ def export(
     seed: Seed = 0,
     trust: Trust = False,
     opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 23.")] = 20,
+    fold: Annotated[bool, typer.Option(help="Write a transformed model's constants into its weights.")] = True,
 ) -> None:
     """Export MODEL to ONNX and check the file against it."""
     _check_places(onnx)
     module, examples = _load(model, kwargs, inputs, seed, trust)
-    _export(module, onnx, examples, opset)
+    _export(module, onnx, examples, opset, fold=fold)
 
 
 @app.command(epilog="Example: `kgraph demo --out kgraph-demo`")

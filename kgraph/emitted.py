@@ -12,6 +12,9 @@ from torch import fx, nn
 NAMES = "kgraph_names"
 """Key under which ``meta`` keeps the names of nodes that are others than in the flat graph: flat name -> own."""
 
+FOLD = "kgraph_fold"
+"""Key under which ``meta`` keeps what folding did."""
+
 
 class Bound(ABC):
     """A record that can speak about the module that carries it."""
@@ -31,6 +34,11 @@ class EmittedModule(fx.GraphModule):
     def kgraph(self) -> Any:
         record = self.meta.get("kgraph")
         return record._of(self) if isinstance(record, Bound) else record
+
+    @property
+    def fold_report(self) -> Any:
+        """What `kgraph.fold` folded and what it kept; None for a module that was not folded."""
+        return self.meta.get(FOLD)
 
     def __reduce__(self) -> Any:
         rebuild, arguments = super().__reduce__()

@@ -48,12 +48,14 @@ class OnnxExport:
         max_abs_error: largest |onnxruntime - torch| over all outputs and both batch sizes.
         batch_sizes: the batch sizes compared; the batch axis itself is dynamic.
         opset: the ONNX operator set of the file.
+        fold_report: which constants of a transformed model the file's weights took up; None where it was not folded.
     """
 
     path: Path
     max_abs_error: float
     batch_sizes: tuple[int, int]
     opset: int
+    fold_report: object = None
 
 
 def export_onnx(
@@ -64,6 +66,7 @@ def export_onnx(
     opset: int = 20,
     report: Mapping[str, Any] | None = None,
     tolerance: float = 1e-4,
+    written: nn.Module | None = None,
 ) -> OnnxExport:
     """Writes the model in eval mode to an ONNX file with a dynamic batch axis, and checks the file.
 
@@ -81,6 +84,8 @@ def export_onnx(
         report: stored as JSON in the model's metadata under the key "kgraph" (onnxruntime:
             ``session.get_modelmeta().custom_metadata_map``).
         tolerance: relative to the output's scale.
+        written: another module of the same function, in eval mode, that is written in the model's place. The file is
+            compared with ``model``.
 
     Raises: InputError for an argument outside its domain; FileError where the file cannot be written; ExportError
         where the model cannot be exported, or the file does not reproduce it (the message names the worst output).
@@ -94,7 +99,7 @@ def export_onnx(
         _try(model, call)
         # Traced at two or more: torch.export takes an axis of length 1 for a constant.
         traced = call.resized(max(2, call.batch_size()))
-        names = _write(model, file, traced, shapes, opset, metadata)
+        names = _write(model if written is None else written, file, traced, shapes, opset, metadata)
         session = checked_session(file)
         sizes = (call.batch_size(), 2 if call.batch_size() == 3 else 3)
         error = max(parity(model, session, names, call.resized(n), tolerance) for n in sizes)

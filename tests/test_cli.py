@@ -123,7 +123,9 @@ def test_methods_combine(model: str) -> None:
 def test_export(calls: list[Any], model: str, tmp_path: Path) -> None:
     result = run("export", model, "--onnx", str(tmp_path / "m.onnx"), "--opset", "18", "--input", "1,16:long")
     assert result.exit_code == 0 and (tmp_path / "m.onnx").exists()
-    assert calls[0][2][0].dtype == torch.int64 and calls[0][3] == {"opset": 18}
+    assert calls[0][2][0].dtype == torch.int64 and calls[0][3] == {"opset": 18, "fold": True}
+    run("export", model, "--onnx", str(tmp_path / "m.onnx"), "--no-fold")
+    assert calls[1][3]["fold"] is False
 
 
 def test_demo_leaves_its_files_and_says_what_it_did(calls: list[Any], tmp_path: Path) -> None:

@@ -149,7 +149,9 @@ BAD: dict[str, dict[str, Sequence[Any]]] = {
         "example_inputs": [*INPUTS, X * NAN],
         "opset": [*COUNT, None, 17, 24, 20.0],
         "certificate": [0, "a", *BASIC],
+        "fold": [None, *FLAG],
     },
+    "fold": {"model": [*MODEL, SMALL]},
     "load": {"path": [*PATHS, "missing.pt"], "model": [v for v in MODEL if not isinstance(v, nn.Module)]},
     "montecarlo": {
         "model": MODEL,
@@ -365,7 +367,7 @@ MADE_BY_KGRAPH = {
     *("MeasuredFluctuations", "MeasuredNode", "NTKReport", "NodeComparison", "NodeFluctuations", "NodeGram"),
     *("OrderChaosReport", "PhaseDiagram", "ResidualDepth", "ShapedConstants", "TransformRecord", "passes.Pass"),
     *("Report", "Comparison", "MonteCarlo", "OnnxExport", "Certificate", "CertificateRow", "Figure"),
-    *("Effect", "Explanation"),
+    *("Effect", "Explanation", "FoldReport"),
 }
 """Results: nobody builds them by hand; their methods are in the table."""
 INTERNAL = {
@@ -411,6 +413,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "critical_point": {"activation": "tanh", "q": 0.5},
     "mean_field": {"activation": "tanh", "sigma_w2": 1.5},
     "phase_diagram": {"activation": "tanh", "sigma_w": [1.0, 1.5], "sigma_b": [0.1, 0.2]},
+    "fold": {"model": kgraph.transform(SMALL, "tat", X)},
     "shape_activation": {"phi": "tanh", "psi": 1.5},
     "residual_depth": {"model": nn.Sequential(Residual(), Residual()), "draws": 0},
     "param_groups": {"lr": 0.1, "beta": 0.1},
