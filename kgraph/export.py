@@ -91,6 +91,7 @@ def export_onnx(
         where the model cannot be exported, or the file does not reproduce it (the message names the worst output).
     """
     _check_arguments(model, opset, tolerance)
+    _refuse_bfloat16(model)
     target = destination(path)
     call, shapes = Call.of(example_inputs).bound(model)
     metadata = {} if report is None else {METADATA_KEY: _as_json(report)}
@@ -113,6 +114,15 @@ def _check_arguments(model: nn.Module, opset: int, tolerance: float) -> None:
         raise InputError(f"opset must be {OPSETS[0]} to {OPSETS[-1]}, got {opset}")
     if not tolerance > 0:
         raise InputError(f"tolerance must be positive, got {tolerance}")
+
+
+def _refuse_bfloat16(model: nn.Module) -> None:
+    """ONNX has the type, but onnxruntime's CPU kernels do not, and a file that is not run is not believed."""
+    if any(tensor.dtype == torch.bfloat16 for tensor in (*model.parameters(), *model.buffers())):
+        raise InputError(
+            "the model is in bfloat16, in which onnxruntime computes nothing on a CPU, so no file could be checked",
+            hint="Export model.float() or model.half(); quantize or convert the file afterwards",
+        )
 
 
 def _try(model: nn.Module, call: Call) -> None:

@@ -142,4 +142,5 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
         return bool(torch.equal(actual, expected))
     finite = expected.nan_to_num(0.0, 0.0, 0.0)
     scale = float(finite.abs().max().clamp(min=1e-6)) if expected.numel() else 1.0
-    return bool(torch.allclose(actual, expected, rtol=1e-4, atol=1e-4 * scale, equal_nan=True))
+    rounding = max(1e-4, 8 * torch.finfo(expected.dtype).eps)  # half precision rounds at every operation
+    return bool(torch.allclose(actual, expected, rtol=rounding, atol=rounding * scale, equal_nan=True))

@@ -457,3 +457,110 @@ def test_equations_are_solved_and_contradictions_named() -> None:
 def kinds(path: Path) -> Counter[str]:
     onnx = pytest.importorskip("onnx")
     return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+class Residual(nn.Module):
+    """A small ResNet: stem with max pooling, one block with and one without a convolution on its shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)
+        )
+        self.one, self.two = self.branch(8, 8, 1), self.branch(8, 16, 2)
+        self.shortcut = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+
+    @staticmethod
+    def branch(before: int, after: int, stride: int) -> nn.Sequential:
+        enter = [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        return nn.Sequential(*enter, nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.relu(self.one(x) + x)
+        return self.head(torch.relu(self.two(x) + self.shortcut(x)))
+
+
+@pytest.fixture(scope="module")
+def residual() -> tuple[Residual, Any, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Residual()
+    x = randn(2, 3, 12, 12).float()
+    return model, kgraph.transform(model, "tat", x), x
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.3])
+def test_a_file_has_as_many_nodes_as_that_of_the_original(slope: float, residual: Any, tmp_path: Path) -> None:
+    """The exporter folds the original's norms. ReLUs may be a Clip; shifts of leaky ones stay before zeros."""
+    model, shaped_model, x = residual
+    shaped_model = copy.deepcopy(shaped_model)
+    for module in shaped_model.modules():
+        if isinstance(module, nn.LeakyReLU):
+            module.negative_slope = slope
+    original = kgraph.export_onnx(model, tmp_path / "original.onnx", x)
+    folded = kgraph.export_onnx(shaped_model, tmp_path / "folded.onnx", x)
+    whole = kgraph.export_onnx(shaped_model, tmp_path / "whole.onnx", x, fold=False)
+    assert original.fold_report is None and whole.fold_report is None
+    report: Any = folded.fold_report
+    found = kinds(folded.path)
+    assert ("LeakyRelu" in found) == bool(report.kept) == bool(slope)
+    assert all("pads it with zeros" in change.why for change in report.kept)
+    found["Relu"] += found.pop("Clip", 0) + found.pop("LeakyRelu", 0)
+    found["Add"] -= len(report.kept)
+    assert found == kinds(original.path) and kinds(whole.path).total() > found.total() + 8
+
+
+@pytest.mark.parametrize("opset", [18, 19, 21, 22, 23])
+def test_every_opset(opset: int, residual: Any, tmp_path: Path) -> None:
+    _, shaped_model, x = residual
+    assert kgraph.export_onnx(shaped_model, tmp_path / "m.onnx", x, opset=opset).max_abs_error < 1e-5
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    x = randn(2, 16)
+    layers = [layer for _ in range(4) for layer in (nn.Linear(16, 16), nn.Softplus())]
+    half = kgraph.transform(nn.Sequential(*layers), "dks", x.float()).half()
+    result = kgraph.export_onnx(half, tmp_path / "half.onnx", x.half())
+    assert result.max_abs_error < 16 * torch.finfo(torch.float16).eps * 10
+    onnx = pytest.importorskip("onnx")
+    weights = [w for w in onnx.load(result.path).graph.initializer if len(w.dims) == 2]
+    assert {w.data_type for w in weights} == {onnx.TensorProto.FLOAT16}
+    with pytest.raises(InputError, match="bfloat16"):
+        kgraph.export_onnx(half.bfloat16(), tmp_path / "m.onnx", x.bfloat16())
+
+
+def test_weights_in_a_second_file_are_folded(residual: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kgraph.export.SINGLE_FILE_LIMIT", 0)
+    _, shaped_model, x = residual
+    assert kgraph.export_onnx(shaped_model, tmp_path / "m.onnx", x).max_abs_error < 1e-5
+    assert {file.name for file in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
+
+
+def test_static_quantization(residual: Any, tmp_path: Path) -> None:
+    """Folded constants do no harm to int8: as near to the file in float32 as the original's file is to its own."""
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    import onnxruntime
+
+    class Batches(quantization.CalibrationDataReader):
+        def __init__(self, name: str) -> None:
+            self.left = iter([{name: randn(16, 3, 12, 12).float().numpy()}])
+
+        def get_next(self) -> Any:
+            return next(self.left, None)
+
+    model, shaped_model, x = residual
+    errors = []
+    for name, module in (("original", model), ("folded", shaped_model)):
+        exact, small = tmp_path / f"{name}.onnx", tmp_path / f"{name}.int8.onnx"
+        kgraph.export_onnx(module, exact, x)
+        session = onnxruntime.InferenceSession(str(exact), providers=["CPUExecutionProvider"])
+        entry = session.get_inputs()[0].name
+        quantization.quantize_static(str(exact), str(small), Batches(entry), per_channel=True)
+        feed = {entry: randn(16, 3, 12, 12).flip(0).float().numpy()}
+        quantized = onnxruntime.InferenceSession(str(small), providers=["CPUExecutionProvider"])
+        a, b = (np.asarray(one.run(None, feed)[0]) for one in (session, quantized))
+        errors.append(float(np.linalg.norm(a - b) / np.linalg.norm(a)))
+    assert errors[1] < max(2 * errors[0], 0.05)
+    assert errors[1] > 0
