@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import runpy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -510,6 +511,12 @@ def test_a_file_has_as_many_nodes_as_that_of_the_original(slope: float, residual
     found["Relu"] += found.pop("Clip", 0) + found.pop("LeakyRelu", 0)
     found["Add"] -= len(report.kept)
     assert found == kinds(original.path) and kinds(whole.path).total() > found.total() + 8
+
+
+def test_the_picture_in_the_docs_is_drawn_from_files() -> None:
+    script = Path(__file__).parents[1] / "docs" / "figures" / "fold.py"
+    names = runpy.run_path(str(script))
+    assert names["draw"]() == script.with_suffix(".svg").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("opset", [18, 19, 21, 22, 23])
