@@ -20,7 +20,7 @@ from kgraph.capture import Graph
 from kgraph.empirical import Factor, empirical_ntk, seeded
 from kgraph.float64 import InFloat64
 from kgraph.gram.taps import tap_shares
-from kgraph.montecarlo import redrawn
+from kgraph.monte_carlo import redrawn
 from kgraph.rules.sampled import for_mode
 from kgraph.written_buffers import writes_buffer, written
 

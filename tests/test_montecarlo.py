@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import kgraph
-from kgraph.montecarlo import MonteCarlo
+from kgraph.monte_carlo import MonteCarlo
 
 
 def chain(width: int, inputs: int = 64) -> nn.Module:

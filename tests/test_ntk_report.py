@@ -94,7 +94,7 @@ def test_layers_in_pieces_where_memory_is_short(monkeypatch: pytest.MonkeyPatch)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2))
     expected = kgraph.ntk_report(model, X)
-    module = sys.modules["kgraph.ntk_report"]  # by its name there is the function of that name
+    module = sys.modules["kgraph.layer_ntk"]
     monkeypatch.setattr(module, "bytes_of_a_row", lambda *_: Asked().memory_gib * 2**30 / (3 * len(X) ** 2))
     found = kgraph.ntk_report(model, X)
     assert [(row.layer, row.share) for row in found.layers] == [

@@ -23,7 +23,7 @@ import kgraph.passes
 from kgraph import KGraphError
 from kgraph.capture import capture
 from kgraph.export import OnnxExport
-from kgraph.montecarlo import MonteCarlo
+from kgraph.monte_carlo import MonteCarlo
 from kgraph.report import Comparison, Report
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kgraph.emitted import EmittedModule
-from kgraph.montecarlo import as_they_are, signed_permutation
+from kgraph.monte_carlo import as_they_are, signed_permutation
 from kgraph.weight_laws import Law
 
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from kgraph.capture import Graph
 from kgraph.empirical import seeded
 from kgraph.inputs import batch_size
-from kgraph.montecarlo import signed_permutation
+from kgraph.monte_carlo import signed_permutation
 from kgraph.node_moments import MeasuringInterpreter
 from kgraph.residual.chains import ResidualChain
 from kgraph.residual.roles import layers_by_role, obstacle, parameter_uses, stacked, tensor_of, weight_of

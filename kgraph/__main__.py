@@ -1,0 +1,5 @@
+"""``python -m kgraph`` is the command ``kgraph``."""
+
+from kgraph.cli import app
+
+app()
