@@ -7,6 +7,8 @@ Every tensor v of the graph is replaced by v' = (v - t) / s with the scale and s
 from __future__ import annotations
 
 import copy
+import itertools
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +91,12 @@ class _Fold:
     changes: list[Change] = field(default_factory=list)
     kept: list[Change] = field(default_factory=list)
     paths: dict[tuple[str, Any], str] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    taken: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.calls.update(str(n.target) for n in self.module.graph.nodes if n.op == "call_module")
+        self.taken.update(name for name, _ in (*self.module.named_modules(), *self.module.named_parameters()))
 
     def apply(self) -> None:
         self._weights()
@@ -220,23 +228,19 @@ class _Fold:
             node.target = self._put(name, Scale(factor, shift / factor, reason), (factor, shift))
 
     def _put(self, path: str, new: nn.Module, what: tuple[Any, ...]) -> str:
-        """Store a module where the old one was, or beside it where another call of that one needs others constants."""
+        """Store a module where the old one was, or beside it where other calls of that one need other constants."""
         known = self.paths.get((path, what))
         if known is None:
-            known = path if self._calls(path) <= 1 else self._free(path)
+            known = path if self.calls[path] <= 1 else self._free(path)
             self.paths[path, what] = known
             self.module.add_submodule(known, new)
+        self.calls[path] -= 1
         return known
 
-    def _calls(self, path: str) -> int:
-        return sum(n.op == "call_module" and n.target == path for n in self.module.graph.nodes)
-
     def _free(self, path: str) -> str:
-        taken = {name for name, _ in (*self.module.named_modules(), *self.module.named_parameters())}
-        count = 0
-        while f"{path}_{count}" in taken:
-            count += 1
-        return f"{path}_{count}"
+        name = next(name for i in itertools.count() if (name := f"{path}_{i}") not in self.taken)
+        self.taken.add(name)
+        return name
 
     def _record(self, place: Place, own: dict[str, float], left: dict[str, float], plain: dict[str, float]) -> None:
         if own == plain:

@@ -287,8 +287,8 @@ class _Reader:
             if bias is not None and (bias in self.values or bias in weights):
                 ends = [end for one in (first, *others) for end in (one.node, self.key(one.x))]
                 self.unshifted(ends, f"the bias of {first.node.name} is read elsewhere as well")
-            for other in others:
-                self.laws.shifts.append(Law({first.node: 1.0, other.node: -1.0}))
+            for other in others:  # a bias that is yet to be made has one scale as well
+                self.law({first.node: 1.0, other.node: -1.0})
                 if first.weight is other.weight:
                     self.laws.shifts.append(Law({self.key(first.x): 1.0, self.key(other.x): -1.0}))
                 else:
