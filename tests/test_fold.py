@@ -528,6 +528,15 @@ def test_a_file_has_as_many_nodes_as_that_of_the_original(slope: float, residual
     assert found == kinds(original.path) and kinds(whole.path).total() > found.total() + 8
 
 
+def test_resnet18_has_as_many_nodes_as_its_original(tmp_path: Path) -> None:
+    model, inputs, module = shaped("resnet18", "tat")
+    original = kgraph.export_onnx(model, tmp_path / "original.onnx", inputs)
+    folded = kgraph.export_onnx(module, tmp_path / "folded.onnx", inputs)
+    found, report = kinds(folded.path), folded.fold_report
+    found["Relu"] += found.pop("Clip", 0) + found.pop("LeakyRelu", 0)
+    assert found == kinds(original.path) and isinstance(report, kgraph.FoldReport) and not report.kept
+
+
 def test_the_picture_in_the_docs_is_drawn_from_files() -> None:
     script = Path(__file__).parents[1] / "docs" / "figures" / "fold.py"
     names = runpy.run_path(str(script))
