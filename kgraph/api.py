@@ -23,7 +23,7 @@ from kgraph.export import OnnxExport
 from kgraph.export import export_onnx as _export_onnx
 from kgraph.gradients import read_gradients
 from kgraph.gram.stops import not_followed
-from kgraph.input_moments import InputMoments, plainly_not_white
+from kgraph.input_moments import InputMoments, neighbours, plainly_not_white, plainly_smooth
 from kgraph.inputs import resolve_inputs
 from kgraph.log_determinants import false_log_determinants, find_log_determinants
 from kgraph.methods import DKS, TAT, Auto, Method
@@ -109,6 +109,11 @@ def _of_inputs(graph: Graph, inputs: str | InputMoments) -> list[str]:
             continue
         if plainly_not_white(moments, x.numel()):
             lines.append(f"{node.name} is analysed as white noise and has {moments}: inputs='data' takes it as it is")
+        elif plainly_smooth(x, channel_dim(node, x.ndim)):
+            alike = neighbours(x, channel_dim(node, x.ndim))
+            lines.append(
+                f"{node.name} is analysed as white noise, and its neighbouring positions correlate by {alike:.2g}"
+            )
     return lines
 
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from kgraph.analysis import Change
 from kgraph.emitted import EmittedModule
 from kgraph.errors import InputError
-from kgraph.input_moments import InputMoments, plainly_not_white
+from kgraph.input_moments import InputMoments, plainly_not_white, plainly_smooth
 from kgraph.inputs import Inputs
 from kgraph.modules import Scale
 from kgraph.untouched import untouched
@@ -84,7 +84,7 @@ def _speaks(inputs: Inputs, channels: tuple[int, ...]) -> bool:
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 3 or len(x) < FEWEST or x.is_meta:
             continue
         try:
-            if plainly_not_white(InputMoments.of(x, channel), x.numel()):
+            if plainly_not_white(InputMoments.of(x, channel), x.numel()) or plainly_smooth(x, channel):
                 return True
         except InputError:  # zeros, or all the same: examples that give the shapes alone
             continue

@@ -21,6 +21,7 @@ from kgraph.checks import dense_inputs
 from kgraph.errors import InputError
 
 _PLAINLY = 0.3
+_NEAR = 0.1
 _UNEVEN = 0.1
 _SIGMAS = 5.0
 
@@ -89,6 +90,21 @@ class InputMoments:
         spread = float(flat.square().mean((1, 2)).std(correction=0)) / q
         return cls(q, c, same_input / (entries * pairs) / q, apart / (entries * (n - 1) * pairs) / q, spread)
 
+    def check(self, positions: int) -> None:
+        """Whether two inputs of so many positions can have these cosines: no combination of entries has q < 0.
+
+        Raises:
+            InputError: they cannot.
+        """
+        for sign in (1, -1):  # sum and difference of the two inputs: of all positions, and of two
+            one, other = 1 + sign * self.c, self.c_within + sign * self.c_apart
+            if min(one + (positions - 1) * other, one - other) < -1e-9:
+                raise InputError(
+                    f"no two inputs of {positions} positions have cosines c={self.c:.3g}, "
+                    f"c_within={self.c_within:.3g} and c_apart={self.c_apart:.3g}",
+                    hint="Measure them on a batch: InputMoments.of(x)",
+                )
+
     @property
     def uneven(self) -> bool:
         """Whether inputs differ in their own q by so much that a function's mean over them is not that at the mean."""
@@ -112,6 +128,23 @@ def plainly_not_white(moments: InputMoments, entries: int) -> bool:
     """Whether cosines are beyond what white noise of so many entries has."""
     allowed = _PLAINLY + _SIGMAS / math.sqrt(max(entries, 1))
     return max(abs(moments.c), abs(moments.c_within), abs(moments.c_apart)) > allowed
+
+
+def neighbours(x: Tensor, channel: int = 1) -> float:
+    """Largest correlation of neighbouring positions of a batch, along any dimension; 0 where there is one position."""
+    y = x.detach().double()
+    square = float(y.square().mean())
+    found = [0.0]
+    for dim in range(1, y.ndim):
+        if dim != channel and y.shape[dim] > 1 and square > 0:
+            ahead, behind = y.narrow(dim, 1, y.shape[dim] - 1), y.narrow(dim, 0, y.shape[dim] - 1)
+            found.append(abs(float((ahead * behind).mean())) / square)
+    return max(found)
+
+
+def plainly_smooth(x: Tensor, channel: int = 1) -> bool:
+    """Whether neighbouring positions are more alike than those of white noise of so many entries: as of images."""
+    return neighbours(x, channel) > _NEAR + _SIGMAS / math.sqrt(max(x.numel(), 1))
 
 
 def covariances(moments: InputMoments, cosines: Tensor, base: float) -> tuple[Tensor, Tensor]:

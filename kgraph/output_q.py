@@ -14,9 +14,6 @@ from kgraph.passes.base import Workspace
 
 _JOINS = ("WeightedSum", "add", "sub", "mul", "cat", "stack", "matmul", "bmm", "einsum", "baddbmm")
 """Joins of several random tensors: what the recipe weights, or what multiplies their q."""
-_SCALES = ("mul", "div", "mean", "avg_pool1d", "avg_pool2d", "avg_pool3d")
-_SCALES += ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
-"""A number, or an average, that the user put behind the last layer."""
 SOFTMAX = ("softmax", "_softmax", "log_softmax", "_log_softmax")
 
 
@@ -24,8 +21,8 @@ def check_outputs(work: Workspace, cause: Causes, regions: Sequence[Region], sai
     """Say where q is not 1 at an output that layers make, and which node is the cause, unless it is in ``said``.
 
     What a nonlinearity makes of the last layer has its own size (its input is looked at instead), and so have losses
-    and statistics. A factor or an average behind the last layer is the user's own, and a note. Returns the
-    outputs that shall have q = 1.
+    and statistics. What else stands behind the last layer (a factor, an average) is the user's own, and a note.
+    Returns the outputs that shall have q = 1.
     """
     promised = set[fx.Node]()
     kernels, seen = work.kernels(), set(said)
@@ -50,9 +47,8 @@ def check_outputs(work: Workspace, cause: Causes, regions: Sequence[Region], sai
             seen.add(first)
             continue
         promised.discard(node)
-        if operation_name(first) in _SCALES:
-            work.notes.append(f"{line}; it stands behind the last layer and is left as it is")
-            seen.add(first)
+        work.notes.append(f"{line}; it stands behind the last layer and is left as it is")
+        seen.add(first)
     return promised
 
 

@@ -168,10 +168,13 @@ def _is_pool(node: fx.Node) -> bool:
 
 
 def _words(method: Method, final: Point | None) -> str:
+    sized = final is not None and not math.isnan(final.q)
     if final is None or math.isnan(final.slope):
-        return f"{method!r}: no local value meets its target, so that q = 1 alone is promised"
+        where = "" if sized else " in front of nonlinear layers"
+        return f"{method!r}: no local value meets its target, so that q = 1{where} alone is promised"
     start = f"C(0) = {round(final.c_at(0.0), 6) + 0.0:.3g}, " if final.c else ""
-    return f"{method!r}: {start}slope {final.slope:.3g} and q = 1 at the output"
+    size = "and q = 1 at the output" if sized else "at the output, and q = 1 up to what stands behind the last layer"
+    return f"{method!r}: {start}slope {final.slope:.3g} {size}"
 
 
 __all__ = ["GRID", "Point", "Promise", "places_only", "promised"]

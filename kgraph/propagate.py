@@ -311,6 +311,7 @@ def input_kernel(node: fx.Node, shape: tuple[int, ...], pairs: Pairs) -> Kernel:
     expr = Unknown("Gaussian of the inputs' second moments") if node.name in pairs.moments else Gaussian()
     part = Part(shape[channel], cov, slope, torch.zeros_like(cov), roots=roots, expr=expr)
     kernel = Kernel((part,), axes)
+    moments.check(kernel.positions)
     if kernel.positions < 2 or not moments.white:
         return kernel
     return kernel.with_parts(replace(part, scatter=of_white(shape[channel], moments.q)))

@@ -21,6 +21,7 @@ from kgraph.nonlinear import Region, known_value
 from kgraph.passes.activation_modules import activation_of, lost_stop
 from kgraph.passes.base import Pass, Workspace, owner_path
 from kgraph.passes.derivatives import derivative_beside
+from kgraph.passes.ends import feeds_a_layer, joins_a_stream
 from kgraph.passes.exponentials import exponential_of, is_exponential
 from kgraph.shaping import ShapedConstants, shape_activation
 from kgraph.shaping.leaky import leaky_centred
@@ -29,7 +30,6 @@ from kgraph.targets import ShapingTargets
 from kgraph.weight_laws import Filled
 
 _DRAWS = ("bernoulli", "multinomial", "poisson", "binomial", "normal")
-_AFFINE = ("linear", "addmm", "matmul", "mm", "bmm", "einsum", "scaled_dot_product_attention", "lstm", "gru")
 _LEARNABLE = ("prelu", "rrelu", "rrelu_with_noise")
 
 
@@ -219,7 +219,7 @@ def kept_reason(region: Region) -> str:
         return "it is a gate: it scales another tensor, its strength is normalized instead"
     if is_denominator(region.end):
         return "it is part of what a tensor is divided by, as in a norm: it scales, it does not shape"
-    if not feeds_a_layer(region.end):
+    if not feeds_a_layer(region.end) and not joins_a_stream(region.end):
         return "it is the output nonlinearity: no layer follows, its range is what the user wants"
     if any(operation_name(user) in _DRAWS for user in region.end.users):
         return "numbers are drawn with it: it is a probability or a rate, and has its range"
@@ -259,20 +259,6 @@ def _only_slope(region: Region, weight: fx.Node) -> bool:
 def _users(region: Region, weight: fx.Node) -> list[fx.Node]:
     """Everything that reads the parameter, through whichever of its nodes."""
     return [user for node in region.getters[str(weight.target)] for user in node.users]
-
-
-def feeds_a_layer(node: fx.Node) -> bool:
-    """Whether an affine layer or attention reads the node, directly or not."""
-    seen, queue = {node}, [node]
-    while queue:
-        for user in queue.pop().users:
-            name = operation_name(user)
-            if name in _AFFINE or name.startswith("conv"):
-                return True
-            if user not in seen:
-                seen.add(user)
-                queue.append(user)
-    return False
 
 
 def _describe(constants: ShapedConstants, region: Region) -> str:

@@ -112,3 +112,21 @@ def test_the_model_keeps_its_buffers_and_mode() -> None:
     shaped: Any = kgraph.transform(model, "dks", skies())
     assert shaped.training and model.training and torch.equal(torch.random.get_rng_state(), state)
     assert shaped.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("grid", [8, 4])
+def test_smooth_images_are_measured(grid: int) -> None:
+    """Neighbours alike, and yet a tenth of q or less in the mean colour: an average keeps many times 1 / n of q."""
+    generator = torch.Generator().manual_seed(0)
+    x = nn.functional.interpolate(torch.randn(64, 3, grid, grid, generator=generator), size=(16, 16), mode="bilinear")
+    x = x / x.square().mean().sqrt()
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 64))
+
+    shaped = [kgraph.transform(model, example_inputs=given) for given in (x, torch.randn(64, 3, 16, 16))]
+
+    assert ["measure q" in one.kgraph.ledger.counts() for one in shaped] == [True, False]
+    q = [float(one.eval()(x).detach().square().mean()) for one in shaped]
+    assert 0.5 < q[0] < 2.0 and q[1] > 3.0  # 64 outputs of one draw of the head's weights
+    assert any("neighbouring positions correlate" in note for note in kgraph.analyze(model, x).analysis.notes)

@@ -299,3 +299,23 @@ def test_progress_and_refusals() -> None:
         shaped.meta["kgraph"].certificate()
     with pytest.raises(ModelError, match="meta device"):
         record(copy.deepcopy(shaped).to("meta")).certificate()
+
+
+@pytest.mark.parametrize(("factor", "q"), [(2.0, 4.0), (0.1, 0.01)])
+def test_what_stands_behind_the_last_layer_is_not_promised(factor: float, q: float) -> None:
+    """y + y has q = 4: neither "q = 1 at the output" nor silence, and not the network's fault."""
+
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layers(x)
+            return y + y if factor == 2 else y * factor
+
+    shaped = kgraph.transform(Behind(), "dks", torch.randn(2, 64))
+    found = shaped.kgraph.certificate(n=4)
+    assert "q = 1 up to what stands behind the last layer" in str(found).replace("\n", " ")
+    assert found.passed
+    assert any(f"(q = {q:g})" in note and "behind the last layer" in note for note in shaped.kgraph.ledger.notes)

@@ -174,3 +174,17 @@ def test_layers_of_one_shape_are_drawn_apart_in_any_precision() -> None:
     first, second, third = (graph.root.get_parameter(f"{i}.weight").double() for i in range(3))
     torch.testing.assert_close(first @ first.T, torch.eye(16, dtype=torch.float64), rtol=0, atol=2**-8 * 1.01)
     assert not torch.equal(first, second) and not torch.equal(second, third)
+
+
+def test_an_output_that_is_a_relu_is_named() -> None:
+    """C(0) and q are those of what it reads, as the promise of a transform is."""
+    found = kgraph.explain(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), torch.randn(2, 64))
+    assert found.end == found.at == "linear, in front of the output's own nonlinearity"
+    assert f"the others: at {found.end}" in str(found).replace("\n", " ")
+
+
+def test_weights_without_numbers_are_not_drawn() -> None:
+    layers = [nn.Linear(16, 16, device="meta"), nn.ReLU(), nn.Linear(16, 16, device="meta")]
+    found = kgraph.explain(nn.Sequential(*layers), torch.randn(2, 16, device="meta"))
+    drawn = [effect for effect in found.effects if effect.component == "initializer"]
+    assert len(drawn) == 3 and all("is on the meta device" in effect.refused for effect in drawn)

@@ -140,3 +140,18 @@ def test_inputs_of_several_sizes_are_assumed_behind_functions() -> None:
 def test_wrong_inputs_are_named(call, word: str) -> None:
     with pytest.raises(InputError, match=word):
         call()
+
+
+@pytest.mark.parametrize("cosines", [(0.2, -0.5, 0.0), (0.2, 0.1, 0.9), (-1.0, 0.5, 0.5)])
+def test_cosines_that_no_two_inputs_have(cosines: tuple[float, float, float]) -> None:
+    """Some sum of their entries would have a negative mean square; averages over positions had one."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1))
+    with pytest.raises(InputError, match="no two inputs of 16 positions have cosines"):
+        kgraph.analyze(model, torch.randn(2, 3, 4, 4), inputs=InputMoments(1.0, *cosines))
+
+
+def test_measured_cosines_are_possible() -> None:
+    for x in (torch.randn(3, 2, 2, 2), torch.randn(2, 1, 4) - 3, torch.randn(4, 3, 2).relu()):
+        centred = x - x.mean(dim=tuple(range(2, x.ndim)), keepdim=True)
+        for one in (x, centred):
+            InputMoments.of(one).check(one[0, 0].numel())

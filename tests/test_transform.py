@@ -89,3 +89,26 @@ def test_options_survive_in_the_record() -> None:
     assert record(result).method == TAT(eta=0.8)
     assert "TAT(eta=0.8" in record(result).ledger.method
     assert record(result).before.analysis.model == record(result).after.analysis.model
+
+
+class Stream(nn.Module):
+    """Residual blocks without a head: features."""
+
+    def __init__(self, end: str = "sum") -> None:
+        super().__init__()
+        self.layers, self.end = nn.ModuleList(nn.Linear(64, 64) for _ in range(3)), end
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + torch.relu(layer(x))
+        return {"sum": lambda y: y, "doubled": lambda y: 2 * y, "loss": lambda y: y.mean(1)}[self.end](x)
+
+
+@pytest.mark.parametrize(("end", "shaped"), [("sum", 3), ("doubled", 3), ("loss", 2)])
+def test_the_last_branch_of_a_stream_is_shaped(end: str, shaped: int) -> None:
+    """A sum has no range that anybody wants; one number an input may be a loss."""
+    found = kgraph.transform(Stream(end), "dks", torch.randn(2, 64)).kgraph
+    assert found.ledger.counts()["shape activation"] == shaped
+    if end == "sum":
+        assert found.after.final.q == pytest.approx(1.0, abs=1e-6)
+        assert not found.ledger.kept

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from kgraph.capture import capture, check_model
 from kgraph.checks import choice, mode_of, seeded
-from kgraph.closed_loop import averaged, correlation, ends
+from kgraph.closed_loop import averaged, correlation, ends, returned
 from kgraph.copies import copied
 from kgraph.errors import KGraphError
 from kgraph.files import write_text
@@ -80,7 +80,8 @@ class Explanation(LayerReport):
         model: class name.
         mode: of the analysis.
         effects: the model as it is, then one for every change.
-        at: where C(0) and slope are read: the output, or what an average reads.
+        at: where C(0) and slope are read: the end, or what an average reads.
+        end: where q and the NTK are read: the output, or what its own nonlinearity (softmax, a last relu) reads.
         inputs: what the inputs were taken for.
     """
 
@@ -88,6 +89,7 @@ class Explanation(LayerReport):
     mode: str
     effects: tuple[Effect, ...]
     at: str
+    end: str
     inputs: str
 
     @property
@@ -106,6 +108,7 @@ class Explanation(LayerReport):
             "model": self.model,
             "mode": self.mode,
             "at": self.at,
+            "end": self.end,
             "inputs": self.inputs,
             "summary": list(self.summary),
             "effects": [{**data.encode(effect), "words": effect.words} for effect in self.effects],
@@ -121,9 +124,11 @@ class Explanation(LayerReport):
         table = table_of(heads[:shown], 1, (_cells(effect)[:shown] for effect in self.effects))
         if shown == len(heads):
             table.columns[-1].no_wrap, table.columns[-1].justify = False, "left"
+        apart = f"C(0), slope: at {self.at}; q out, NTK cond: at {self.end}"
+        where = f"the others: at {self.end}" if self.at == self.end else apart
         legend = (
-            f"q read: q values that activations read; C(0), slope: at {self.at}; "
-            f"NTK cond: of {INPUTS} unrelated inputs at the output; initializers: of all layers' weights, biases 0"
+            f"q read: q values that activations read; {where}; NTK cond: of {INPUTS} unrelated inputs; "
+            "initializers: of all layers' weights, biases 0"
         )
         refused = [f"{effect.change}: {effect.refused}" for effect in self.effects if effect.refused]
         notes = [Text(line, style="dim") for line in (legend, *refused)]
@@ -175,7 +180,7 @@ def explain(
     with Bar(list(variants(work)), "variants") as bar:
         effects += [effect for variant in bar for effect in _effects(variant, work, pairs)]
     said = {"white": "white inputs", "data": "inputs as they are"}.get(str(inputs), f"inputs with {inputs}")
-    return Explanation(graph.name, mode, tuple(effects), _where(work), said)
+    return Explanation(graph.name, mode, tuple(effects), _where(work), _end(work), said)
 
 
 def _effects(variant: Variant, work: Workspace, pairs: Pairs) -> Iterator[Effect]:
@@ -234,8 +239,16 @@ def _where(work: Workspace) -> str:
     features, final = _features(work, kernels)
     names = {id(kernel): node.name for node, kernel in kernels.items()}
     if features is final:
-        return "the output"
+        return _end(work)
     return f"{names[id(features)]}, in front of the average over positions"
+
+
+def _end(work: Workspace) -> str:
+    kernels = work.kernels()
+    node = next((node for node in ends(work) if node in kernels), None)
+    if node is None or any(node is output for _, output in returned(work)):
+        return "the output"
+    return f"{node.name}, in front of the output's own nonlinearity"
 
 
 def _cells(effect: Effect) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from kgraph.canonical import aten, operation_name
+from kgraph.errors import InputError
 from kgraph.methods import DKS, TAT
 from kgraph.modules import ShapedActivation
 from kgraph.nonlinear import Region
@@ -94,6 +95,8 @@ class Initialize(Pass):
             weight, bias = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
             if isinstance(weight, fx.Node) and weight.op == "get_attr" and work.tensor(weight).ndim > 1:
                 work.record(layer, "initialize", "as asked")
+                if work.tensor(weight).is_meta:
+                    raise InputError(f"{weight.target} is on the meta device, and cannot be drawn")
                 drawn = torch.empty(work.tensor(weight).shape)  # half precision has no QR decomposition
                 with torch.no_grad():
                     self.draw(drawn, generator=generator)
