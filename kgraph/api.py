@@ -221,6 +221,7 @@ def transform(
     if planned.values is not found.values:
         evaluated = Report(summarize(outcome.graph, planned))
     shaped = outcome.graph.emit()
+    _out_of_place(shaped)
     _set_modes(shaped, model)
     lost = (*constrained, *unseen(outcome.graph.module), *lost_results(stored, model, shaped, inputs))
     lost += (*gradients.lost, *gradients.lost_by(shaped))
@@ -246,6 +247,13 @@ def _plan(chosen: tuple[AnyMethod, ...], plan: Plan) -> Plan | None:
         if getattr(plan, name) != getattr(plain, name):
             raise InputError(f"{name} is an option of DKS and TAT", hint="Leave it out")
     return None
+
+
+def _out_of_place(shaped: nn.Module) -> None:
+    """A dropout in place would write over what the shaped activation before it keeps for the gradient."""
+    for module in shaped.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.inplace = False
 
 
 def _in_mode(graph: Graph, found: Propagation, mode: str) -> Propagation:

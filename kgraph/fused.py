@@ -127,8 +127,10 @@ def law_of_function(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 
 def runs_eagerly(x: object) -> bool:
-    """Whether x is a tensor of numbers that are computed now: tracers and compilers get the chain of operations."""
-    return isinstance(x, Tensor) and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    """Whether x is a tensor of real numbers, computed now: tracers and compilers get the chain of operations."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return False
+    return not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def fused(u: Tensor, law: Law, constants: Constants) -> Tensor:
@@ -157,7 +159,9 @@ def _image(x: Tensor, scale: float, shift: float, *, own: bool) -> Tensor:
 
 def _kept_output(law: Law, constants: Constants) -> bool:
     _, _, c, s = constants
-    return law.keeps_output and (not law.sign_only or (c == 0 and s > 0))
+    if law.sign_only:
+        return law.keeps_output and c == 0 and s > 0
+    return law.keeps_output and abs(c) <= 1  # y / s - c loses the digits of t where c is large
 
 
 class _Fused(torch.autograd.Function):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
+import kgraph
 from kgraph.fused import law_of_module
 from kgraph.modules import FunctionModule, ShapedActivation, WeightedSum
 
@@ -186,3 +187,35 @@ def test_sums_write_over_no_term() -> None:
     assert torch.equal(a, before[0]) and torch.equal(b, before[1])
     x, y = points().requires_grad_(), points().requires_grad_()
     assert torch.autograd.gradgradcheck(WeightedSum((0.6, 0.8)), (x, y))
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_dropout_in_place_does_not_write_over_what_is_kept(shape: tuple[int, ...]) -> None:
+    """Also through a view of the activation's output."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(8, 32),
+        nn.BatchNorm1d(32),
+        nn.LeakyReLU(0.1),
+        *(nn.Flatten(*shape) for _ in shape),
+        nn.Dropout(0.1, inplace=True),
+        nn.Linear(32, 4),
+    )
+    x = torch.randn(16, 8)
+    shaped = kgraph.transform(model, "tat", x).train()
+    shaped(x).square().sum().backward()
+    assert all(p.grad is not None for p in shaped.parameters())
+    assert model[-2].inplace  # the user's own is left alone
+
+
+def test_derivative_keeps_its_digits_behind_a_large_shift() -> None:
+    u = torch.linspace(-4, 4, 101)
+    for phi in (nn.Tanh(), nn.Sigmoid()):
+        found = vmap(grad(ShapedActivation(phi, output_shift=100.0)))(u)
+        torch.testing.assert_close(found.double(), vmap(grad(phi))(u.double()), rtol=5e-4, atol=0)
+
+
+def test_inputs_that_are_no_real_numbers_run_as_they_are() -> None:
+    assert torch.equal(ShapedActivation(nn.ReLU(), output_scale=2.0)(torch.arange(3)), torch.tensor([0, 2, 4]))
+    z = torch.randn(3, dtype=torch.complex128, requires_grad=True)
+    assert torch.autograd.gradcheck(ShapedActivation(nn.Tanh(), 0.5, 0.1, 0.2, 2.0), (z,))
