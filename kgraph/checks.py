@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from kgraph.errors import InputError, ModelError
+from kgraph.suggestions import meant
 
 
 def number(name: str, value: object) -> float:
@@ -62,7 +63,9 @@ def flag(name: str, value: object) -> bool:
 def choice(name: str, value: object, known: Sequence[str]) -> str:
     """One of a few words."""
     if not isinstance(value, str) or value not in known:
-        raise InputError(f"{name} is {value!r}", hint=f"Choose one of {', '.join(map(repr, known))}")
+        near = meant(value, known)
+        hint = f"{f'{near}? ' if near else ''}Choose one of {', '.join(map(repr, known))}"
+        raise InputError(f"{name} is {value!r}", hint=hint)
     return value
 
 

@@ -131,6 +131,7 @@ def transform(
 ) -> None:
     """Rewrite MODEL until its kernel has the shape that the method wants; print what changed."""
     _check_places(html, json, out, onnx)
+    _check_options(methods, shortcut_weight)
     recipe = None if out is None or whole else _recipe(model, kwargs, seed, methods, shortcut_weight)
     module, examples = _load(model, kwargs, inputs, seed, trust)
     result = _transformed(model, module, methods, examples, shortcut_weight, seed)
@@ -167,9 +168,12 @@ def verify(
 
     A MODEL that is not transformed yet is transformed first. Its weights are drawn anew: trained ones do not matter.
     """
+    from kgraph.checks import count
     from kgraph.emitted import EmittedModule
 
     _check_places(html, json)
+    _check_options(methods or [], shortcut_weight)
+    count("draws", draws, 2, "A standard error needs at least 2 draws")
     module, examples = _load(model, kwargs, inputs, seed, trust)
     if not isinstance(module, EmittedModule) or module.kgraph is None:
         module = _transformed(model, module, methods or [MethodName.auto], examples, shortcut_weight, seed)
@@ -200,7 +204,10 @@ def export(
     fold: Annotated[bool, typer.Option(help="Write a transformed model's constants into its weights.")] = True,
 ) -> None:
     """Export MODEL to ONNX and check the file against it."""
+    from kgraph.export import checked_opset
+
     _check_places(onnx)
+    checked_opset(opset)
     module, examples = _load(model, kwargs, inputs, seed, trust)
     _export(module, onnx, examples, opset, fold=fold)
 
@@ -310,6 +317,17 @@ def _check_places(*paths: Path | None) -> None:
         for path in paths:
             if path is not None and not _is_stdout(path):
                 destination(path)
+
+
+def _check_options(methods: list[MethodName], shortcut_weight: float | None) -> None:
+    """What `kgraph.transform` would refuse, before the model is built."""
+    from kgraph.checks import weight_of_shortcut
+    from kgraph.systems import resolve_methods
+
+    if methods:
+        resolve_methods([method.value for method in methods])
+    if shortcut_weight is not None:
+        weight_of_shortcut(shortcut_weight)
 
 
 @contextmanager

@@ -107,11 +107,17 @@ def export_onnx(
     return OnnxExport(Path(path), error, sizes, opset)
 
 
+def checked_opset(opset: object) -> int:
+    """An operator set that kgraph exports; an InputError for another."""
+    if (given := whole("opset", opset)) not in OPSETS:
+        raise InputError(f"opset must be {OPSETS[0]} to {OPSETS[-1]}, got {opset}")
+    return given
+
+
 def _check_arguments(model: nn.Module, opset: int, tolerance: float) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"export_onnx takes an nn.Module, got {type(model).__name__}")
-    if whole("opset", opset) not in OPSETS:
-        raise InputError(f"opset must be {OPSETS[0]} to {OPSETS[-1]}, got {opset}")
+    checked_opset(opset)
     if not tolerance > 0:
         raise InputError(f"tolerance must be positive, got {tolerance}")
 

@@ -88,7 +88,9 @@ class InputMoments:
             raise InputError("the inputs are all the same", hint="Pass different inputs")
         pairs = max(places - 1, 1)
         spread = float(flat.square().mean((1, 2)).std(correction=0)) / q
-        return cls(q, c, same_input / (entries * pairs) / q, apart / (entries * (n - 1) * pairs) / q, spread)
+        within, between = same_input / (entries * pairs) / q, apart / (entries * (n - 1) * pairs) / q
+        within, between = (min(max(x, -1.0), 1.0) for x in (within, between))  # but for rounding
+        return cls(q, max(c, -1.0), within, between, spread)
 
     def check(self, positions: int) -> None:
         """Whether two inputs of so many positions can have these cosines: no combination of entries has q < 0.

@@ -30,6 +30,7 @@ from kgraph.node_moments import NodeMoments, cosine_of, measure, own_moments
 from kgraph.nonlinear import is_activation
 from kgraph.report.numbers import cosine, count, elide, short
 from kgraph.report.table import PLAIN_WIDTH, to_text
+from kgraph.suggestions import no_node
 
 Disagreement = tuple[str, str, float, float, float]
 
@@ -84,7 +85,7 @@ class KernelComparison:
         for row in self.rows:
             if row.name == name:
                 return row
-        raise InputError(f"no node is called {name!r}", hint=f"Known: {', '.join(r.name for r in self.rows[:8])}, ...")
+        raise no_node(name, [row.name for row in self.rows])
 
     def disagreements(self, sigmas: float = 4.0, *, width_factor: float = 4.0) -> list[Disagreement]:
         """Where the two differ by more than ``sigmas`` standard errors + ``width_factor * slack``.

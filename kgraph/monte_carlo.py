@@ -23,6 +23,7 @@ from kgraph.capture import capture, check_model
 from kgraph.checks import callback, cosines_of, count, mode_of, not_negative, positive, seeded, with_values
 from kgraph.errors import InputError
 from kgraph.finite import Runner, tied
+from kgraph.suggestions import no_node
 
 Progress = Callable[[int, int], None]
 
@@ -96,7 +97,7 @@ class MonteCarlo:
 
     def __getitem__(self, name: str) -> Measured:
         if name not in self.nodes:
-            raise InputError(f"no node is called {name!r}", hint=f"Known: {', '.join(list(self.nodes)[:8])}, ...")
+            raise no_node(name, self.nodes)
         return self.nodes[name]
 
     def disagreements(

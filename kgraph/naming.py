@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kgraph.checks import seeded
 from kgraph.failures import failed
+from kgraph.suggestions import meant
 
 FORMS = "timm:NAME, package.module:FACTORY or path/to/file.py:FACTORY"
 _DTYPES = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bool": torch.bool}
@@ -113,7 +114,8 @@ def _find(module: ModuleType, where: str, what: str) -> Any:
         try:
             found = getattr(found, part)
         except AttributeError:
-            raise NamingError(f"'{where}' has no '{what}'") from None
+            near = meant(part, [name for name in dir(found) if not name.startswith("_")])
+            raise NamingError(f"'{where}' has no '{what}'{f': {near[0].lower()}{near[1:]}?' if near else ''}") from None
     return found
 
 

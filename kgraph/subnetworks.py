@@ -181,7 +181,7 @@ class _RelativeQMaps:
         return (x[0] + y[0],)
 
 
-_ONE = torch.ones((), dtype=torch.float64)
+_ONE = torch.ones((), dtype=torch.float64, device="cpu")  # the first import may be under torch.device("meta")
 
 
 def _own_slope(region: Region) -> float:

@@ -17,7 +17,6 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from kgraph.errors import KGraphError
-from kgraph.report.table import PLAIN_WIDTH
 
 SHOWN_AFTER = 1.0  # seconds
 _UNPRINTED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -99,6 +98,8 @@ def _later(start: Callable[[], None], stop: Callable[[], None]) -> Iterator[None
 
 def console() -> Console:
     """Standard output; of plain width where it is no terminal."""
+    from kgraph.report.table import PLAIN_WIDTH  # here, for a quick --help: reports import torch
+
     own = Console(file=sys.stdout, highlight=False)
     return own if own.is_terminal else Console(file=sys.stdout, width=PLAIN_WIDTH, highlight=False)
 

@@ -25,7 +25,7 @@ _FUNCTIONS = {
     **{f"conv{d}d": "conv" for d in (1, 2, 3)},
     **{f"conv_transpose{d}d": "transposed" for d in (1, 2, 3)},
 }
-_EMPTY = torch.empty(0)
+_EMPTY = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True)

@@ -66,3 +66,13 @@ def test_names_and_modules_are_found() -> None:
 def test_the_package_runs_as_a_command() -> None:
     found = subprocess.run([sys.executable, "-m", "kgraph", "--help"], check=True, capture_output=True, text=True)
     assert "analyze" in found.stdout
+
+
+def test_the_command_line_shows_help_without_what_is_heavy() -> None:
+    """Typer and rich make the help; the control is a command that needs a model."""
+    code = (
+        "import sys; from typer.testing import CliRunner; from kgraph.cli import app; r = CliRunner().invoke(app, {!r})"
+    )
+    look = f"print(r.exit_code, [m for m in {HEAVY!r} if m in sys.modules and m not in ('rich', 'typer')])"
+    assert run(f"{code.format(['--help'])}; {look}").strip() == "0 []"
+    assert "torch" in run(f"{code.format(['analyze', 'torch.nn:Nonsense'])}; {look}")

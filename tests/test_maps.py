@@ -329,3 +329,13 @@ def test_steps_at_equal_arguments() -> None:
     assert fn.plan(1.0).heights is not None
     assert Pointwise(torch.floor).affine(output_shift=0.5).plan(1.0).heights is not None
     assert Pointwise(lambda z: torch.round(z) + 1e-3 * z).plan(1.0).heights is None
+
+
+@pytest.mark.parametrize(("steepness", "q"), [(500.0, 1.0), (1000.0, 1.0), (1.0, 2e5), (1.0, 1e6), (1.0, 1e12)])
+def test_two_kinks_nearer_than_a_cell(steepness: float, q: float) -> None:
+    """hardtanh(k z): E[f'^2] = k^2 P(|k z| < 1); one of its two kinks makes it a step, whose derivative is 0."""
+    fn = Pointwise(lambda z: torch.nn.functional.hardtanh(steepness * z))
+    value, slope = fn.dual(*(torch.tensor([q], dtype=torch.float64),) * 3)
+    inside = math.erf(1 / (steepness * math.sqrt(2 * q)))
+    assert float(slope) == pytest.approx(steepness**2 * inside, rel=1e-8)
+    assert float(value) < 1 - inside / 2

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles import IMAGE, VECTOR, Body, dense, disagreements, images, pixelwise, vectors
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
+import kgraph
 from kgraph import algebra, entries
 from kgraph.kernel import Pairs, Part
 from kgraph.maps import relu as relu_map
@@ -130,3 +131,34 @@ def test_a_class_token_before_the_others() -> None:
     from oracles import SEQUENCE
 
     assert disagreements(lambda width: Body(lambda u, t: t(relu(u)), dense(width), Token(width)), SEQUENCE) == []
+
+
+class Token(nn.Module):
+    """A trained token in front of a sequence, and nothing else that is trained."""
+
+    def __init__(self, trained: bool) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(1, 1, 16), requires_grad=trained)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+
+
+@pytest.mark.parametrize(("trained", "ntk"), [(True, 1 / 4), (False, 0.0)])
+def test_a_trained_token_has_its_part_in_the_ntk(trained: bool, ntk: float) -> None:
+    """1 at one of four positions."""
+    assert kgraph.analyze(Token(trained), torch.randn(2, 3, 16)).final.ntk == pytest.approx(ntk, abs=1e-12)
+
+
+def test_groups_of_channels_of_several_laws_are_assumed() -> None:
+    """Depthwise weights on constants beside white noise: no channel has the average of both."""
+
+    class Groups(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv1d(64, 64, 1, groups=2, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(torch.cat([x, x.abs()], 1))
+
+    assert kgraph.analyze(Groups(), torch.randn(2, 32, 5)).final.how == "assumed"

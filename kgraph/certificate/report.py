@@ -15,12 +15,12 @@ from rich.text import Text
 
 from kgraph.certificate.judge import NAMES, number
 from kgraph.certificate.lines import finite_width, found_line, passed_line
-from kgraph.errors import InputError
 from kgraph.files import write_text
 from kgraph.report import data
 from kgraph.report.html import Attachment
 from kgraph.report.numbers import count, elide
 from kgraph.studies.tables import LayerReport, shown
+from kgraph.suggestions import no_node
 
 FORMAT = "kgraph-certificate/1"
 WIDE = 0.1
@@ -152,7 +152,7 @@ class Certificate(LayerReport, Attachment):
         for row in self.rows:
             if row.node == node:
                 return row
-        raise InputError(f"no node is called {node!r}", hint=f"Known: {', '.join(r.node for r in self.rows[:8])}, ...")
+        raise no_node(node, [row.node for row in self.rows])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data; not-a-number and infinities are "nan", "inf", "-inf"."""

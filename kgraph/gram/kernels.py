@@ -41,6 +41,7 @@ from kgraph.gram.value import Value
 from kgraph.gram.walk import Options, Walk
 from kgraph.inputs import Inputs
 from kgraph.site import computed
+from kgraph.suggestions import no_node
 
 _BEYOND = {
     "diagonal": "it averages or moves positions",
@@ -308,7 +309,7 @@ def _run(
         [] if isinstance(request.asked.nodes, str) else [name for name in request.asked.nodes if name not in wanted]
     )
     if missing:
-        raise InputError(f"the graph has no node {missing[0]!r}", hint="kgraph.analyze lists the names")
+        raise no_node(missing[0], wanted)
     with computed(final[0]):
         output_gram = gram_of(engine, "output", final[1], n1, n2)
     if on_draws is not None and engine.draws.used:

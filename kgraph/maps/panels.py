@@ -30,13 +30,27 @@ def find_kinks(fn: Function, reach: float, device: torch.device) -> Tensor:
 
     Every cell of a fine grid is halved, keeping the half over which the quantity changes more. Over a smooth
     place the change halves with the cell; over a jump it stays. What stays down to the last bit is a kink.
-    A narrower feature than a cell (reach / 2000) that hides two kinks is left to the adaptive panels.
+    Two kinks in one cell (reach / 2000), of which one is found, are told apart by cells that shrink towards it: those
+    of a steep hardtanh. Where both hide, the adaptive panels have to see what lies between.
     """
     # Off-centre ends: no grid point falls on 0, 1, 3 or 6, where activations have their kinks.
     grid = torch.linspace(-reach * 1.0037, reach * 1.0071, _CELLS, dtype=torch.float64, device=device)
+    points = _kinks_between(fn, grid)
+    if 0 < len(points) <= _FEW:
+        away = (grid[1] - grid[0]) * 2.0 ** -torch.arange(_HALVINGS, dtype=torch.float64, device=device)
+        near = (points[:, None] + torch.cat([-away, away])).flatten().sort().values
+        points = torch.cat([points, _kinks_between(fn, near)])
+    return distinct(torch.where(points.abs() < 1e-15 * reach, 0.0, points), 1e-12 * reach)
+
+
+_FEW, _HALVINGS = 32, 34
+
+
+def _kinks_between(fn: Function, grid: Tensor) -> Tensor:
+    """At most one of each order a cell, of sorted points."""
     values = _finite_jets(fn, grid)
     floor = _SMALLEST_JUMP * values.abs().amax(dim=1)
-    order = torch.arange(3, device=device).repeat_interleave(_CELLS - 1)
+    order = torch.arange(3, device=grid.device).repeat_interleave(len(grid) - 1)
     low, high = grid[:-1].repeat(3), grid[1:].repeat(3)
     at_low, at_high = values[:, :-1].reshape(-1), values[:, 1:].reshape(-1)
     start = (at_high - at_low).abs()
@@ -46,8 +60,7 @@ def find_kinks(fn: Function, reach: float, device: torch.device) -> Tensor:
         keep = (change > start * 2.0 ** (2 - steps)) & (change > floor[order])
         order, low, high, start = order[keep], low[keep], high[keep], change[keep]
         at_low, at_high = at_low[keep], at_high[keep]
-    points = (low + high) / 2
-    return distinct(torch.where(points.abs() < 1e-15 * reach, 0.0, points), 1e-12 * reach)
+    return (low + high) / 2
 
 
 def _finite_jets(fn: Function, z: Tensor) -> Tensor:

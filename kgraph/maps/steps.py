@@ -10,8 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_WITHIN = (0.07, 0.31, 0.5, 0.66, 0.93)
-"""Points between two jumps, as shares of the way, at which a constant function is seen to be one."""
+_WITHIN = (1e-9, 0.07, 0.31, 0.5, 0.66, 0.93, 1 - 1e-9)
+"""Points between two jumps, as shares of the way, at which a constant function is seen to be one.
+
+Those at the ends tell a jump from two kinks so near to one another that one of them was found: hardtanh of sd 500.
+"""
 
 
 def levels(values: Tensor, slopes: Tensor) -> Tensor | None:

@@ -32,7 +32,7 @@ _NEAR = 1e-4
 """1 - cosine below which it is carried itself: its digits are not in the cosine."""
 _CLOSEST = 1e-30
 """1 - cosine at which `fixed_point` begins to look."""
-_FREQUENCIES = 2.0 ** torch.arange(-10, 5.01, 0.25, dtype=torch.float64)
+_FREQUENCIES = tuple(2.0 ** (step / 4) for step in range(-40, 21))
 """Where `frequency_for` looks for a change of sign, 2^-10 to 2^5."""
 
 
@@ -155,7 +155,7 @@ def frequency_for(activation: Activation, r: float, beta: float = 0.1, form: For
         return characteristic_value(phi.affine(input_scale=w), beta, form) - r
 
     found: list[tuple[float, float]] = []
-    for w in _FREQUENCIES.tolist():
+    for w in _FREQUENCIES:
         found.append((w, excess(w)))
         if found[-1][1] == 0:
             return w

@@ -88,6 +88,9 @@ class Borders:
         kernels = [values[n] for n in node.all_input_nodes if isinstance(values[n], Kernel)]
         if not isinstance(value, Kernel):
             reason = _run_along(node, kernels) or next(iter(before), "")
+            if isinstance(value, (list, tuple)):
+                self.near.update({node} if any(n in self.near for n in read) else ())
+                self.shared.update({node} if any(n in self.shared for n in read) else ())
             if reason and isinstance(value, (list, tuple)):
                 self.reasons[node] = reason
                 if before and kernels and _needs_positions(node, before, kernels, values):

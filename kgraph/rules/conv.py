@@ -139,6 +139,8 @@ def _convolve(
             result = replace(result, how=result.how | OF_POSITIONS)
         elif zero is not None:
             result = zero.applied(context, part, result, float(taps.sum()), layer.speeds[0])
+        if groups > 1 and len(x.parts) > 1:  # each of its groups reads one of them
+            result = replace(result, how=result.how | _AVERAGED)
         return result if groups == 1 or channels >= FEW else _of_few(part, result, channels, layer.root)
 
     part = once(x.merged, context.signature, summed)
@@ -147,6 +149,9 @@ def _convolve(
     result = Kernel((part,), (*batch, (("c", out_channels),), *spatial))
     rows = of_rows(context, 1, weight.transpose(0, 1) if transposed else weight, x)
     return result if rows is EXACT else said(result, rows)
+
+
+_AVERAGED = assumed("channels of several laws counted as if every group read them all")
 
 
 def _of_few(part: Part, result: Part, channels: int, root: str) -> Part:

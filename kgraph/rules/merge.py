@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from kgraph import algebra
 from kgraph.alignment import aligned
@@ -191,22 +191,26 @@ def _entrywise(context: Context, fn: Callable[..., Tensor], *operands: Operand) 
 def cat(context: Context, tensors: list[Kernel | Tensor], dim: int = 0) -> Kernel:
     dim %= len(context.shape)
     like = next(t for t in tensors if isinstance(t, Kernel))
-    kernels = [
-        t if isinstance(t, Kernel) else _known(t, like, f"{context.node.name}.{i}") for i, t in enumerate(tensors)
-    ]
+    kernels = [t if isinstance(t, Kernel) else _known(context, t, like, i) for i, t in enumerate(tensors)]
     roles = {role for kernel in kernels for role, _ in kernel.axes[dim]}
     if roles <= {"c"} or (not roles and _channel_dim(kernels[0]) in (dim, None)):
         return _cat_channels(kernels, dim)
     return _cat_positions(kernels, dim)
 
 
-def _known(tensor: Tensor, like: Kernel, name: str) -> Kernel:
-    """A known tensor (a class token) as a kernel of its own, laid out like its neighbour."""
+def _known(context: Context, tensor: Tensor, like: Kernel, index: int) -> Kernel:
+    """A known tensor (a class token) as a kernel of its own, laid out like its neighbour; a trained one moves."""
     axes = tuple(
         ((axis[0][0] if axis else "p", size),) if size > 1 else ()
         for axis, size in zip(like.axes, tensor.shape, strict=True)
     )
-    return Kernel((known_part(like.merged, moments(tensor, axes), name),), axes)
+    part = known_part(like.merged, moments(tensor, axes), f"{context.node.name}.{index}")
+    listed: Any = context.node.args[0]
+    own = context.speed(listed[index]) if isinstance(listed[index], fx.Node) else 0.0
+    if own == 0 or tensor.is_meta:
+        return Kernel((part,), axes)
+    own *= 1.0 if context.parametrization == "standard" else float(tensor.detach().double().square().mean())
+    return Kernel((algebra.trained(part, own * torch.tensor([1.0, 0.0]).expand_as(part.cov), of_itself=False),), axes)
 
 
 def _channel_dim(kernel: Kernel) -> int | None:

@@ -10,6 +10,7 @@ from kgraph.errors import InputError
 from kgraph.methods import DKS, TAT, Auto, Method
 from kgraph.passes.base import Pipeline, Workspace
 from kgraph.propagate import Propagation
+from kgraph.suggestions import meant
 from kgraph.systems.system import System
 
 AnyMethod = Method | Auto | System
@@ -56,5 +57,6 @@ def _resolve(method: object) -> AnyMethod:
     named |= {system.label: system for system in System.__subclasses__()}
     if isinstance(method, str) and method.lower() in named:
         return named[method.lower()]()
-    names = ", ".join(repr(name) for name in named)
-    raise InputError(f"unknown method {method!r}", hint=f"Pass {names}, or an instance such as DKS(zeta=1.5)")
+    near, names = meant(method, named), ", ".join(repr(name) for name in named)
+    hint = f"{f'{near}? ' if near else ''}Pass {names}, or an instance such as DKS(zeta=1.5)"
+    raise InputError(f"unknown method {method!r}", hint=hint)

@@ -23,6 +23,7 @@ from kgraph.studies.finite_width.draws import Progress, Sampler, derivatives_are
 from kgraph.studies.finite_width.reader import read_chain
 from kgraph.studies.finite_width.report import Fluctuations, fluctuations
 from kgraph.studies.tables import SCALES, LayerReport, brief, head_of, shown, table_of
+from kgraph.suggestions import no_node
 
 Disagreement = tuple[str, str, float, float, float]
 _THIRD = {"R": "KR/nΘ³", "S": "KS/nΘ³", "T": "KT/nΘ³", "U": "KU/nΘ³"}
@@ -79,7 +80,7 @@ class MeasuredFluctuations(LayerReport):
         for node in self.nodes:
             if name in (node.name, node.module):
                 return node
-        raise InputError(f"no node is called {name!r}", hint=f"Known: {', '.join(n.name for n in self.nodes[:8])}, ...")
+        raise no_node(name, [node.name for node in self.nodes])
 
     def disagreements(
         self,

@@ -14,7 +14,6 @@ from torch import nn
 
 from kgraph.capture import Graph, capture
 from kgraph.checks import choice, positive
-from kgraph.errors import InputError
 from kgraph.how import QUADRATURE, How, assumed
 from kgraph.report.numbers import count, elide, short
 from kgraph.report.table import HOW
@@ -29,6 +28,7 @@ from kgraph.studies.finite_width.recursion import (
     next_layer,
 )
 from kgraph.studies.tables import SCALES, LayerReport, brief, head_of, shown, table_of, unit
+from kgraph.suggestions import no_node
 
 _ORDER = ("V", "F", "B", "D", "A", "P", "Q")
 
@@ -108,7 +108,7 @@ class Fluctuations(LayerReport):
         for node in self.nodes:
             if name in (node.name, node.module):
                 return node
-        raise InputError(f"no node is called {name!r}", hint=f"Known: {', '.join(n.name for n in self.nodes[:8])}, ...")
+        raise no_node(name, [node.name for node in self.nodes])
 
     @property
     def largest(self) -> NodeFluctuations:

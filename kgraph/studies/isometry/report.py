@@ -37,6 +37,7 @@ from kgraph.studies.isometry.chain import (
 )
 from kgraph.studies.isometry.measured import MeasuredJacobian, Segment, between, measure_jacobian
 from kgraph.studies.tables import LayerReport, shown, table_of
+from kgraph.suggestions import no_node
 
 _NEAR = 1e-3
 """|chi_1 - 1| below which chi_c = 2 - chi_1 in the chaotic phase: the c map's bend, to first order."""
@@ -219,7 +220,7 @@ def _ends(graph: Graph, regions: list[Region], start: str | None, end: str | Non
 
 def _named(name: str, nodes: dict[str, fx.Node]) -> fx.Node:
     if name not in nodes:
-        raise InputError(f"no node is called {name!r}", hint="kgraph.analyze(model).nodes lists them")
+        raise no_node(name, nodes)
     return nodes[name]
 
 
