@@ -88,6 +88,7 @@ def main() -> int:
     parser.add_argument("--nets", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--activations", nargs="+", choices=ACTIVATIONS, default=list(ACTIVATIONS))
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="both by torch.compile; takes minutes before it starts")
     options = parser.parse_args()
     torch.set_num_threads(1)
     operators = define_torchvision_operators()
@@ -101,9 +102,12 @@ def main() -> int:
             shaped = kgraph.transform(plain, method, x[:2]).train()
             if options.channels_last:
                 plain, shaped, x = (t.to(memory_format=torch.channels_last) for t in (plain, shaped, x))
-            for model in (plain, shaped):
+            two = (plain, shaped)
+            if options.compile:
+                two = torch.compile(plain), torch.compile(shaped)
+            for model in two:
                 step(model, x)
-            ratios = [seconds(shaped, x) / seconds(plain, x) for _ in range(options.pairs)]
+            ratios = [seconds(two[1], x) / seconds(two[0], x) for _ in range(options.pairs)]
             low, median, high = statistics.quantiles(ratios, n=4)
             memory, allowed = kept_bytes(shaped, x) / kept_bytes(plain, x), SLOWEST.get(label, 1.0)
             failed |= median > allowed or memory > MOST_MEMORY

@@ -88,8 +88,8 @@ def seeded_run(module: nn.Module, inputs: Inputs) -> list[Tensor]:
 def _trains_alike(emitted: nn.Module, model: nn.Module, inputs: Inputs) -> bool:
     expected, layers = _training_run(model, inputs)
     actual, own_layers = _training_run(emitted, inputs)
-    called = {module for module, _ in own_layers}
-    layers = [layer for layer in layers if layer[0] in called]
+    both = {module for module, _ in own_layers} & {module for module, _ in layers}
+    layers, own_layers = ([layer for layer in one if layer[0] in both] for one in (layers, own_layers))
     alike = [a[0] for a in layers] == [a[0] for a in own_layers]
     return alike and _same(actual, expected) and _close(_sizes(own_layers), _sizes(layers))
 
