@@ -92,21 +92,6 @@ class InputMoments:
         within, between = (min(max(x, -1.0), 1.0) for x in (within, between))  # but for rounding
         return cls(q, max(c, -1.0), within, between, spread)
 
-    def check(self, positions: int) -> None:
-        """Whether two inputs of so many positions can have these cosines: no combination of entries has q < 0.
-
-        Raises:
-            InputError: they cannot.
-        """
-        for sign in (1, -1):  # sum and difference of the two inputs: of all positions, and of two
-            one, other = 1 + sign * self.c, self.c_within + sign * self.c_apart
-            if min(one + (positions - 1) * other, one - other) < -1e-9:
-                raise InputError(
-                    f"no two inputs of {positions} positions have cosines c={self.c:.3g}, "
-                    f"c_within={self.c_within:.3g} and c_apart={self.c_apart:.3g}",
-                    hint="Measure them on a batch: InputMoments.of(x)",
-                )
-
     @property
     def uneven(self) -> bool:
         """Whether inputs differ in their own q by so much that a function's mean over them is not that at the mean."""
@@ -124,6 +109,22 @@ class InputMoments:
 
 
 WHITE = InputMoments()
+
+
+def check_possible(moments: InputMoments, positions: int) -> None:
+    """Whether two inputs of so many positions can have these cosines: no combination of entries has q < 0.
+
+    Raises:
+        InputError: they cannot.
+    """
+    for sign in (1, -1):  # sum and difference of the two inputs: of all positions, and of two
+        one, other = 1 + sign * moments.c, moments.c_within + sign * moments.c_apart
+        if min(one + (positions - 1) * other, one - other) < -1e-9:
+            raise InputError(
+                f"no two inputs of {positions} positions have cosines c={moments.c:.3g}, "
+                f"c_within={moments.c_within:.3g} and c_apart={moments.c_apart:.3g}",
+                hint="Measure them on a batch: InputMoments.of(x)",
+            )
 
 
 def plainly_not_white(moments: InputMoments, entries: int) -> bool:

@@ -18,7 +18,7 @@ from kgraph.canonical import aten, operation_name
 from kgraph.capture import Graph
 from kgraph.channel_dims import channel_dim
 from kgraph.checks import choice
-from kgraph.input_moments import WHITE, InputMoments, covariances
+from kgraph.input_moments import WHITE, InputMoments, check_possible, covariances
 from kgraph.kernel import SAME, Apply, Gaussian, Kernel, Pairs, Part, Product, Samples, Sum, Unknown
 from kgraph.roots import Root, Roots
 from kgraph.rules import Context, Sampler, find_rule, speeds
@@ -311,7 +311,7 @@ def input_kernel(node: fx.Node, shape: tuple[int, ...], pairs: Pairs) -> Kernel:
     expr = Unknown("Gaussian of the inputs' second moments") if node.name in pairs.moments else Gaussian()
     part = Part(shape[channel], cov, slope, torch.zeros_like(cov), roots=roots, expr=expr)
     kernel = Kernel((part,), axes)
-    moments.check(kernel.positions)
+    check_possible(moments, kernel.positions)
     if kernel.positions < 2 or not moments.white:
         return kernel
     return kernel.with_parts(replace(part, scatter=of_white(shape[channel], moments.q)))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import kgraph
 from kgraph import InputMoments
 from kgraph.errors import InputError
+from kgraph.input_moments import check_possible
 
 
 def digits(count: int = 64) -> Tensor:
@@ -154,4 +155,4 @@ def test_measured_cosines_are_possible() -> None:
     for x in (torch.randn(3, 2, 2, 2), torch.randn(2, 1, 4) - 3, torch.randn(4, 3, 2).relu()):
         centred = x - x.mean(dim=tuple(range(2, x.ndim)), keepdim=True)
         for one in (x, centred):
-            InputMoments.of(one).check(one[0, 0].numel())
+            check_possible(InputMoments.of(one), one[0, 0].numel())

@@ -13,11 +13,11 @@ from torch import Tensor, fx
 
 from kgraph import algebra
 from kgraph.alignment import aligned
-from kgraph.canonical import aten
+from kgraph.canonical import aten, operation_name
 from kgraph.constants import add_constant, known_part, moments, multiply_constant
 from kgraph.entries import origin, said
 from kgraph.how import assumed
-from kgraph.kernel import DIFF, SAME, Apply, Axes, Kernel, Part, merge
+from kgraph.kernel import DIFF, SAME, Axes, Kernel, Part, merge
 from kgraph.maps.tangent import TrainedFactor
 from kgraph.modules import WeightedSum
 from kgraph.rules.pointwise import unary
@@ -25,6 +25,9 @@ from kgraph.rules.table import Context, rule
 from kgraph.rules.weights import one_number
 
 Operand = Kernel | Tensor | float | int
+_LEFT = 1e-8
+_NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
+_STEPS = 6
 _CANCELLED = assumed("its terms cancel, and what is left at finite width is not what is left in the limit")
 """x minus its own norm: with q = 1 eps is all that is left of it, less than the noise of statistics of C channels."""
 
@@ -67,12 +70,22 @@ def _sum(context: Context, x: Operand, y: Operand, wx: float, wy: float) -> Kern
     if isinstance(x, Kernel) and isinstance(y, Kernel):
         total = _pairwise(context, x, y, lambda u, v: algebra.add(u, v, wx, wy))
         terms = wx**2 * float(x.merged.q) + wy**2 * float(y.merged.q)
-        channels, one_function = total.merged.size, isinstance(total.merged.expr, Apply)
-        return said(total, _CANCELLED) if 0 < float(total.merged.q) * channels < terms and not one_function else total
+        left = 1 / total.merged.size if _behind_a_norm(context.node) else _LEFT
+        return said(total, _CANCELLED) if 0 < float(total.merged.q) < left * terms else total
     if isinstance(x, Kernel):
         return _trained(context, 1, y, wy, add_constant(_scaled(x, wx), y, wy, _name(context, 1)))
     assert isinstance(y, Kernel)
     return _trained(context, 0, x, wx, add_constant(_scaled(y, wy), x, wx, _name(context, 0)))
+
+
+def _behind_a_norm(node: fx.Node) -> bool:
+    """Whether a norm is among the last few operations before a node."""
+    stage = {node}
+    for _ in range(_STEPS):
+        stage = {before for n in stage for before in n.all_input_nodes}
+        if any(operation_name(n) in _NORMS for n in stage):
+            return True
+    return False
 
 
 def _trained(
