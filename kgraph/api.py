@@ -103,17 +103,16 @@ def _of_inputs(graph: Graph, inputs: str | InputMoments) -> list[str]:
         return []
     lines = []
     for node, x in real.items():
+        channel = channel_dim(node, x.ndim)
         try:
-            moments = InputMoments.of(x, channel_dim(node, x.ndim))
+            moments = InputMoments.of(x, channel)
         except InputError:  # examples that give the shapes alone
             continue
         if plainly_not_white(moments, x.numel()):
             lines.append(f"{node.name} is analysed as white noise and has {moments}: inputs='data' takes it as it is")
-        elif plainly_smooth(x, channel_dim(node, x.ndim)):
-            alike = neighbours(x, channel_dim(node, x.ndim))
-            lines.append(
-                f"{node.name} is analysed as white noise, and its neighbouring positions correlate by {alike:.2g}"
-            )
+        elif plainly_smooth(x, channel):
+            near = f"{neighbours(x, channel):.2g}"
+            lines.append(f"{node.name} is analysed as white noise, and its neighbouring positions correlate by {near}")
     return lines
 
 

@@ -23,7 +23,7 @@ Constants = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Law:
+class Fusible:
     """An activation and its derivative.
 
     Attributes:
@@ -39,8 +39,8 @@ class Law:
     sign_only: bool = False
 
 
-def _relu() -> Law:
-    return Law(
+def _relu() -> Fusible:
+    return Fusible(
         lambda x, own: torch.relu_(x) if own else torch.relu(x),
         lambda g, t: aten.threshold_backward(g, t, 0),
         keeps_output=True,
@@ -48,10 +48,10 @@ def _relu() -> Law:
     )
 
 
-def _leaky_relu(negative_slope: float = 0.01) -> Law | None:
+def _leaky_relu(negative_slope: float = 0.01) -> Fusible | None:
     if negative_slope < 0:  # the output's sign does not tell the input's
         return None
-    return Law(
+    return Fusible(
         lambda x, own: functional.leaky_relu(x, negative_slope, own),
         lambda g, t: aten.leaky_relu_backward(g, t, negative_slope, True),
         keeps_output=True,
@@ -59,16 +59,18 @@ def _leaky_relu(negative_slope: float = 0.01) -> Law | None:
     )
 
 
-def _tanh() -> Law:
-    return Law(lambda x, own: torch.tanh_(x) if own else torch.tanh(x), aten.tanh_backward, keeps_output=True)
+def _tanh() -> Fusible:
+    return Fusible(lambda x, own: torch.tanh_(x) if own else torch.tanh(x), aten.tanh_backward, keeps_output=True)
 
 
-def _sigmoid() -> Law:
-    return Law(lambda x, own: torch.sigmoid_(x) if own else torch.sigmoid(x), aten.sigmoid_backward, keeps_output=True)
+def _sigmoid() -> Fusible:
+    return Fusible(
+        lambda x, own: torch.sigmoid_(x) if own else torch.sigmoid(x), aten.sigmoid_backward, keeps_output=True
+    )
 
 
-def _silu() -> Law:
-    return Law(lambda x, own: functional.silu(x, inplace=own), _silu_slope, keeps_output=False)
+def _silu() -> Fusible:
+    return Fusible(lambda x, own: functional.silu(x, inplace=own), _silu_slope, keeps_output=False)
 
 
 def _silu_slope(g: Tensor, x: Tensor) -> Tensor:
@@ -78,23 +80,23 @@ def _silu_slope(g: Tensor, x: Tensor) -> Tensor:
     return g * s * (1 + x * (1 - s))
 
 
-def _gelu(approximate: str = "none") -> Law:
-    return Law(
+def _gelu(approximate: str = "none") -> Fusible:
+    return Fusible(
         lambda x, own: functional.gelu(x, approximate=approximate),
         lambda g, x: aten.gelu_backward(g, x, approximate=approximate),
         keeps_output=False,
     )
 
 
-def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Law:
-    return Law(
+def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Fusible:
+    return Fusible(
         lambda x, own: functional.softplus(x, beta, threshold),
         lambda g, x: aten.softplus_backward(g, x, beta, threshold),
         keeps_output=False,
     )
 
 
-_OF_MODULES: Mapping[type, Callable[[Any], Law | None]] = {
+_OF_MODULES: Mapping[type, Callable[[Any], Fusible | None]] = {
     nn.ReLU: lambda m: _relu(),
     nn.LeakyReLU: lambda m: _leaky_relu(m.negative_slope),
     nn.Tanh: lambda m: _tanh(),
@@ -103,7 +105,7 @@ _OF_MODULES: Mapping[type, Callable[[Any], Law | None]] = {
     nn.GELU: lambda m: _gelu(m.approximate),
     nn.Softplus: lambda m: _softplus(m.beta, m.threshold),
 }
-_OF_FUNCTIONS: Mapping[Any, Callable[..., Law | None]] = {
+_OF_FUNCTIONS: Mapping[Any, Callable[..., Fusible | None]] = {
     aten.relu.default: _relu,
     aten.leaky_relu.default: _leaky_relu,
     aten.tanh.default: _tanh,
@@ -114,13 +116,13 @@ _OF_FUNCTIONS: Mapping[Any, Callable[..., Law | None]] = {
 }
 
 
-def law_of_module(module: nn.Module) -> Law | None:
-    """The law of one of torch's own activations (not of what is derived from them), else None."""
+def fusible_module(module: nn.Module) -> Fusible | None:
+    """What is known of one of torch's own activations (not of what is derived from them), else None."""
     made = _OF_MODULES.get(type(module))
     return None if made is None else made(module)
 
 
-def law_of_function(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Law | None:
+def fusible_function(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Fusible | None:
     """The same of an operator and what follows its tensor."""
     made = _OF_FUNCTIONS.get(function)
     return None if made is None else made(*args, **kwargs)
@@ -133,19 +135,19 @@ def runs_eagerly(x: object) -> bool:
     return not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
-def fused(u: Tensor, law: Law, constants: Constants) -> Tensor:
+def fused(u: Tensor, phi: Fusible, constants: Constants) -> Tensor:
     """``s (phi(a u + b) + c)``, in float32 or float64."""
-    y: Tensor = _Fused.apply(u, law, constants)  # type: ignore[assignment]
+    y: Tensor = _Fused.apply(u, phi, constants)  # type: ignore[assignment]
     return y
 
 
-def _forward(u: Tensor, law: Law, constants: Constants) -> Tensor:
+def _forward(u: Tensor, phi: Fusible, constants: Constants) -> Tensor:
     a, b, c, s = constants
-    if law.sign_only and b == 0 and a > 0:  # a phi(u)
-        y, a = law.apply(u, False), s * a
+    if phi.sign_only and b == 0 and a > 0:  # a phi(u)
+        y, a = phi.apply(u, False), s * a
         return _image(y, a, s * c, own=True)
     x = _image(u, a, b, own=False)
-    return _image(law.apply(x, x is not u), s, s * c, own=True)
+    return _image(phi.apply(x, x is not u), s, s * c, own=True)
 
 
 def _image(x: Tensor, scale: float, shift: float, *, own: bool) -> Tensor:
@@ -157,24 +159,24 @@ def _image(x: Tensor, scale: float, shift: float, *, own: bool) -> Tensor:
     return torch.add(number, x, alpha=scale, out=there)
 
 
-def _kept_output(law: Law, constants: Constants) -> bool:
+def _kept_output(phi: Fusible, constants: Constants) -> bool:
     _, _, c, s = constants
-    if law.sign_only:
-        return law.keeps_output and c == 0 and s > 0
-    return law.keeps_output and abs(c) <= 1  # y / s - c loses the digits of t where c is large
+    if phi.sign_only:
+        return phi.keeps_output and c == 0 and s > 0
+    return phi.keeps_output and abs(c) <= 1  # y / s - c loses the digits of t where c is large
 
 
 class _Fused(torch.autograd.Function):
     """Twice differentiable, forward and backward, under `torch.func` as well."""
 
     @staticmethod
-    def forward(u: Tensor, law: Law, constants: Constants) -> Tensor:
-        return _forward(u, law, constants)
+    def forward(u: Tensor, phi: Fusible, constants: Constants) -> Tensor:
+        return _forward(u, phi, constants)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Law, Constants], output: Tensor) -> None:
-        u, ctx.law, ctx.constants = inputs
-        kept = output if _kept_output(ctx.law, ctx.constants) else u
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Fusible, Constants], output: Tensor) -> None:
+        u, ctx.phi, ctx.constants = inputs
+        kept = output if _kept_output(ctx.phi, ctx.constants) else u
         ctx.save_for_backward(kept)
         ctx.save_for_forward(kept)
 
@@ -188,20 +190,20 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int | None]:
-        u, law, constants = args
-        return fused(u, law, constants), in_dims[0]
+        u, phi, constants = args
+        return fused(u, phi, constants), in_dims[0]
 
 
 def _times_slope(ctx: Any, g: Tensor) -> Tensor:
     """``s a phi' g``."""
-    law, (a, b, c, s), (kept,) = ctx.law, ctx.constants, ctx.saved_tensors
-    if not _kept_output(law, ctx.constants):
+    phi, (a, b, c, s), (kept,) = ctx.phi, ctx.constants, ctx.saved_tensors
+    if not _kept_output(phi, ctx.constants):
         x = _image(kept, a, b, own=False)
-        kept = law.apply(x, False) if law.keeps_output else x
-    elif not law.sign_only:
+        kept = phi.apply(x, False) if phi.keeps_output else x
+    elif not phi.sign_only:
         kept = _image(kept, 1 / s, -c, own=False)
-    product = law.slope(g, kept)
+    product = phi.slope(g, kept)
     return product if s * a == 1 else product.mul_(s * a)
 
 
-__all__ = ["Law", "fused", "law_of_function", "law_of_module", "runs_eagerly"]
+__all__ = ["Fusible", "fused", "fusible_function", "fusible_module", "runs_eagerly"]

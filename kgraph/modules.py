@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kgraph.checks import finite
 from kgraph.errors import InputError
-from kgraph.fused import Law, fused, law_of_function, law_of_module, runs_eagerly
+from kgraph.fused import Fusible, fused, fusible_function, fusible_module, runs_eagerly
 from kgraph.shaped_attention import ShapedAttention as ShapedAttention
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -147,20 +147,20 @@ class ShapedActivation(nn.Module):
 
     def forward(self, u: Tensor, *slopes: Tensor) -> Tensor:
         """phi_hat(u), of u's shape and dtype."""
-        if not slopes and runs_eagerly(u) and u.dtype not in _LOW_PRECISION and (law := self._law()) is not None:
-            return fused(u, law, (self.input_scale, self.input_shift, self.output_shift, self.output_scale))
+        if not slopes and runs_eagerly(u) and u.dtype not in _LOW_PRECISION and (known := self._fusible()) is not None:
+            return fused(u, known, (self.input_scale, self.input_shift, self.output_shift, self.output_scale))
         x = affine(_widen(u), self.input_scale, self.input_shift)
         y = affine(self._activate(x, slopes), self.output_scale, self.output_scale * self.output_shift)
         return _cast(y, u.dtype)
 
-    def _law(self) -> Law | None:
+    def _fusible(self) -> Fusible | None:
         """How phi runs in one pass, where it is known."""
         phi = self.activation
         if phi._forward_hooks or phi._forward_pre_hooks or phi._backward_hooks:  # somebody looks at it
             return None
         if isinstance(phi, FunctionModule):
-            return law_of_function(phi.function, phi.args, phi.kwargs)
-        return law_of_module(phi)
+            return fusible_function(phi.function, phi.args, phi.kwargs)
+        return fusible_module(phi)
 
     def _activate(self, x: Tensor, slopes: tuple[Tensor, ...]) -> Tensor:
         if slopes:

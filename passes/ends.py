@@ -30,11 +30,11 @@ def joins_a_stream(node: fx.Node) -> bool:
     The last branch of a network without a head: a sum has no range that anybody wants. Losses are one number an
     input, or in all.
     """
-    seen, queue = {node}, [node]
+    features, seen, queue = _features_returned(node.graph), {node}, [node]
     for at in queue:  # through what keeps entries, or scales them
         for user in at.users:
-            if operation_name(user) in _SUMS and _adds_another(user, at):
-                return any(output in _behind(user) for output in _features_returned(user.graph))
+            if operation_name(user) in _SUMS and _adds_another(user, at) and not _behind(user).isdisjoint(features):
+                return True
             if operation_name(user) in _KEEPS and user not in seen:
                 seen.add(user)
                 queue.append(user)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import kgraph
-from kgraph.fused import law_of_module
+from kgraph.fused import fusible_module
 from kgraph.modules import FunctionModule, ShapedActivation, WeightedSum
 
 aten = torch.ops.aten
@@ -93,7 +93,7 @@ def test_other_activations_run_as_they_are(name: str) -> None:
     u, v = points().requires_grad_(), points().requires_grad_()
     found, asked = module(u), chain(module, v)
     torch.testing.assert_close(found, asked, rtol=1e-12, atol=1e-12)
-    assert law_of_module(module.activation) is None
+    assert fusible_module(module.activation) is None
     gradients = [torch.autograd.grad(y.sum(), x)[0] for y, x in ((found, u), (asked, v))]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
