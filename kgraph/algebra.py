@@ -127,7 +127,7 @@ def apply(fn: Pointwise, part: Part) -> Part:
     try:
         if part.factor is not None:  # an affine image of its base, with an NTK of its own
             return replace(_apply_gaussian(fn, part, part), expr=Apply(composed, base))
-        return _apply_gaussian(composed, base, part)
+        return _with_tangents(_apply_gaussian(composed, base, part), base)
     except InputError:  # sqrt|u|: the function has a second moment, its derivative has none
         drawn = _of_law(target, part.how)
         slope, ntk = (torch.where(tangent == 0, 0.0, torch.nan) for tangent in (base.slope, base.ntk))  # noise has none

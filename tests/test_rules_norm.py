@@ -161,3 +161,22 @@ def test_what_a_norm_leaves_of_its_input_is_noise(share: float, how: str) -> Non
     with torch.no_grad():
         measured = float(model(x).square().mean())
     assert (abs(measured / found.q - 1) < 0.1) == (how == "exact")
+
+
+def test_a_gain_beside_what_it_stands_on_is_assumed() -> None:
+    """sin(3 (BN(x) - x)): the tangent of the gain is x itself, and E[f'^2 x^2] is no E[f'^2] E[x^2]."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(64)
+            nn.init.constant_(self.norm.weight, 0.7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(3 * (self.norm(x) - x))
+
+    found = kgraph.analyze(Beside().eval(), torch.randn(2, 64)).final
+    by_bias = 4.5 * (1 + math.exp(-1.62))  # f' = 3 cos(.9 x)
+    by_gain = 4.5 * (1 + math.exp(-1.62) * (1 - 1.8**2))
+    assert abs(found.ntk / (by_bias + by_gain) - 1) > 0.1
+    assert found.how == "assumed"
